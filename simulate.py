@@ -1,0 +1,176 @@
+"""A simulated cluster for the real searcher and scheduler: the same objects, no training, no waiting.
+
+    simulation = Simulation(searcher, scheduler, num_samples=34, slots=4, train=lambda config, t: loss)
+    simulation.run()
+    simulation.reports   # [(start, end, trial_id, iteration, loss)], in simulated seconds
+
+It does what ray.tune.execution.tune_controller.TuneController does around a search algorithm and a scheduler, in the
+same order: one suggestion ahead of time, the scheduler asked before each start, the searcher told of a result only
+when the decision is not STOP. It takes Ray's own classes too, so that both can be compared.
+"""
+
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.result import SHOULD_CHECKPOINT
+from ray.tune.schedulers import TrialScheduler
+
+
+class SimulatedTrial:
+    """The part of a Tune trial that schedulers look at."""
+
+    is_saving = False
+
+    def __init__(self, trial_id: str, config: dict):
+        self.trial_id, self.config, self.status = trial_id, config, Trial.PENDING
+        self.iteration = 0  # last one reported
+        self.last_result: dict[str, Any] = {}
+
+    def get_trainable_cls(self):
+        return None
+
+    def __repr__(self):
+        return f"{self.trial_id}({self.status})"
+
+
+class SearchAlgorithm:
+    """Stands for Tune's SearchGenerator: counts the samples."""
+
+    def __init__(self, searcher, num_samples: int):
+        self.searcher, self.num_samples, self.created = searcher, num_samples, 0
+
+    def is_finished(self) -> bool:
+        return self.created >= self.num_samples
+
+
+class Simulation:
+    """Runs a whole search.
+
+    Args:
+        searcher, scheduler: with metric, mode and search space set.
+        num_samples: trials to suggest.
+        slots: trials that can run at a time.
+        train: loss of a configuration after t iterations.
+        seconds: duration of one iteration of a configuration.
+        max_t: a trial ends by itself after so many iterations.
+        fault: called before each report with (trial id, iteration); "crash" ends the trial, "retry" loses the
+            iteration and starts the trial again from its last pause, None lets it be.
+    """
+
+    def __init__(
+        self,
+        searcher,
+        scheduler,
+        num_samples: int,
+        train: Callable[[dict, int], float],
+        slots: int = 1,
+        max_t: int = 50,
+        seconds: Callable[[dict], float] = lambda config: 1.0,
+        fault: Callable[[str, int], str | None] = lambda trial_id, iteration: None,
+    ):
+        self.search_alg = SearchAlgorithm(searcher, num_samples)
+        self.scheduler, self.slots, self.train, self.max_t = scheduler, slots, train, max_t
+        self.seconds, self.fault = seconds, fault
+        self.trials: list[SimulatedTrial] = []
+        self.reports: list[tuple[float, float, str, int, float]] = []
+        self.now = 0.0
+        self._events: list[tuple] = []  # heap of (end, order, start, trial)
+        self._order = itertools.count()
+        self._checkpoints: dict[str, int] = {}
+
+    # -- what schedulers call -----------------------------------------------------------------------------------------
+
+    def get_trials(self) -> list[SimulatedTrial]:
+        return self.trials
+
+    def stop_trial(self, trial: SimulatedTrial) -> None:
+        searcher = self.search_alg.searcher
+        if trial.status in (Trial.PENDING, Trial.PAUSED):
+            self.scheduler.on_trial_remove(self, trial)
+            searcher.on_trial_complete(trial.trial_id)
+        elif trial.status == Trial.RUNNING:
+            self.scheduler.on_trial_complete(self, trial, trial.last_result)
+            searcher.on_trial_complete(trial.trial_id, result=trial.last_result)
+        trial.status = Trial.TERMINATED
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self, max_reports: int = 1_000_000) -> None:
+        """Runs to the end; raises RuntimeError when nothing can run although trials are left (a hang)."""
+        while len(self.reports) < max_reports:
+            progress = self._start_trials()
+            if self._events:
+                self._report(*heapq.heappop(self._events))
+            elif not progress:
+                break
+        left = [t for t in self.trials if t.status not in (Trial.TERMINATED, Trial.ERROR)]
+        if left or not self.search_alg.is_finished():
+            raise RuntimeError(f"the search hangs: {self.search_alg.created} trials made, {left} left")
+
+    def _count(self, status: str) -> int:
+        return sum(t.status == status for t in self.trials)
+
+    def _start_trials(self) -> bool:
+        """Fills free slots; True if anything was started or suggested."""
+        progress = False
+        while True:
+            if not self._count(Trial.PENDING) and not self.search_alg.is_finished():
+                trial_id = f"{self.search_alg.created:05d}"
+                config = self.search_alg.searcher.suggest(trial_id)
+                if config is not None:
+                    self.search_alg.created += 1
+                    trial = SimulatedTrial(trial_id, config)
+                    self.trials.append(trial)
+                    self.scheduler.on_trial_add(self, trial)
+                    progress = True
+            trial = self.scheduler.choose_trial_to_run(self)
+            if trial is not None and trial.status == Trial.PAUSED:
+                trial.status = Trial.PENDING
+            if trial is None:
+                trial = next((t for t in self.trials if t.status == Trial.PENDING), None)
+            if trial is None or self._count(Trial.RUNNING) >= self.slots:
+                return progress
+            trial.status = Trial.RUNNING
+            self._schedule(trial)
+            progress = True
+
+    def _schedule(self, trial: SimulatedTrial) -> None:
+        end = self.now + self.seconds(trial.config)
+        heapq.heappush(self._events, (end, next(self._order), self.now, trial))
+
+    def _report(self, end: float, _: int, start: float, trial: SimulatedTrial) -> None:
+        self.now = end
+        if trial.status != Trial.RUNNING:  # was stopped meanwhile
+            return
+        fault = self.fault(trial.trial_id, trial.iteration + 1)
+        if fault == "crash":
+            self.scheduler.on_trial_error(self, trial)
+            self.search_alg.searcher.on_trial_complete(trial.trial_id, error=True)
+            trial.status = Trial.ERROR
+            return
+        if fault == "retry":  # as TuneController._try_recover
+            trial.status = Trial.ERROR
+            trial.iteration = self._checkpoints.get(trial.trial_id, 0)
+            self.scheduler.on_trial_error(self, trial)
+            trial.status = Trial.PENDING
+            self.scheduler.on_trial_add(self, trial)
+            return
+        trial.iteration += 1
+        loss = self.train(trial.config, trial.iteration)
+        self.reports.append((start, end, trial.trial_id, trial.iteration, loss))
+        searcher = self.search_alg.searcher
+        result = {"training_iteration": trial.iteration, searcher.metric: loss, SHOULD_CHECKPOINT: True}
+        decision = self.scheduler.on_trial_result(self, trial, result)
+        if decision != TrialScheduler.STOP:
+            searcher.on_trial_result(trial.trial_id, result)
+        trial.last_result = result
+        if decision == TrialScheduler.PAUSE:
+            trial.status = Trial.PAUSED
+            self._checkpoints[trial.trial_id] = trial.iteration
+        elif decision == TrialScheduler.STOP or trial.iteration >= self.max_t:
+            self.stop_trial(trial)
+        else:
+            self._schedule(trial)
