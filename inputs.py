@@ -1,0 +1,182 @@
+"""What a user hands in, checked before anything is created: arguments, search space, ds_config, model, data.
+
+Imports nothing slow, so that a wrong argument costs a few seconds. Every check raises BadInput with one line.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from ray.tune.search.sample import Categorical, Domain
+
+import squad
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message says what and where."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong argument is one line and not the whole usage."""
+
+    def error(self, message):
+        raise BadInput(message)
+
+
+def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | None]:
+    """Checks all that needs no download and fills in defaults of `args`.
+
+    Returns:
+        The DeepSpeed configuration, and (training, validation) examples where the data set is a folder, else None.
+    """
+    for name, least in {
+        "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
+        "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0,
+    }.items():  # fmt: skip
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise BadInput(f"--{name} {value}: must be at least {least}")
+    if args.seed >= 2**32:
+        raise BadInput(f"--seed {args.seed}: must be below 2**32")
+    if not 0 < args.num_train_epochs < math.inf:
+        raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
+    check_search_space(search_space)
+    check_resources(args)
+    for name in ("model", "dataset"):
+        value = getattr(args, name)
+        if not Path(value).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value):
+            raise BadInput(f"--{name} {value}: neither a folder nor the name of a repository on the hub")
+    if Path(args.model).is_dir():
+        check_model_folder(Path(args.model))
+    args.run_name = args.run_name or f"bloom_bohb-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
+    if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
+        raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
+    if not args.prefetch:
+        check_output(Path(args.output_dir).absolute() / args.run_name)
+    ds_config = read_ds_config(Path(args.deepspeed))
+    return ds_config, load_examples(args.dataset) if Path(args.dataset).is_dir() else None
+
+
+def check_resources(args: argparse.Namespace) -> None:
+    """GPUs and CPUs a trial; the default is one GPU, or none on a machine without."""
+    gpus = torch.cuda.device_count()
+    if args.gpus_per_trial is None:
+        args.gpus_per_trial = min(1, gpus)
+    for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": len(os.sched_getaffinity(0))}.items():
+        if getattr(args, name) > have:
+            raise BadInput(f"--{name} {getattr(args, name)}: this machine has {have}")
+    if args.gpus_per_trial > 1:
+        raise BadInput(f"--gpus_per_trial {args.gpus_per_trial}: a trial of several GPUs is not supported")
+
+
+def check_search_space(space: dict) -> None:
+    """Raises BadInput where nothing can be drawn from a domain, or the train function misses a hyperparameter."""
+    searched = space.get("train_loop_config", {})
+    for name in ("lr", "per_device_bs", "wd"):
+        if name not in searched:
+            raise BadInput(f"search space: {name} is missing from train_loop_config")
+    for name, domain in searched.items():
+        if isinstance(domain, Categorical) and not domain.categories:
+            raise BadInput(f"search space: {name} has nothing to choose from")
+        if hasattr(domain, "lower") and not domain.lower < domain.upper:
+            raise BadInput(f"search space: {name}: lower {domain.lower} is not below upper {domain.upper}")
+    if not any(isinstance(domain, Domain) for domain in searched.values()):
+        raise BadInput("search space: there is nothing to search")
+
+
+def largest(domain) -> float:
+    """The largest value of a domain, or the value itself where it is fixed."""
+    return max(getattr(domain, "categories", None) or [getattr(domain, "upper", domain)])
+
+
+def read_ds_config(path: Path) -> dict:
+    """The DeepSpeed configuration of a file."""
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--deepspeed {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise BadInput(f"--deepspeed {path}: not a JSON object")
+    for key in ("optimizer", "scheduler"):  # torch's AdamW with each trial's lr and weight decay, nothing to compile
+        if key in config:
+            raise BadInput(f"--deepspeed {path}: remove {key!r}: it is made from each trial's lr and weight decay")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if config.get(key, "auto") != "auto":
+            raise BadInput(f'--deepspeed {path}: {key} must be "auto": the batch size is searched')
+    for key in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(config.get(key, {}), dict):
+            raise BadInput(f"--deepspeed {path}: {key} is not a JSON object")
+    return config
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises BadInput unless a folder looks like what save_pretrained leaves, tokenizer included."""
+    try:
+        assert json.loads((path / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise BadInput(f"--model {path}: no config.json with a model_type in this folder") from None
+    if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
+        raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
+    if not (path / "tokenizer_config.json").exists():
+        raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
+
+
+def check_output(run_dir: Path) -> None:
+    """Raises BadInput where the run's folder exists or could not be made."""
+    if run_dir.exists():
+        raise BadInput(f"--run_name {run_dir.name}: {run_dir} exists already, and nothing there is overwritten")
+    parent = next(p for p in run_dir.parents if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise BadInput(f"--output_dir {run_dir.parent}: cannot be written: {error.strerror}") from None
+
+
+def load_examples(dataset: str) -> tuple[list[dict], list[dict]]:
+    """The training and the validation questions of a folder, or of a repository on the hub with parquet files."""
+    try:
+        if Path(dataset).is_dir():
+            files = squad.find_squad_files(Path(dataset))
+            return squad.read_squad(files["train"]), squad.read_squad(files["validation"])
+        import datasets
+
+        folder = hub_snapshot(dataset, "dataset", ["*.parquet"])
+        files = {split: sorted(map(str, folder.rglob(f"{split}*.parquet"))) for split in ("train", "validation")}
+        loaded = {split: list(data) for split, data in datasets.load_dataset("parquet", data_files=files).items()}
+        for split, examples in loaded.items():
+            squad.check_examples(examples, f"{dataset}, {split}")
+        return loaded["train"], loaded["validation"]
+    except ValueError as error:
+        raise BadInput(f"--dataset {error}") from None
+
+
+def hub_snapshot(name: str, repo_type: str, patterns: list[str]) -> Path:
+    """Folder with the files of a hub repository: from the cache, without asking the network, else downloaded."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    what = {"repo_id": name, "repo_type": repo_type, "allow_patterns": patterns}
+    try:
+        return Path(huggingface_hub.snapshot_download(**what, local_files_only=True))
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        return Path(huggingface_hub.snapshot_download(**what))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BadInput(
+            f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it; "
+            f"run with --prefetch where there is a network ({reason})"
+        ) from None
+
+
+def model_folder(model: str) -> Path:
+    """Folder with configuration, weights and tokenizer of a model."""
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    return Path(model).absolute() if Path(model).is_dir() else hub_snapshot(model, "model", patterns)

@@ -1,0 +1,497 @@
+"""Searches learning rate, batch size and weight decay for fine-tuning BLOOM-560M on SQuAD v1.1, with BOHB in Ray Tune.
+
+    python raytune_bayesian.py                       # this machine: its GPUs, else its CPUs
+    python raytune_bayesian.py --prefetch            # on a login node: download model and data, then end
+    python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
+
+Read from top to bottom: search space and knobs · EM and F1 · one trial · the search · main.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: else anyone on the network may run code in it
+from ray import tune
+
+import inputs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# search space and knobs
+
+SEARCH_SPACE = {
+    "train_loop_config": {
+        "lr": tune.loguniform(5e-6, 2e-4),
+        "per_device_bs": tune.choice([1, 2]),
+        "wd": tune.choice([0.0, 0.01]),
+    }
+}
+# Fixed for all trials:
+MAX_LENGTH = 1024  # tokens; the longest of SQuAD's questions with its passage has 835 in BLOOM's tokens
+SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on
+EVAL_BATCH_SIZE = 32  # sequences of like length
+MAX_GRAD_NORM = 1.0
+LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
+MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = inputs.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
+    add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json[.gz] and dev*.json[.gz]")
+    add("--max_train_samples", type=int, help="train on so many questions (default: all)")
+    add("--max_eval_samples", type=int, help="select, and test, on so many questions (default: 1000, and all)")
+    add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
+    add("--max_t", type=int, default=50, help="a full training has so many iterations, each ends with an evaluation")
+    add("--reduction_factor", type=int, default=4, help="one in so many trials is promoted at a rung")
+    add("--num_samples", type=int, help="number of trials (default: one whole band)")
+    add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs")
+    add("--cpus_per_trial", type=int, default=1)
+    add("--max_concurrent_trials", type=int, default=0, help="0: as many as the machine has room for")
+    add("--metric", choices=list(MODES), default="eval_loss", help="what trials are compared by")
+    add("--deepspeed", default=str(Path(__file__).with_name("ds_config.json")), help="DeepSpeed configuration")
+    add("--seed", type=int, default=42)
+    add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
+    add("--run_name", help="default: bloom_bohb-<job id, or time>")
+    add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # before the slow imports: bad input is told within seconds
+    try:
+        ARGS = parse_arguments()
+        DS_CONFIG, EXAMPLES = inputs.check(ARGS, SEARCH_SPACE)
+    except inputs.BadInput as error:
+        print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import datasets
+import evaluate
+import ray
+import torch
+import transformers
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+import report
+import squad
+from bohb import HyperBandForBOHB, TuneBOHB, band_size, results_per_budget, rungs
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EM and F1
+
+
+class SquadMetric(evaluate.Metric):
+    """Exact match and F1 as the official script of SQuAD v1.1 computes them, offline, as fractions of 1.
+
+    Each is the best over all references of a question, averaged over all questions in `references`; one without a
+    prediction scores 0. Source: https://rajpurkar.github.io/SQuAD-explorer, evaluate-v1.1.py.
+
+        SquadMetric().compute(predictions=[{"id": "1", "prediction_text": "the Moon"}],
+                              references=[{"id": "1", "answers": {"text": ["Moon"], "answer_start": [7]}}])
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(keep_in_memory=True, **kwargs)
+
+    def _info(self):
+        text = datasets.Value("string")
+        answers = datasets.Sequence({"text": text, "answer_start": datasets.Value("int32")})
+        return evaluate.MetricInfo(
+            description="SQuAD v1.1 exact match and F1",
+            citation="",
+            inputs_description="",
+            features=datasets.Features(
+                predictions={"id": text, "prediction_text": text}, references={"id": text, "answers": answers}
+            ),
+        )
+
+    def compute(self, *, predictions: list[dict], references: list[dict]) -> dict[str, float]:
+        """Returns {"exact_match", "f1"}. Raises ValueError where there is no reference or one without an answer."""
+        if not references:
+            raise ValueError("no references")
+        text_of = {p["id"]: p["prediction_text"] for p in predictions}
+        aligned = [{"id": r["id"], "prediction_text": text_of.get(r["id"])} for r in references]
+        return super().compute(predictions=aligned, references=references)
+
+    def _compute(self, predictions, references):
+        exact_match = f1 = 0.0
+        for prediction, reference in zip(predictions, references):
+            if not reference["answers"]["text"]:
+                raise ValueError(f"question {reference['id']} has no answer")
+            if prediction["prediction_text"] is not None:
+                scores = [squad.score_answer(prediction["prediction_text"], t) for t in reference["answers"]["text"]]
+                exact_match += max(em for em, _ in scores)
+                f1 += max(f1 for _, f1 in scores)
+        return {"exact_match": exact_match / len(references), "f1": f1 / len(references)}
+
+
+def score(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int) -> dict[str, float]:
+    """EM and F1 of greedy answers."""
+    predictions = squad.predict(model, tokenizer, data, EVAL_BATCH_SIZE, max_new_tokens)
+    return SquadMetric().compute(predictions=predictions, references=data.references)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# one trial
+
+
+class Trainer(transformers.Trainer):
+    """The Trainer with a loss on answer tokens only and with a data order that is fixed from the start."""
+
+    def __init__(self, *args, order: list[int], **kwargs):
+        super().__init__(*args, **kwargs)
+        self.order = order
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.order
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        total, count = squad.answer_loss(model, inputs)
+        return total / count
+
+
+def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
+    """Indices of the questions of a full training: like lengths share a batch, each epoch in another order."""
+    order = []
+    for epoch in range(math.ceil(epochs)):
+        generator = torch.Generator().manual_seed(seed + epoch)
+        order += get_length_grouped_indices(lengths, batch_size, generator=generator)
+    return order[: max(1, round(len(lengths) * epochs))]
+
+
+class Iterations(transformers.TrainerCallback):
+    """Cuts a training into max_t iterations, evaluates after each, and reports to Tune.
+
+    A checkpoint goes with the report where the scheduler may pause the trial and at the end, and nowhere else; EM and
+    F1 are computed there, or after each iteration when trials are compared by them.
+    """
+
+    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer, metric_name: str):
+        self.run, self.rungs, self.tokenizer = run, rungs, tokenizer
+        self.last_steps = [round(t * max_steps / run["max_t"]) for t in range(run["max_t"] + 1)]
+        self.every_score = metric_name != "eval_loss"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.started_at = time.time()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step not in self.last_steps[1:]:
+            return
+        iteration = self.last_steps.index(state.global_step, 1)
+        selection = self.run["selection"]
+        loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE)
+        self.metrics = {"training_iteration": iteration, "eval_loss": loss}
+        if iteration in self.rungs or self.every_score:
+            self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"]))
+        model.train()
+        if iteration in self.rungs:
+            control.should_save = True  # and report with the checkpoint
+        else:
+            self.report()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.report(tune.Checkpoint.from_directory(f"{args.output_dir}/checkpoint-{state.global_step}"))
+
+    def report(self, checkpoint=None):
+        times = {"started_at": self.started_at, "ended_at": time.time(), "node": socket.gethostname()}
+        tune.report({**self.metrics, **times}, checkpoint=checkpoint)  # does not return where Tune pauses the trial
+        self.started_at = time.time()
+
+
+PRETRAINED: dict[str, torch.nn.Module] = {}  # of this process: the next trial does not read it from disk again
+
+
+def pretrained(folder: str) -> torch.nn.Module:
+    """A fresh copy of the pretrained model, fp32, on the CPU."""
+    if folder not in PRETRAINED:
+        PRETRAINED[folder] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return copy.deepcopy(PRETRAINED[folder])
+
+
+def init_distributed() -> None:
+    """A process group of one, without a port: DeepSpeed wants one, and a port could be taken by another trial."""
+    import deepspeed.ops
+
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    # The one op that DeepSpeed would compile here, communication on a CPU, has nobody to talk to. Not compiling it saves
+    # minutes and the need for a compiler, and no lock of a killed build is there to wait for.
+    deepspeed.ops.__compatible_ops__ = {}
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def train(config: dict, run: dict) -> None:
+    """One trial, from its start or from its last checkpoint to the end of the full training, or until Tune pauses it.
+
+    Runs in a process of its own that goes on to the next trial afterwards.
+
+    Args:
+        config: {"train_loop_config": {"lr", "per_device_bs", "wd"}, "rungs": iterations where it may be paused}.
+        run: what all trials share, see `main`.
+    """
+    hyperparameters = config["train_loop_config"]
+    init_distributed()
+    transformers.set_seed(run["seed"])
+    torch.set_num_threads(run["cpus_per_trial"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run["model"])
+    batch_size = hyperparameters["per_device_bs"]
+    order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size, run["seed"])
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = transformers.TrainingArguments(
+            output_dir=folder,
+            learning_rate=hyperparameters["lr"],
+            weight_decay=hyperparameters["wd"],
+            per_device_train_batch_size=batch_size,
+            lr_scheduler_type=LR_SCHEDULE,
+            max_grad_norm=MAX_GRAD_NORM,
+            num_train_epochs=1,  # the order holds all epochs
+            deepspeed=run["ds_config"],
+            fp16=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+            seed=run["seed"],
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        trainer = Trainer(
+            model=pretrained(run["model"]),
+            args=arguments,
+            train_dataset=run["train"],
+            data_collator=lambda batch: squad.collate(batch, tokenizer.pad_token_id),
+            order=order,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        max_steps = math.ceil(len(order) / batch_size)
+        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, run["metric"]))
+        checkpoint = tune.get_checkpoint()
+        try:
+            if checkpoint:
+                with checkpoint.as_directory() as path:
+                    trainer.train(resume_from_checkpoint=path)
+            else:
+                trainer.train()
+        finally:  # Tune ends a paused trial by SystemExit out of tune.report
+            if hasattr(trainer.model_wrapped, "destroy"):
+                trainer.model_wrapped.destroy()
+            del trainer
+            gc.collect()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the search
+
+
+def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.Record, TuneBOHB]:
+    """Runs all trials; returns what was recorded and the searcher."""
+    searcher = TuneBOHB(seed=args.seed, max_concurrent=args.max_concurrent_trials)
+    scheduler = HyperBandForBOHB(
+        time_attr="training_iteration",
+        max_t=args.max_t,
+        reduction_factor=args.reduction_factor,
+        stop_last_trials=False,
+    )
+    record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial)
+    resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(train, run=run), resources),
+        param_space=SEARCH_SPACE,
+        tune_config=tune.TuneConfig(
+            metric=args.metric,
+            mode=MODES[args.metric],
+            num_samples=args.num_samples,
+            search_alg=searcher,
+            scheduler=scheduler,
+            reuse_actors=True,  # a trial that starts in a warm process skips imports, CUDA and reading the model
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=str(run_dir),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            callbacks=[record],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+    record.write(now=True)
+    return record, searcher
+
+
+def start_ray(args: argparse.Namespace, temp_dir: str) -> None:
+    """Starts Ray on this machine, open to nobody else, or joins the cluster that RAY_ADDRESS names."""
+    # A trial of a big model may need more than Ray's 2 s to free its memory before its process takes the next one.
+    environment = {
+        "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
+        "HF_HUB_OFFLINE": "1",  # all was loaded before
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        **({} if args.gpus_per_trial else {"DS_ACCELERATOR": "cpu"}),
+    }
+    options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
+    if "RAY_ADDRESS" not in os.environ:
+        token = Path(temp_dir) / "token"
+        token.touch(mode=0o600)
+        token.write_text(os.urandom(32).hex())
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        options.update(_temp_dir=temp_dir, include_dashboard=False)
+    ray.init(**options)
+
+
+def test(run: dict, folder: str) -> dict[str, float]:
+    """eval_loss, EM and F1 of a model on the test questions. Runs where the trials ran."""
+    torch.set_num_threads(run["cpus_per_trial"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
+    loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_BATCH_SIZE)
+    return {"eval_loss": loss, **score(model, tokenizer, run["test"], run["max_new_tokens"])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# main
+
+
+def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path, ds_config: dict) -> dict:
+    """Splits and tokenises once; returns what trials share. Raises BadInput where this data cannot be used."""
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # whatever a broken tokenizer raises
+        raise inputs.BadInput(f"--model {folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+    if tokenizer.eos_token_id is None:
+        raise inputs.BadInput(f"--model {folder}: its tokenizer has no EOS token")
+    try:
+        size = args.max_eval_samples or SELECTION_SIZE
+        train_examples, selection = squad.hold_out(examples[0], size, args.seed)
+        train_examples = squad.subset(train_examples, args.max_train_samples, args.seed)
+        tested = squad.subset(examples[1], args.max_eval_samples, args.seed)
+        run = {
+            "train": squad.tokenize(train_examples, tokenizer, MAX_LENGTH, training=True),
+            "selection": squad.tokenize(selection, tokenizer, MAX_LENGTH, training=False),
+            "test": squad.tokenize(tested, tokenizer, MAX_LENGTH, training=False),
+        }
+    except ValueError as error:
+        raise inputs.BadInput(f"--dataset {args.dataset}: {error}") from None
+    batch_size = inputs.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
+    steps = math.ceil(max(1, round(len(run["train"]) * args.num_train_epochs)) / batch_size)
+    if steps < args.max_t:
+        raise inputs.BadInput(
+            f"--max_t {args.max_t}: a full training on {len(run['train'])} questions has only {steps} optimizer steps "
+            f"at batch size {batch_size}; use more questions or epochs, or a smaller --max_t"
+        )
+    run |= {"model": str(folder), "ds_config": ds_config, "max_new_tokens": run["train"].longest_answer}
+    return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial")}
+
+
+def announce(args: argparse.Namespace, run: dict, run_dir: Path) -> None:
+    """Says what is about to run."""
+    whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
+    print(f"run folder: {run_dir}")
+    print(f"questions: {len(run['train'])} to train on, {len(run['selection'])} of other articles to select on;")
+    print(f"  to test the best model on once, at the end: {whole} {len(run['test'])} of the validation set")
+    if not args.gpus_per_trial:
+        print("no GPU: training in fp32 on the CPU instead of fp16")
+    print(f"search: {args.num_samples} trials, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
+    dimensions = sum(isinstance(d, inputs.Domain) for d in SEARCH_SPACE["train_loop_config"].values())
+    needed = 2 * (dimensions + 1)
+    most = max(results_per_budget(args.num_samples, args.max_t, args.reduction_factor).values())
+    if most < needed:
+        print(f"WARNING: this is random search: the model needs {needed} results at one budget, and none gets more than {most};")
+        print(f"  one band is {band_size(args.max_t, args.reduction_factor)} trials (--num_samples)")
+    sys.stdout.flush()
+
+
+def save_best_model(trial, run: dict, path: Path) -> None:
+    """Writes the best trial's model and tokenizer whole, in the form that from_pretrained takes."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with trial.checkpoint.as_directory() as checkpoint:
+        transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained(temporary)
+    transformers.AutoTokenizer.from_pretrained(run["model"]).save_pretrained(temporary)
+    temporary.rename(path)
+    report.delete_checkpoints(trial)
+
+
+def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] | None) -> None:
+    folder = inputs.model_folder(args.model)
+    examples = examples or inputs.load_examples(args.dataset)
+    if args.prefetch:
+        print(f"in the cache: model {folder}, {len(examples[0])} training and {len(examples[1])} validation questions")
+        return
+    args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
+    run = prepare(args, examples, folder, ds_config)
+    run_dir = Path(args.output_dir).absolute() / args.run_name
+    try:
+        run_dir.mkdir(parents=True)
+    except FileExistsError:
+        raise inputs.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
+    facts = {
+        "status": "running",
+        "arguments": vars(args),
+        "seed": args.seed,
+        "questions": {part: len(run[part]) for part in ("train", "selection", "test")},
+        "versions": report.versions(),
+        "git_commit": report.git_commit(Path(__file__).parent),
+    }
+    report.write_json(run_dir / "run.json", facts)
+    announce(args, run, run_dir)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Ray is shut down
+    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:  # mode 0700; short, for the names of sockets
+        start_ray(args, temp_dir)
+        try:
+            started = time.time()
+            tested = run.pop("test")
+            record, searcher = search(args, run, run_dir)
+            facts |= record.bill(time.time() - started, int(ray.cluster_resources().get("GPU", 0)))
+            facts["model_based_suggestions"] = {"k": searcher.model_based, "n": len(searcher.suggested)}
+            if record.best is None:
+                raise RuntimeError("no trial came to its first rung; the reasons are above")
+            save_best_model(record.best, run, run_dir / "best_model")
+            print(f"best model: {run_dir / 'best_model'}; testing it", flush=True)
+            resources = {"num_cpus": args.cpus_per_trial, "num_gpus": args.gpus_per_trial}
+            task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
+            facts["test"] = {"questions": len(tested), **ray.get(task)}
+        except Exception:
+            report.write_json(run_dir / "run.json", facts | {"status": "failed"})
+            raise
+        finally:
+            ray.shutdown()
+    trials = list(record.trials.values())
+    best = record.trials[record.best.trial_id]
+    config = {"train_loop_config": searcher.suggested[record.best.trial_id]["config"]["train_loop_config"]}
+    result = {name: best[name] for name in report.METRICS} | {"config": config}
+    report.write_json(run_dir / "best_result.json", result)
+    report.write_json(run_dir / "run.json", facts | {"status": "done"})
+    print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
+    print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
+    print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))
+    print(f"Below, eval_loss, EM and F1 are on the {len(run['selection'])} questions that trials were selected on.\n")
+    print(f"Best Trial Result:\n{json.dumps(result, indent=2)}\n")
+    print(report.table(trials, args.metric), flush=True)
+
+
+if __name__ == "__main__":
+    import raytune_bayesian  # by its own name, so that trial processes import it and nothing has to be pickled
+
+    try:
+        raytune_bayesian.main(ARGS, DS_CONFIG, EXAMPLES)
+    except inputs.BadInput as error:
+        print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        print(f"raytune_bayesian.py: the search ended early; what was saved is in {ARGS.output_dir}/{ARGS.run_name}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,258 @@
+"""The folder of a run: written while it runs, read back as a table.
+
+    python report.py results/<run_name>        # at any time, also while the run goes on
+
+trials.csv has a row a trial, iterations.csv a row a report, run.json what was run on what, best_result.json the result.
+"""
+
+import csv
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ray.tune import Callback
+
+COLUMNS = {"lr": "learning_rate", "per_device_bs": "batch_size", "wd": "weight_decay"}
+TRIAL_FIELDS = ["trial_id", *COLUMNS.values(), "eval_loss", "exact_match", "f1", "training_iteration", "status",
+                "model_based", "resumes", "gpu_minutes"]  # fmt: skip
+ITERATION_FIELDS = ["trial_id", "training_iteration", "eval_loss", "exact_match", "f1", "started_at", "ended_at", "node"]
+METRICS = ["eval_loss", "exact_match", "f1"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: Path, fields: list[str], rows: list[dict]) -> None:
+    """Fields that a row lacks stay empty; keys that are in no field become columns at the end."""
+    fields = fields + [key for key in (rows[0] if rows else {}) if key not in fields]
+    lines = [",".join(fields)] + [",".join(_cell(row.get(field)) for field in fields) for row in rows]
+    write_whole(path, "\n".join(lines) + "\n")
+
+
+def _cell(value) -> str:
+    text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
+    return f'"{text.replace(chr(34), chr(34) * 2)}"' if any(c in text for c in ',"\n') else text
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows with numbers as numbers and empty cells as None."""
+    with open(path, newline="") as file:
+        return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def _value(key: str, text: str):
+    if key in ("trial_id", "status", "node"):
+        return text
+    if text in ("", "True", "False"):
+        return {"": None, "True": True, "False": False}[text]
+    try:
+        return int(text)
+    except ValueError:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    packages = ["ray", "torch", "transformers", "datasets", "deepspeed", "accelerate", "evaluate", "hpbandster", "ConfigSpace"]
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+def git_commit(folder: Path) -> str | None:
+    """Commit of the code, with "-dirty" where files differ from it; None outside a repository."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ranking
+
+
+def badness(row: dict, metric: str) -> float:
+    """The value of a metric, such that lower is better and what is missing or NaN is worst."""
+    value = row.get(metric)
+    if value is None or math.isnan(value):
+        return math.inf
+    return value if metric == "eval_loss" else -value
+
+
+def ranked(trials: list[dict], metric: str) -> list[dict]:
+    """Best first. A trial with a larger completed budget goes before all with a smaller one; failed ones come last."""
+    return sorted(trials, key=lambda row: (row["status"] == "failed", -row["training_iteration"], badness(row, metric)))
+
+
+def table(trials: list[dict], metric: str) -> str:
+    """The results as text, best first."""
+    extra = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS]
+    names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1"]
+    keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS]
+    rows = [names, ["-" * len(name) for name in names]]
+    for trial in ranked(trials, metric):
+        rows.append([_show(key, trial.get(key)) for key in keys])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    lines[1] = lines[1].replace(" ", "-").replace("|-", "|-")
+    return "\n".join(lines)
+
+
+def _show(key: str, value) -> str:
+    if value is None:
+        return ""
+    if key == "learning_rate":
+        return f"{value:.3g}"
+    return f"{value:.4f}" if key in METRICS else str(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# while it runs
+
+
+class Record(Callback):
+    """Keeps trials.csv and iterations.csv up to date, prints a line a rung, deletes checkpoints nobody will need.
+
+    Args:
+        run_dir: the run's folder.
+        searcher: its `suggested` tells which configurations came from the model.
+        metric, num_samples, gpus_per_trial: as in the arguments of the run.
+    """
+
+    def __init__(self, run_dir: Path, searcher, metric: str, num_samples: int, gpus_per_trial: int):
+        self.run_dir, self.searcher, self.metric = run_dir, searcher, metric
+        self.num_samples, self.gpus_per_trial = num_samples, gpus_per_trial
+        self.trials: dict[str, dict] = {}  # rows of trials.csv
+        self.iterations: list[dict] = []  # rows of iterations.csv
+        self.best = None  # the Tune trial with the best result so far, its checkpoint is kept
+        self.started_at = self.written_at = time.time()
+
+    # -- what Tune calls ----------------------------------------------------------------------------------------------
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        row = self.trials.get(trial.trial_id)
+        if row is None:
+            searched = trial.config["train_loop_config"]
+            self.trials[trial.trial_id] = {
+                "trial_id": trial.trial_id,
+                **{COLUMNS.get(name, name): value for name, value in searched.items()},
+                **dict.fromkeys(METRICS),
+                "training_iteration": 0,
+                "status": "running",
+                "model_based": self.searcher.suggested[trial.trial_id]["model_based"],
+                "resumes": 0,
+                "gpu_minutes": 0.0,
+            }
+        else:
+            row["status"] = "running"
+            row["resumes"] += 1
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        row = self.trials[trial.trial_id]
+        metrics = {name: result.get(name) for name in METRICS}
+        row.update({name: value for name, value in metrics.items() if value is not None})
+        row["training_iteration"] = result["training_iteration"]
+        row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
+        times = {key: result[key] for key in ("started_at", "ended_at", "node")}
+        self.iterations.append({"trial_id": trial.trial_id, "training_iteration": row["training_iteration"], **metrics, **times})
+        rungs = trial.config["rungs"]
+        if row["training_iteration"] in rungs:
+            row["status"] = "paused" if row["training_iteration"] < rungs[-1] else "completed"
+            if self.best is None or self._rank(row) < self._rank(self.trials[self.best.trial_id]):
+                old, self.best = self.best, trial
+                if old is not None and old is not trial and old.is_finished():
+                    delete_checkpoints(old)
+            self.say(f"{self._describe(row)} at {row['training_iteration']}/{rungs[-1]}")
+        self.write()
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        row = self.trials[trial.trial_id]
+        if row["status"] != "completed":
+            row["status"] = "stopped"
+        if trial is not self.best:
+            delete_checkpoints(trial)
+        self.write()
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        row = self.trials[trial.trial_id]
+        row["status"] = "failed"
+        reason = (trial.error_file and Path(trial.error_file).exists() and last_line(Path(trial.error_file))) or "unknown"
+        self.say(f"{self._describe(row)} failed after {row['training_iteration']} iterations: {reason}")
+        if trial is not self.best:
+            delete_checkpoints(trial)
+        self.write()
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def write(self, now: bool = False) -> None:
+        """Writes both tables, at most once a second unless `now`."""
+        if now or time.time() - self.written_at > 1:
+            write_csv(self.run_dir / "trials.csv", TRIAL_FIELDS, list(self.trials.values()))
+            write_csv(self.run_dir / "iterations.csv", ITERATION_FIELDS, self.iterations)
+            self.written_at = time.time()
+
+    def bill(self, seconds: float, gpus: int) -> dict:
+        """Where the search ran, and GPU-minutes allocated, busy with iterations, and idle."""
+        allocated, busy = gpus * seconds / 60, sum(row["gpu_minutes"] for row in self.trials.values())
+        minutes = {"allocated": allocated, "busy": busy, "idle": allocated - busy}
+        return {"seconds": seconds, "nodes": sorted({row["node"] for row in self.iterations}), "gpu_minutes": minutes}
+
+    def say(self, what: str) -> None:
+        counts = {status: 0 for status in ("running", "paused", "stopped", "completed", "failed")}
+        for row in self.trials.values():
+            counts[row["status"]] += 1
+        counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
+        print(f"[{time.time() - self.started_at:6.0f} s] {what} | {counted} of {self.num_samples}", flush=True)
+
+    def _rank(self, row: dict) -> tuple:
+        return -row["training_iteration"], badness(row, self.metric)
+
+    def _describe(self, row: dict) -> str:
+        source = "model" if row["model_based"] else "random"
+        names = [key for key in row if key not in TRIAL_FIELDS or key in COLUMNS.values()]
+        config = " ".join(f"{key} {_show(key, row[key])}" for key in names)
+        scores = " ".join(f"{key} {_show(key, row[key])}" for key in METRICS if row[key] is not None)
+        return f"trial {row['trial_id']} ({config}, {source}) {scores}"
+
+
+def delete_checkpoints(trial) -> None:
+    """Removes what a trial that will not go on has left on the disk."""
+    for folder in Path(trial.storage.trial_fs_path).glob("checkpoint_*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a traceback that says something."""
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else ""
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "trials.csv").exists():
+        print("usage: python report.py results/<run_name>   (a folder with a trials.csv)", file=sys.stderr)
+        sys.exit(2)
+    folder = Path(sys.argv[1])
+    print(table(read_csv(folder / "trials.csv"), json.loads((folder / "run.json").read_text())["arguments"]["metric"]))
