@@ -16,6 +16,7 @@ Both keep their state in trial ids and plain Python types, so that it can be sav
 import copy
 import logging
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +109,9 @@ class Model(BOHB):
         """Adds one result and refits the densities of its budget."""
         budget = job.kwargs["budget"]
         known = len(self.configs.get(budget, []))
-        super().new_result(job, update_model)
+        with warnings.catch_warnings():  # of statsmodels to its own developers
+            warnings.simplefilter("ignore")
+            super().new_result(job, update_model)
         if len(self.configs[budget]) == known:  # hpbandster forgets results below its largest model
             self.configs[budget].append(ConfigSpace.Configuration(self.configspace, job.kwargs["config"]).get_array())
             self.losses[budget].append(job.result["loss"])
@@ -124,9 +127,21 @@ class Model(BOHB):
             return dict(self.configspace.sample_configuration()), {"model_based_pick": False}
         kde = self.kde_models[max(self.kde_models)]
         candidates = self._candidates(kde["good"])
-        ratio = np.maximum(kde["bad"].pdf(candidates), 1e-32) / np.maximum(kde["good"].pdf(candidates), 1e-32)
+        good, bad = self._density(kde["good"], candidates), self._density(kde["bad"], candidates)
+        ratio = np.maximum(bad, 1e-32) / np.maximum(good, 1e-32)
         best = candidates[np.argmin(ratio)]
         return dict(ConfigSpace.Configuration(self.configspace, vector=best)), {"model_based_pick": True}
+
+    def _density(self, kde, points: np.ndarray) -> np.ndarray:
+        """Density at points (m, d), shape (m,). statsmodels' own pdf is infinite at a category that its data lacks."""
+        kernels = np.ones((len(points), len(kde.data)))
+        for j, (bw, choices) in enumerate(zip(kde.bw, self.vartypes)):
+            x, data = points[:, j, None], kde.data[None, :, j]
+            if choices == 0:
+                kernels *= scipy.stats.norm.pdf(x, loc=data, scale=bw)
+            else:  # Aitchison & Aitken
+                kernels *= np.where(x == data, 1 - bw, bw / max(choices - 1, 1))
+        return kernels.mean(axis=1)
 
     def _candidates(self, good) -> np.ndarray:
         """num_samples points around those of the good density, shape (num_samples, d), in [0, 1] or category indices."""

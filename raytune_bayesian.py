@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: else anyone on the network may run code in it
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's new progress output cannot be silenced; report.Record prints instead
 from ray import tune
 
 import inputs
@@ -76,7 +77,6 @@ if __name__ == "__main__":  # before the slow imports: bad input is told within 
         print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
         sys.exit(2)
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import datasets
 import evaluate
 import ray
@@ -87,6 +87,9 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 import report
 import squad
 from bohb import HyperBandForBOHB, TuneBOHB, band_size, results_per_budget, rungs
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
 
 # ---------------------------------------------------------------------------------------------------------------------
 # EM and F1
@@ -307,8 +310,16 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
     )
     record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial)
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+
+    def trial(config, run):
+        # Imported here, not with the process: Tune gives a trial whose process is still starting the first warm one that
+        # is free, and ends the new one, so that with slow imports and short rungs a slot might never come up.
+        import raytune_bayesian
+
+        raytune_bayesian.train(config, run)
+
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(train, run=run), resources),
+        tune.with_resources(tune.with_parameters(trial, run=run), resources),
         param_space=SEARCH_SPACE,
         tune_config=tune.TuneConfig(
             metric=args.metric,
@@ -338,11 +349,11 @@ def start_ray(args: argparse.Namespace, temp_dir: str) -> None:
     environment = {
         "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
         "HF_HUB_OFFLINE": "1",  # all was loaded before
-        "TRANSFORMERS_VERBOSITY": "error",
         "TOKENIZERS_PARALLELISM": "false",
         **({} if args.gpus_per_trial else {"DS_ACCELERATOR": "cpu"}),
     }
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
+    os.environ.update(environment)
     if "RAY_ADDRESS" not in os.environ:
         token = Path(temp_dir) / "token"
         token.touch(mode=0o600)
