@@ -124,8 +124,8 @@ class SquadMetric(evaluate.Metric):
         """Returns {"exact_match", "f1"}. Raises ValueError where there is no reference or one without an answer."""
         if not references:
             raise ValueError("no references")
-        text_of = {p["id"]: p["prediction_text"] for p in predictions}
-        aligned = [{"id": r["id"], "prediction_text": text_of.get(r["id"])} for r in references]
+        by_id = {p["id"]: p for p in predictions}
+        aligned = [by_id.get(r["id"], {"id": f"none for {r['id']}", "prediction_text": ""}) for r in references]
         return super().compute(predictions=aligned, references=references)
 
     def _compute(self, predictions, references):
@@ -133,7 +133,7 @@ class SquadMetric(evaluate.Metric):
         for prediction, reference in zip(predictions, references):
             if not reference["answers"]["text"]:
                 raise ValueError(f"question {reference['id']} has no answer")
-            if prediction["prediction_text"] is not None:
+            if prediction["id"] == reference["id"]:
                 scores = [squad.score_answer(prediction["prediction_text"], t) for t in reference["answers"]["text"]]
                 exact_match += max(em for em, _ in scores)
                 f1 += max(f1 for _, f1 in scores)
@@ -350,6 +350,7 @@ def start_ray(args: argparse.Namespace, temp_dir: str) -> None:
         "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
         "HF_HUB_OFFLINE": "1",  # all was loaded before
         "TOKENIZERS_PARALLELISM": "false",
+        "MALLOC_ARENA_MAX": "2",  # each trial is a new thread of its process: glibc would keep memory for each
         **({} if args.gpus_per_trial else {"DS_ACCELERATOR": "cpu"}),
     }
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a label that torch's cross entropy leaves out
+ANSWER_ROOM = 48  # tokens kept free after a prompt in evaluation: its length must not depend on the answer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # loading: an example is {"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}
@@ -169,7 +170,8 @@ class TokenizedSquad:
 
 
 def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -> TokenizedSquad:
-    """Tokenises examples to at most max_length tokens each; the first answer is the one to learn.
+    """Tokenises examples to at most max_length tokens each (in evaluation: prompts to max_length - ANSWER_ROOM); the first
+    answer is the one to learn.
 
     A context that does not fit is cut to a window, never the question or the answer. In training the window lies around
     the answer; in evaluation it is the one that shares most tokens with the question: where the answer is, is not looked at.
@@ -184,7 +186,7 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
     sequences, prompt_lengths = [], []
     for i, (e, head, context, answer) in enumerate(zip(examples, heads, contexts.input_ids, answers)):
         answer = answer + [tokenizer.eos_token_id]
-        room = max_length - len(head) - len(tail) - len(answer)
+        room = max_length - len(head) - len(tail) - (len(answer) if training else ANSWER_ROOM)
         if room < 1:
             raise ValueError(f"question {e['id']}: question and answer alone are longer than {max_length} tokens")
         if len(context) > room:

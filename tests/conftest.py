@@ -1,0 +1,108 @@
+"""A tiny model and a tiny data set, made in a second: what a test needs that does not look at learning."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, as raytune_bayesian.py does
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # threads that spin on a busy machine make small models slower
+
+ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the processes of trials
+SHARED_SQUAD = ROOT.parent / "shared" / "squad"
+
+
+def make_squad(folder: Path, sizes={"train": (20, 20), "dev": (6, 10)}, seed=0) -> Path:
+    """Writes train.json and dev.json: {split: (articles, passages an article)}, one question a passage."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
+    for split, (articles, passages) in sizes.items():
+        data = []
+        for a in range(articles):
+            paragraphs = []
+            for p in range(passages):
+                names, colours = ["Bo", "Al", "Cy", "Di"], ["red", "blue", "green", "pink"]
+                rng.shuffle(colours)
+                context = f"Tale {a}.{p} of {split}. " + " ".join(f"{n} has a {c} hat." for n, c in zip(names, colours))
+                who = rng.randrange(4)
+                answers = [{"text": t, "answer_start": context.index(t)} for t in (colours[who], f"a {colours[who]} hat")]
+                qas = [{"id": f"{split}-{a}-{p}", "question": f" What hat has {names[who]}?", "answers": answers}]
+                paragraphs.append({"context": context, "qas": qas})
+            data.append({"title": f"{split} {a}", "paragraphs": paragraphs})
+        (folder / f"{split}.json").write_text(json.dumps({"version": "1.1", "data": data}))
+    return folder
+
+
+def make_model(folder: Path, dropout: float = 0.0) -> Path:
+    """Saves a random BLOOM of two layers and a byte-level tokenizer without merges worth speaking of."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["Question: What hat has Bo? Context: Al has a pink hat. Answer: red blue green"] * 9, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BloomConfig(
+        vocab_size=len(fast), hidden_size=32, n_layer=2, n_head=4, hidden_dropout=dropout, attention_dropout=dropout,
+        bos_token_id=1, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    BloomForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_squad(tmp_path_factory) -> Path:
+    return make_squad(tmp_path_factory.mktemp("squad"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def dropout_model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("dropout_model"), dropout=0.1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def shared_squad() -> Path:
+    if not SHARED_SQUAD.is_dir():
+        pytest.skip("real SQuAD is not beside this clone (../shared/squad)")
+    return SHARED_SQUAD
+
+
+def run_script(*arguments, timeout=300, **environment) -> subprocess.CompletedProcess:
+    """Runs raytune_bayesian.py as a user does, in a process group of its own; output is text."""
+    command = [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, arguments)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, 9)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -1,0 +1,286 @@
+"""Data, objective and metric: squad.py, and SquadMetric in raytune_bayesian.py."""
+
+import gzip
+import json
+import math
+import string
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics.text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+import raytune_bayesian
+import squad
+from raytune_bayesian import SquadMetric
+
+# -- loading ----------------------------------------------------------------------------------------------------------
+
+
+def test_reads_plain_and_gzipped_files(tiny_squad, tmp_path):
+    plain = squad.read_squad(tiny_squad / "train.json")
+    with gzip.open(tmp_path / "train-v1.1.json.gz", "wt") as file:
+        file.write((tiny_squad / "train.json").read_text())
+    (tmp_path / "validation.json").write_text((tiny_squad / "dev.json").read_text())
+    files = squad.find_squad_files(tmp_path)
+    assert squad.read_squad(files["train"]) == plain and len(plain) == 400
+    assert len(squad.read_squad(files["validation"])) == 60
+
+
+def make_example(i, title="t", context="c a", answer="a"):
+    return {"id": str(i), "title": title, "context": context, "question": "q?",
+            "answers": {"text": [answer], "answer_start": [context.index(answer)]}}  # fmt: skip
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=2, max_size=120),
+    st.integers(1, 50),
+    st.integers(0, 9),
+)
+@settings(deadline=None)
+def test_no_passage_is_on_both_sides(pairs, size, seed):
+    """Whatever articles and passages there are, and although some passages stand in several articles."""
+    examples = [make_example(i, f"title {t}", f"passage {c} a") for i, (t, c) in enumerate(pairs)]
+    if len({c for _, c in pairs}) < 2:
+        with pytest.raises(ValueError, match="single passage"):
+            squad.hold_out(examples, size, seed)
+        return
+    train, selection = squad.hold_out(examples, size, seed)
+    assert not {e["context"] for e in train} & {e["context"] for e in selection}
+    assert train and 1 <= len(selection) <= size
+    assert squad.hold_out(examples, size, seed) == (train, selection)
+
+
+def test_articles_stay_whole(tiny_squad):
+    examples = squad.read_squad(tiny_squad / "train.json")
+    train, selection = squad.hold_out(examples, 30, seed=1)
+    assert not {e["title"] for e in train} & {e["title"] for e in selection}
+    assert len(selection) == 30 and len(train) == 400 - 40  # two articles of 20 questions
+
+
+# -- tokenising -------------------------------------------------------------------------------------------------------
+
+
+def decode_answer(data, i, tokenizer):
+    item = data[i]
+    answer = item["input_ids"][item["prompt_length"] :]
+    assert answer[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in answer[:-1]
+    return tokenizer.decode(answer[:-1])
+
+
+def test_labels_decode_to_the_answer_for_all_of_squad(shared_squad, tokenizer):
+    files = squad.find_squad_files(shared_squad)
+    for split, count in {"train": 8149, "validation": 10570}.items():
+        examples = squad.read_squad(files[split])
+        assert len(examples) == count
+        data = squad.tokenize(examples, tokenizer, 1024, training=split == "train")
+        assert (data.lengths if split == "train" else data.prompt_lengths).max() <= 1024
+        for i, e in enumerate(examples):
+            answer = e["answers"]["text"][0]
+            assert decode_answer(data, i, tokenizer).strip() == answer.strip()
+            prompt = tokenizer.decode(data[i]["input_ids"][: data[i]["prompt_length"]])
+            assert prompt.startswith(f"Question: {e['question'].strip()} Context:") and prompt.endswith(" Answer:")
+            if split == "train":
+                assert answer in prompt.removeprefix(f"Question: {e['question'].strip()}")
+
+
+@given(st.integers(0, 400), st.integers(110, 250), st.booleans())
+@settings(deadline=None)
+def test_windows_cut_neither_question_nor_answer(tokenizer, place, max_length, training):
+    words = [f"w{i}" for i in range(401)]
+    words[place] = "needle"
+    context = " ".join(words)
+    example = make_example(0, context=context, answer="needle") | {"question": "Where is the needle?"}
+    data = squad.tokenize([example], tokenizer, max_length, training)
+    assert data.lengths[0] <= max_length and (training or data.prompt_lengths[0] <= max_length - squad.ANSWER_ROOM)
+    text = tokenizer.decode(data[0]["input_ids"][: data[0]["prompt_length"]])
+    assert text.startswith("Question: Where is the needle? Context:") and text.endswith(" Answer:")
+    assert decode_answer(data, 0, tokenizer) == " needle"
+    if training:
+        assert "needle" in text.split("Context:")[1]
+
+
+def test_evaluation_window_does_not_look_at_the_answer(tokenizer):
+    """The passage is cut near words of the question, and in the same way whatever the answer and wherever it is."""
+    words = ["aaa"] * 300
+    words[0], words[140], words[150], words[160], words[299] = "begin", "QZX", "KJV", "YWZ", "at the very end"
+    context = " ".join(words)
+    prompts = set()
+    for answer in ("begin", "at the very end"):
+        e = make_example(0, context=context, answer=answer) | {"question": "QZX KJV YWZ?"}
+        data = squad.tokenize([e], tokenizer, 300, training=False)
+        prompts.add(tokenizer.decode(data[0]["input_ids"][: data[0]["prompt_length"]]))
+    assert len(prompts) == 1
+    window = prompts.pop().split("Context:")[1]
+    assert "QZX" in window and "KJV" in window and "begin" not in window and "end" not in window
+
+
+def test_question_and_answer_that_do_not_fit_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="longer than 20 tokens"):
+        squad.tokenize([make_example(0) | {"question": "x" * 100}], tokenizer, 20, training=True)
+
+
+def test_batch_is_padded_to_its_longest_and_only_answers_are_supervised(tokenizer):
+    data = squad.tokenize([make_example(0), make_example(1, context="long " * 9 + "answer", answer="answer")], tokenizer, 500, True)
+    batch = squad.collate([data[0], data[1]], tokenizer.pad_token_id)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, data.lengths.max())
+    assert batch["attention_mask"].sum(1).tolist() == data.lengths.tolist()
+    width = batch["labels"].shape[1]
+    for i in range(2):
+        supervised = batch["labels"][i] != squad.IGNORE
+        answer = data[i]["input_ids"][data[i]["prompt_length"] :]
+        assert batch["labels"][i][supervised].tolist() == answer.tolist() == batch["input_ids"][i, -width:][supervised].tolist()
+
+
+# -- the objective ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tiny_squad, tokenizer):
+    return squad.tokenize(squad.read_squad(tiny_squad / "dev.json"), tokenizer, 1024, training=False)
+
+
+def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
+    """Left padding and few logits give what each sequence alone gives with labels of its own."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    total = count = 0
+    for i in range(len(data)):
+        ids = torch.tensor(data[i]["input_ids"].astype(np.int64))[None]
+        labels = ids.clone()
+        labels[0, : data[i]["prompt_length"]] = squad.IGNORE
+        n = int((labels != squad.IGNORE).sum())
+        with torch.no_grad():
+            total += model(input_ids=ids, labels=labels).loss.item() * n
+        count += n
+    for batch_size in (1, 7, 60):
+        assert squad.evaluate_loss(model, data, tokenizer.pad_token_id, batch_size) == pytest.approx(total / count, abs=1e-5)
+    assert total / count == pytest.approx(math.log(model.config.vocab_size), rel=0.05)  # random weights know nothing
+
+
+def test_loss_is_a_mean_over_tokens_not_over_batches(tiny_model, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    examples = [make_example(0), make_example(1, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4)]
+    both = squad.tokenize(examples, tokenizer, 500, True)
+    each = [squad.tokenize([e], tokenizer, 500, True) for e in examples]
+    sums = [squad.evaluate_loss(model, d, 0, 1) * d.longest_answer for d in each]
+    tokens = sum(d.longest_answer for d in each)
+    assert squad.evaluate_loss(model, both, 0, 1) == pytest.approx(sum(sums) / tokens, abs=1e-6)
+
+
+def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    items = [data[i] for i in range(8)]
+    few = squad.TokenizedSquad(
+        tokens=data.tokens[: data.offsets[8]], offsets=data.offsets[:9], prompt_lengths=data.prompt_lengths[:8], references=data.references[:8]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    batch = squad.collate(items, tokenizer.pad_token_id)
+    assert raytune_bayesian.score(model, tokenizer, few, 12)["exact_match"] < 1
+    model.train()
+    for _ in range(250):
+        loss, count = squad.answer_loss(model, batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert raytune_bayesian.score(model, tokenizer, few, 12) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_batched_predictions_equal_single_ones(tiny_model, tokenizer, data):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    together = squad.predict(model, tokenizer, data, batch_size=16, max_new_tokens=8)
+    alone = squad.predict(model, tokenizer, data, batch_size=1, max_new_tokens=8)
+    assert together == alone and [p["id"] for p in together] == [r["id"] for r in data.references]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.floats(0.1, 3), st.integers(1, 4))
+@settings(deadline=None)
+def test_data_order_holds_each_question_once_an_epoch(lengths, epochs, batch_size):
+    order = raytune_bayesian.data_order(lengths, epochs, batch_size, seed=1)
+    n = len(lengths)
+    assert len(order) == max(1, round(n * epochs))
+    for epoch in range(int(epochs)):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert order == raytune_bayesian.data_order(lengths, epochs, batch_size, seed=1)
+
+
+# -- EM and F1 --------------------------------------------------------------------------------------------------------
+
+
+def compute(pairs):
+    """pairs: [(prediction or None, [references])]"""
+    predictions = [{"id": str(i), "prediction_text": p} for i, (p, _) in enumerate(pairs) if p is not None]
+    references = [{"id": str(i), "answers": {"text": list(r), "answer_start": [0] * len(r)}} for i, (_, r) in enumerate(pairs)]
+    return SquadMetric().compute(predictions=predictions, references=references)
+
+
+def test_metric_known_values():
+    assert compute([("The Moon!", ["moon"])]) == {"exact_match": 1.0, "f1": 1.0}
+    assert compute([("blue moon", ["moon", "full moon", "sun"])]) == {"exact_match": 0.0, "f1": pytest.approx(2 / 3)}
+    assert compute([("moon", ["sun", "moon"]), (None, ["moon"])]) == {"exact_match": 0.5, "f1": 0.5}
+    assert compute([(None, ["the"])]) == {"exact_match": 0.0, "f1": 0.0}  # no prediction is not an empty one
+    assert compute([("an", ["the"])]) == {"exact_match": 1.0, "f1": 0.0}  # as the official script
+    assert compute([("twelve twelve", ["twelve"])])["f1"] == pytest.approx(2 / 3)
+    assert compute([("a-b", ["ab"])])["exact_match"] == 1.0
+    assert compute([("", ["moon"])]) == {"exact_match": 0.0, "f1": 0.0}
+
+
+def test_metric_refuses_what_cannot_be_scored():
+    with pytest.raises(ValueError, match="no references"):
+        SquadMetric().compute(predictions=[], references=[])
+    with pytest.raises(ValueError, match="no answer"):
+        compute([("x", [])])
+
+
+word = st.sampled_from(["the", "a", "an", "The", "moon", "Moon's", "moon", "1,000", "é", "ß", "İ", "don’t", "an\u00a0apple", "x", "U.S.", "—"])
+text = st.one_of(st.lists(word, max_size=6).map(" ".join), st.text(max_size=12), st.text(alphabet=string.punctuation + " theano", max_size=15))
+
+
+@given(st.lists(st.tuples(st.one_of(st.none(), text), st.lists(text, min_size=1, max_size=4)), min_size=1, max_size=6))
+@settings(deadline=None, max_examples=300)
+def test_metric_equals_torchmetrics(pairs):
+    ours = compute(pairs)
+    predictions = [{"id": str(i), "prediction_text": p} for i, (p, _) in enumerate(pairs) if p is not None]
+    target = [{"id": str(i), "answers": {"text": list(r), "answer_start": [0] * len(r)}} for i, (_, r) in enumerate(pairs)]
+    if not predictions:
+        assert ours == {"exact_match": 0.0, "f1": 0.0}
+        return
+    theirs = torchmetrics.text.SQuAD()(predictions, target)
+    assert ours["exact_match"] == pytest.approx(theirs["exact_match"].item() / 100, abs=1e-5)
+    # For two answers without a word torchmetrics gives F1 1 as SQuAD v2 does, the script of v1.1 gives 0.
+    wordless = sum(p is not None and not squad.normalize_answer(p) and any(not squad.normalize_answer(t) for t in r) for p, r in pairs)
+    assert ours["f1"] + wordless / len(pairs) == pytest.approx(theirs["f1"].item() / 100, abs=1e-5)
+    assert compute(pairs * 2) == pytest.approx(ours)
+
+
+def test_metric_on_the_whole_dev_set(shared_squad):
+    """Reference answers as predictions. All 10,570 questions count; the reference "A" has no word, so no F1."""
+    examples = squad.read_squad(squad.find_squad_files(shared_squad)["validation"])
+    references = [{"id": e["id"], "answers": e["answers"]} for e in examples]
+    perfect = [{"id": e["id"], "prediction_text": e["answers"]["text"][-1]} for e in examples]
+    wordless = sum(not squad.normalize_answer(p["prediction_text"]) for p in perfect)
+    scores = SquadMetric().compute(predictions=perfect, references=references)
+    assert scores == {"exact_match": 1.0, "f1": pytest.approx(1 - wordless / 10570)} and wordless < 3
+    assert SquadMetric().compute(predictions=perfect[: 10570 // 2], references=references)["exact_match"] == 0.5
+
+
+def test_files_are_checked(tmp_path):
+    def article(**answer):
+        qa = {"id": "7", "question": "q", "answers": [answer]}
+        return {"data": [{"title": "t", "paragraphs": [{"context": "one two", "qas": [qa]}]}]}
+
+    for content, message in {
+        "not json": "not a SQuAD v1.1 JSON file",
+        "[]": "not a SQuAD v1.1 JSON file",
+        '{"data": []}': "no question",
+        json.dumps(article(text="two", answer_start=3)): "question 7: answer 'two' is not at answer_start 3",
+        json.dumps(article(text="two", answer_start=-3)): "not at answer_start",
+        json.dumps(article(text="two")): "not a SQuAD",
+    }.items():
+        path = tmp_path / "train.json"
+        path.write_text(content)
+        with pytest.raises(ValueError, match=message) as error:
+            squad.read_squad(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)

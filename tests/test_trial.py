@@ -1,0 +1,189 @@
+"""One trial on real Ray with the real DeepSpeed engine: what it trains with, pausing and resuming, warm processes."""
+
+import math
+import tempfile
+import types
+
+import pytest
+import ray
+import torch
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from safetensors.torch import load_file
+
+import inputs
+import raytune_bayesian
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session():
+    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:
+        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=0), temp_dir)
+        yield
+        ray.shutdown()
+
+
+def prepare(model, dataset, *more):
+    args = raytune_bayesian.parse_arguments(["--model", str(model), "--dataset", str(dataset), *map(str, more)])
+    ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
+    run = raytune_bayesian.prepare(args, examples, inputs.model_folder(args.model), ds_config)
+    run.pop("test")
+    return run
+
+
+def run_trials(folder, trainable, run, configs, scheduler=None, cpus=1):
+    """One trial a config; returns Tune's results in the order of the configs."""
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trainable, run=run), {"cpu": cpus}),
+        param_space={"i": tune.grid_search(list(range(len(configs)))), "configs": configs},
+        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True),
+        run_config=tune.RunConfig(
+            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1)
+        ),
+    )
+    results = tuner.fit()
+    for error in results.errors:
+        raise error
+    return sorted(results, key=lambda result: result.config["i"])
+
+
+def trial(config, run):
+    import raytune_bayesian
+
+    raytune_bayesian.train(config["configs"][config["i"]], run)
+
+
+def config(lr=1e-3, per_device_bs=2, wd=0.01, rungs=(1, 3, 8)):
+    return {"train_loop_config": {"lr": lr, "per_device_bs": per_device_bs, "wd": wd}, "rungs": list(rungs)}
+
+
+class PauseAtRungs(FIFOScheduler):
+    """Pauses each trial at all rungs but the last."""
+
+    def __init__(self, rungs):
+        super().__init__()
+        self.rungs, self.pauses = rungs, 0
+
+    def on_trial_result(self, tune_controller, trial, result):
+        if result["training_iteration"] in self.rungs:
+            self.pauses += 1
+            return TrialScheduler.PAUSE
+        return TrialScheduler.CONTINUE
+
+    def choose_trial_to_run(self, tune_controller):
+        return next((t for t in tune_controller.get_trials() if t.status in (Trial.PAUSED, Trial.PENDING)), None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, batch_size):
+    """Same weights to the last bit and same eval_loss: optimizer, lr schedule, data order and RNG (dropout) carry on."""
+    run = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
+    configs = [config(per_device_bs=batch_size)]
+    through = run_trials(tmp_path / "through", trial, run, configs)[0]
+    scheduler = PauseAtRungs([1, 3])
+    paused = run_trials(tmp_path / "paused", trial, run, configs, scheduler)[0]
+    assert scheduler.pauses == 2
+    assert paused.metrics["eval_loss"] == through.metrics["eval_loss"]
+    iterations = paused.metrics_dataframe["training_iteration"].tolist()
+    assert iterations == through.metrics_dataframe["training_iteration"].tolist() == list(range(1, 9))
+    assert paused.metrics_dataframe["eval_loss"].tolist() == through.metrics_dataframe["eval_loss"].tolist()
+    weights = [load_file(f"{result.checkpoint.path}/model.safetensors") for result in (through, paused)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    first = run_trials(tmp_path / "other", trial, run, [config(per_device_bs=batch_size, lr=2e-3)])[0]
+    assert first.metrics["eval_loss"] != through.metrics["eval_loss"]  # or the comparison would say nothing
+
+
+def spying_trial(config, run):
+    """Adds to each report what the DeepSpeed engine trains with, and what the process has cost so far."""
+    import gc
+    import os
+    import time
+
+    import deepspeed
+    import psutil
+
+    import raytune_bayesian
+
+    started = time.time()
+    first_step = []
+
+    class Iterations(raytune_bayesian.Iterations):
+        def on_step_end(self, *args, **kwargs):
+            first_step or first_step.append(time.time() - started)
+            super().on_step_end(*args, **kwargs)
+
+        def report(self, checkpoint=None):
+            engines = [e for e in gc.get_objects() if isinstance(e, deepspeed.DeepSpeedEngine)]
+            groups = engines[-1].optimizer.param_groups
+            self.metrics |= {
+                "engines": len(engines),
+                "micro_batch": engines[-1].train_micro_batch_size_per_gpu(),
+                "initial_lr": groups[0]["initial_lr"],
+                "lr": groups[0]["lr"],
+                "wds": sorted({g["weight_decay"] for g in groups}),
+                "zero_stage": engines[-1].zero_optimization_stage(),
+                "first_step": first_step[0],
+                "rss": psutil.Process().memory_info().rss / 2**20,
+                "pid": os.getpid(),
+                "process_started": psutil.Process().create_time(),
+                "first_step_at": started + first_step[0],
+                "saved": checkpoint is not None,
+            }
+            super().report(checkpoint)
+
+    original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
+    try:
+        raytune_bayesian.train(config["configs"][config["i"]], run)
+    finally:
+        raytune_bayesian.Iterations = original
+
+
+def test_deepspeed_engine_trains_with_the_trial_s_hyperparameters(tmp_path, tiny_model, tiny_squad):
+    run = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10)
+    configs = [config(3e-4, 1, 0.0, [2, 4]), config(7e-5, 2, 0.01, [2, 4])]
+    for result, c in zip(run_trials(tmp_path, spying_trial, run, configs), configs):
+        searched = c["train_loop_config"]
+        frame = result.metrics_dataframe
+        assert set(frame["engines"]) == {1}
+        assert set(frame["micro_batch"]) == {searched["per_device_bs"]}
+        assert set(frame["initial_lr"]) == {searched["lr"]}
+        assert result.metrics["wds"] == sorted({0.0, searched["wd"]})  # biases and layer norms have none
+        assert frame["lr"].is_monotonic_decreasing and frame["lr"].iloc[-1] == 0  # linear, over the full training
+        assert frame["saved"].tolist() == [False, True, False, True]  # at the rungs, nowhere else
+
+
+def test_thirty_trials_in_one_warm_process(tmp_path, tiny_model, tiny_squad):
+    run = prepare(tiny_model, tiny_squad, "--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10)
+    configs = [config(1e-4 * (i + 1), 1 + i % 2, 0.01, [1, 2]) for i in range(30)]
+    results = run_trials(tmp_path, spying_trial, run, configs, cpus=2)
+    assert len({r.metrics["pid"] for r in results}) == 1
+    warm = sorted(r.metrics["first_step"] for r in results[1:])
+    rss = [r.metrics["rss"] for r in results]
+    fresh = results[0].metrics["first_step_at"] - results[0].metrics["process_started"]
+    print(f"\nfirst optimizer step after {fresh:.2f} s in a fresh process, {warm[len(warm) // 2]:.2f} s "
+          f"in a warm one (median of {len(warm)}, worst {warm[-1]:.2f}); memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 30")  # fmt: skip
+    assert warm[len(warm) // 2] < 1
+    assert {r.metrics["engines"] for r in results} == {1}  # the engines of earlier trials are gone
+    assert max(rss[-5:]) - max(rss[4:9]) < 10, rss
+
+
+def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny_squad, monkeypatch):
+    """DeepSpeed would wait for ever for the lock of its CPU communication op: here the op is not built at all."""
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+
+    def locked_trial(config, run):
+        import os
+
+        import raytune_bayesian
+
+        os.environ["TORCH_EXTENSIONS_DIR"] = config["configs"][0]["extensions"]
+        raytune_bayesian.train(config["configs"][config["i"]], run)
+
+    run = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
+    configs = [config(rungs=[1]) | {"extensions": str(lock.parent.parent)}]
+    result = run_trials(tmp_path / "run", locked_trial, run, configs)[0]
+    assert math.isfinite(result.metrics["eval_loss"])
+    assert [p.name for p in lock.parent.parent.iterdir()] == ["deepspeed_shm_comm"]
