@@ -234,6 +234,10 @@ def init_distributed() -> None:
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        # The half million objects of the imports stay for good: without this, each of the two collections a trial makes
+        # walks them for 0.3 s.
+        gc.collect()
+        gc.freeze()
 
 
 def train(config: dict, run: dict) -> None:

@@ -94,9 +94,9 @@ def shared_squad() -> Path:
     return SHARED_SQUAD
 
 
-def run_script(*arguments, timeout=300, **environment) -> subprocess.CompletedProcess:
+def run_script(*arguments, timeout=300, script=ROOT / "raytune_bayesian.py", **environment) -> subprocess.CompletedProcess:
     """Runs raytune_bayesian.py as a user does, in a process group of its own; output is text."""
-    command = [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, arguments)]
+    command = [sys.executable, str(script), *map(str, arguments)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, start_new_session=True
     )

@@ -256,7 +256,7 @@ def test_metric_equals_torchmetrics(pairs):
 
 
 def test_metric_on_the_whole_dev_set(shared_squad):
-    """Reference answers as predictions. All 10,570 questions count; the reference "A" has no word, so no F1."""
+    """Reference answers as predictions. All 10,570 questions count; one reference is a mere full stop, so no F1."""
     examples = squad.read_squad(squad.find_squad_files(shared_squad)["validation"])
     references = [{"id": e["id"], "answers": e["answers"]} for e in examples]
     perfect = [{"id": e["id"], "prediction_text": e["answers"]["text"][-1]} for e in examples]

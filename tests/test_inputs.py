@@ -1,0 +1,159 @@
+"""Bad input, through the command line: one line, exit code 2, within seconds, nothing created."""
+
+import json
+import os
+import re
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT, run_script
+
+import inputs
+import raytune_bayesian
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory, tiny_squad, tiny_model):
+    """A folder with all kinds of wrong input."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("x")
+    (folder / "not_json.json").write_text("{")
+    (folder / "list.json").write_text("[]")
+    ds_config = json.loads((ROOT / "ds_config.json").read_text())
+    (folder / "optimizer.json").write_text(json.dumps(ds_config | {"optimizer": {"type": "AdamW"}}))
+    (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
+    shutil.copytree(tiny_squad, folder / "moved")
+    train = json.loads((folder / "moved" / "train.json").read_text())
+    train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
+    (folder / "moved" / "train.json").write_text(json.dumps(train))
+    shutil.copytree(tiny_squad, folder / "no_dev")
+    (folder / "no_dev" / "dev.json").unlink()
+    shutil.copytree(tiny_squad, folder / "cut")
+    (folder / "cut" / "train.json").write_text((tiny_squad / "train.json").read_text()[:5000])
+    shutil.copytree(tiny_model, folder / "no_weights")
+    (folder / "no_weights" / "model.safetensors").unlink()
+    shutil.copytree(tiny_model, folder / "bad_tokenizer")
+    (folder / "bad_tokenizer" / "tokenizer.json").write_text("{}")
+    (folder / "results" / "old").mkdir(parents=True)
+    (folder / "results" / "old" / "mine").write_text("precious")
+    return folder
+
+
+CASES = {  # arguments, of which @ stands for the folder of broken things: part of the message
+    "unknown metric": (["--metric", "bleu"], r"--metric: invalid choice: 'bleu'"),
+    "unknown flag": (["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
+    "abbreviated flag": (["--max_train", "1"], r"unrecognized arguments: --max_train"),
+    "not a number": (["--max_t", "many"], r"--max_t: invalid int value: 'many'"),
+    "max_t": (["--max_t", "0"], r"--max_t 0: must be at least 1"),
+    "reduction_factor": (["--reduction_factor", "1"], r"--reduction_factor 1: must be at least 2"),
+    "num_samples": (["--num_samples", "-3"], r"--num_samples -3: must be at least 1"),
+    "epochs": (["--num_train_epochs", "nan"], r"--num_train_epochs nan: must be above 0"),
+    "GPUs": (["--gpus_per_trial", "99"], r"--gpus_per_trial 99: this machine has \d+"),
+    "CPUs": (["--cpus_per_trial", "9999"], r"--cpus_per_trial 9999: this machine has \d+"),
+    "max_t above the number of steps": (["--max_train_samples", "10", "--num_train_epochs", "1"], r"--max_t 50: .* only 5 optimizer steps"),
+    "no ds_config": (["--deepspeed", "@/none.json"], r"--deepspeed .*none.json: .*No such file"),
+    "ds_config is a folder": (["--deepspeed", "@/empty"], r"--deepspeed .*empty: .*Is a directory"),
+    "ds_config not JSON": (["--deepspeed", "@/not_json.json"], r"--deepspeed .*not_json.json: Expecting property name"),
+    "ds_config not an object": (["--deepspeed", "@/list.json"], r"--deepspeed .*list.json: not a JSON object"),
+    "ds_config with optimizer": (["--deepspeed", "@/optimizer.json"], r"remove 'optimizer'"),
+    "ds_config with batch size": (["--deepspeed", "@/batch.json"], r'train_micro_batch_size_per_gpu must be "auto"'),
+    "data set without files": (["--dataset", "@/empty"], r"--dataset .*empty: one file train\*.json"),
+    "data set without dev": (["--dataset", "@/no_dev"], r"--dataset .*no_dev: one file dev\*.json.* or validation\*.json"),
+    "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD v1.1 JSON file"),
+    "answer not at answer_start": (["--dataset", "@/moved"], r"train.json: question train-3-2: answer .* is not at answer_start"),
+    "data set is a file": (["--dataset", "@/file"], r"--dataset .*file: neither a folder nor the name of a repository"),
+    "model folder without config": (["--model", "@/empty"], r"--model .*empty: no config.json"),
+    "model folder without weights": (["--model", "@/no_weights"], r"--model .*no_weights: no weights"),
+    "model with a broken tokenizer": (["--model", "@/bad_tokenizer"], r"--model .*bad_tokenizer: no usable tokenizer"),
+    "no such model folder": (["--model", "@/nowhere"], r"--model .*nowhere: neither a folder nor the name of a repository"),
+    "run_name exists": (["--output_dir", "@/results", "--run_name", "old"], r"--run_name old: .*results/old exists already"),
+    "run_name is a path": (["--run_name", "../x"], r"--run_name ../x: letters, digits"),
+    "output below a file": (["--output_dir", "@/file/results"], r"--output_dir .*file/results: cannot be written: Not a directory"),
+    "output not writable": (["--output_dir", "/proc/results"], r"--output_dir /proc/results: cannot be written"),
+}
+
+
+def files_of(folder):
+    return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(broken, tiny_model, tiny_squad):
+    """All cases run, two at a time; {name: (process, seconds)}."""
+    before = files_of(broken)
+    beside = set(ROOT.iterdir())
+
+    def run(case):
+        arguments = [a.replace("@", str(broken)) for a in case[0]]
+        for flag, value in {"--model": tiny_model, "--dataset": tiny_squad, "--output_dir": broken / "new"}.items():
+            arguments = arguments if flag in arguments else [flag, str(value), *arguments]
+        started = time.time()
+        return run_script(*arguments, timeout=60), time.time() - started
+
+    with ThreadPoolExecutor(2) as pool:
+        results = dict(zip(CASES, pool.map(run, CASES.values())))
+    assert files_of(broken) == before and set(ROOT.iterdir()) == beside
+    return results
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_and_exit_code_2(outcomes, name):
+    process, seconds = outcomes[name]
+    assert process.returncode == 2, process.stderr
+    assert process.stdout == ""
+    assert len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert process.stderr.startswith("raytune_bayesian.py: error: ") and re.search(CASES[name][1], process.stderr)
+
+
+def test_told_within_seconds(outcomes):
+    """The limit is 5 s on a machine that does nothing else; here two run at a time."""
+    slow_by_nature = {"model with a broken tokenizer", "max_t above the number of steps"}  # need transformers
+    times = sorted(seconds for name, (_, seconds) in outcomes.items() if name not in slow_by_nature)
+    print(f"\nbad input is told after {times[len(times) // 2]:.1f} s (median), {times[-1]:.1f} s (slowest)")
+    assert times[len(times) // 2] < 5
+
+
+def test_search_space_is_checked(monkeypatch):
+    from ray import tune
+
+    good = raytune_bayesian.SEARCH_SPACE["train_loop_config"]
+    inputs.check_search_space({"train_loop_config": good})
+    for change, message in [
+        ({"lr": tune.loguniform(2e-4, 5e-6)}, "lr: lower 0.0002 is not below upper 5e-06"),
+        ({"lr": tune.uniform(1e-4, 1e-4)}, "lr: lower 0.0001 is not below"),
+        ({"wd": tune.choice([])}, "wd has nothing to choose from"),
+        ({"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "nothing to search"),
+    ]:
+        with pytest.raises(inputs.BadInput, match=re.escape(message)):
+            inputs.check_search_space({"train_loop_config": {**good, **change}})
+    with pytest.raises(inputs.BadInput, match="wd is missing"):
+        inputs.check_search_space({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
+
+
+def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
+    """What a user does: edit the block at the top of the script."""
+    for name in ("raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "report.py", "ds_config.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = tmp_path / "raytune_bayesian.py"
+    text = script.read_text()
+    assert text.count("tune.loguniform(5e-6, 2e-4)") == 1
+    script.write_text(text.replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(2e-4, 5e-6)"))
+    process = run_script("--model", tiny_model, "--dataset", tiny_squad, script=script, timeout=60)
+    assert process.returncode == 2 and "search space: lr: lower 0.0002 is not below upper 5e-06" in process.stderr
+    assert not (tmp_path / "results").exists() and not os.path.exists("results/bloom_bohb")
+
+
+def test_help_lists_all_flags():
+    process = run_script("--help", timeout=60)
+    assert process.returncode == 0
+    for flag in "model dataset max_train_samples max_eval_samples num_train_epochs max_t reduction_factor num_samples gpus_per_trial cpus_per_trial max_concurrent_trials metric deepspeed seed output_dir run_name prefetch".split():  # fmt: skip
+        assert f"--{flag}" in process.stdout
+
+
+def test_defaults():
+    args = raytune_bayesian.parse_arguments([])
+    assert (args.model, args.dataset) == ("bigscience/bloom-560m", "rajpurkar/squad")
+    assert (args.max_t, args.reduction_factor, args.metric) == (50, 4, "eval_loss")
