@@ -343,7 +343,7 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
         ),
     )
     tuner.fit()
-    record.write(now=True)
+    record.write()
     return record, searcher
 
 

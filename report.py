@@ -149,6 +149,7 @@ class Record(Callback):
         self.iterations: list[dict] = []  # rows of iterations.csv
         self.best = None  # the Tune trial with the best result so far, its checkpoint is kept
         self.started_at = self.written_at = time.time()
+        self.changed = False
 
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
@@ -186,7 +187,7 @@ class Record(Callback):
                 if old is not None and old is not trial and old.is_finished():
                     delete_checkpoints(old)
             self.say(f"{self._describe(row)} at {row['training_iteration']}/{rungs[-1]}")
-        self.write()
+        self.changed = True
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         row = self.trials[trial.trial_id]
@@ -194,7 +195,7 @@ class Record(Callback):
             row["status"] = "stopped"
         if trial is not self.best:
             delete_checkpoints(trial)
-        self.write()
+        self.changed = True
 
     def on_trial_error(self, iteration, trials, trial, **info):
         row = self.trials[trial.trial_id]
@@ -203,16 +204,19 @@ class Record(Callback):
         self.say(f"{self._describe(row)} failed after {row['training_iteration']} iterations: {reason}")
         if trial is not self.best:
             delete_checkpoints(trial)
-        self.write()
+        self.changed = True
+
+    def on_step_end(self, iteration, trials, **info):  # several times a second
+        if self.changed and time.time() - self.written_at > 1:
+            self.write()
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def write(self, now: bool = False) -> None:
-        """Writes both tables, at most once a second unless `now`."""
-        if now or time.time() - self.written_at > 1:
-            write_csv(self.run_dir / "trials.csv", TRIAL_FIELDS, list(self.trials.values()))
-            write_csv(self.run_dir / "iterations.csv", ITERATION_FIELDS, self.iterations)
-            self.written_at = time.time()
+    def write(self) -> None:
+        """Writes both tables."""
+        write_csv(self.run_dir / "trials.csv", TRIAL_FIELDS, list(self.trials.values()))
+        write_csv(self.run_dir / "iterations.csv", ITERATION_FIELDS, self.iterations)
+        self.changed, self.written_at = False, time.time()
 
     def bill(self, seconds: float, gpus: int) -> dict:
         """Where the search ran, and GPU-minutes allocated, busy with iterations, and idle."""

@@ -1,0 +1,300 @@
+"""Whole runs through the command line, on real Ray with the real DeepSpeed engine, at a small size."""
+
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet
+import pyarrow
+import pytest
+from conftest import ROOT, make_model, make_squad, run_script
+
+import bohb
+import report
+import squad
+
+SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
+
+
+def ours():
+    """Processes of Ray on this machine."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return {line.split()[0] for line in listing.splitlines() if "raylet" in line or "gcs_server" in line or " ray::" in line}
+
+
+@pytest.fixture(scope="module")
+def band(tmp_path_factory, tiny_squad, tiny_model):
+    """One whole band, one slot: (folder of the run, output, processes left behind, checkpoints of ended trials)."""
+    output_dir = tmp_path_factory.mktemp("results")
+    before = ours()
+    most, stop = [0], threading.Event()
+
+    def watch():
+        """Most trials at a time that have ended, by the table, and still have a checkpoint."""
+        while not stop.is_set():
+            try:
+                rows = report.read_csv(output_dir / "band" / "trials.csv")
+            except OSError:
+                rows = []
+            ended = [row["trial_id"] for row in rows if row["status"] in ("stopped", "completed", "failed")]
+            most[0] = max(most[0], sum(any((output_dir / "band" / "ray" / t).glob("checkpoint_*")) for t in ended))
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    process = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", output_dir, "--run_name", "band", *SMALL,
+        "--max_concurrent_trials", 1,
+    )  # fmt: skip
+    stop.set()
+    watcher.join()
+    assert process.returncode == 0, process.stdout + process.stderr
+    return output_dir / "band", process, ours() - before, most[0]
+
+
+def closing_block(text):
+    """What stands after `Best Trial Result:`: (the JSON object, rows of the table)."""
+    assert text.count("Best Trial Result:\n") == 1
+    rest = text.split("Best Trial Result:\n")[1]
+    result, end = json.JSONDecoder().raw_decode(rest)
+    lines = [line for line in rest[end:].splitlines() if line.strip()]
+    assert all(line.startswith("|") for line in lines)  # nothing else follows
+    return result, [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_log_ends_with_result_and_table(band):
+    folder, process, *_ = band
+    result, rows = closing_block(process.stdout)
+    assert list(result) == ["eval_loss", "exact_match", "f1", "config"]
+    assert list(result["config"]) == ["train_loop_config"]
+    assert set(result["config"]["train_loop_config"]) == {"lr", "per_device_bs", "wd"}
+    assert rows[0] == ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", "Eval Loss", "EM", "F1"]
+    assert len(rows) == 2 + 25
+    assert json.loads((folder / "best_result.json").read_text()) == result
+    assert 0 <= result["exact_match"] <= result["f1"] <= 1
+    assert rows[2][4] == f"{result['eval_loss']:.4f}"
+    assert len(process.stdout.splitlines()) < 400 and "WARNING" not in process.stdout
+
+
+def test_tables_agree_with_the_plan(band):
+    """Trials a rung as planned; each iteration ran once; the best is the best of those that trained fully."""
+    folder, process, *_ = band
+    trials = report.read_csv(folder / "trials.csv")
+    iterations = report.read_csv(folder / "iterations.csv")
+    assert list(trials[0]) == report.TRIAL_FIELDS and list(iterations[0]) == report.ITERATION_FIELDS
+    assert len(trials) == 25 and Counter(t["training_iteration"] for t in trials) == {1: 12, 4: 3 + 4, 16: 1 + 2 + 3}
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in iterations]
+    assert len(pairs) == len(set(pairs)) == sum(t["training_iteration"] for t in trials) == 16 + 4 * 3 + 12 + 6 * 4 + 2 * 12 + 3 * 16
+    assert Counter(t["status"] for t in trials) == {"stopped": 19, "completed": 6}
+    completed = [t for t in trials if t["status"] == "completed"]
+    best = min(completed, key=lambda t: t["eval_loss"])
+    result = json.loads((folder / "best_result.json").read_text())
+    searched = result["config"]["train_loop_config"]
+    assert (best["eval_loss"], best["learning_rate"]) == (result["eval_loss"], searched["lr"])
+    assert [type(searched[k]) for k in ("lr", "per_device_bs", "wd")] == [float, int, float]
+    assert all(i["ended_at"] > i["started_at"] for i in iterations)
+    at_rungs = [i for i in iterations if i["exact_match"] is not None]
+    assert Counter(i["training_iteration"] for i in at_rungs) == {1: 16, 4: 4 + 6, 16: 6}  # EM where it is used
+    text = subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True, check=True).stdout
+    assert text.strip() == process.stdout[process.stdout.index("| Trial ID") :].strip()
+
+
+def test_model_based_suggestions_are_counted(band):
+    folder, process, *_ = band
+    run = json.loads((folder / "run.json").read_text())
+    trials = report.read_csv(folder / "trials.csv")
+    k = sum(t["model_based"] for t in trials)
+    assert run["model_based_suggestions"] == {"k": k, "n": 25}
+    assert f"model-based suggestions: {k} of 25" in process.stdout
+    assert k >= (25 - 10) / 3  # of those after the eighth result at one budget
+
+
+def test_run_json(band):
+    folder, *_ = band
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "done" and run["seed"] == 42 and run["arguments"]["max_t"] == 16
+    assert set(run["versions"]) >= {"python", "ray", "torch", "transformers", "deepspeed", "hpbandster", "ConfigSpace"}
+    assert set(run["gpu_minutes"]) == {"allocated", "busy", "idle"} and len(run["nodes"]) == 1
+    assert len(run["git_commit"].removesuffix("-dirty")) == 40
+
+
+def test_nothing_is_left_but_the_results(band):
+    folder, _, processes, most_checkpoints = band
+    assert not processes
+    assert {p.name for p in folder.iterdir()} == {"run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "ray"}
+    assert not list(folder.glob("ray/*/checkpoint_*"))
+    assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
+
+
+def test_best_model_loads_and_scores_the_same(band, tiny_squad):
+    """from_pretrained alone, EM and F1 of the best model on the selection split and on the test split."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import raytune_bayesian
+
+    torch.set_num_threads(1)
+    folder, *_ = band
+    model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
+    run, result = (json.loads((folder / f).read_text()) for f in ("run.json", "best_result.json"))
+    files = squad.find_squad_files(tiny_squad)
+    train, selection = squad.hold_out(squad.read_squad(files["train"]), 20, 42)
+    tested = squad.subset(squad.read_squad(files["validation"]), 20, 42)
+    longest = squad.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
+    for examples, expected in ((selection, result), (tested, run["test"])):
+        data = squad.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
+        assert raytune_bayesian.score(model, tokenizer, data, longest) == {k: expected[k] for k in ("exact_match", "f1")}
+        loss = squad.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_BATCH_SIZE)
+        assert loss == pytest.approx(expected["eval_loss"], rel=1e-6)
+
+
+def test_same_seed_one_slot_same_search(band, tmp_path, tiny_model, tiny_squad):
+    """A second run proposes the same and gets the same losses to the last digit."""
+    folder, *_ = band
+    process = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", "again", *SMALL,
+        "--max_concurrent_trials", 1, "--num_samples", 25,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    keys = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration"]
+    first, second = ([[t[k] for k in keys] for t in report.read_csv(f / "trials.csv")] for f in (folder, tmp_path / "again"))
+    assert first == second
+
+
+def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):
+    """Both end with their own results; the score is computed after each iteration where trials are compared by it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def run(name, metric):
+        return run_script(
+            "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", name, "--max_t", 4,
+            "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--num_samples", 5, "--metric", metric, "--seed", 7,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(2) as pool:
+        processes = list(pool.map(run, ["one", "two"], ["f1", "eval_loss"]))
+    for name, process in zip(["one", "two"], processes):
+        assert process.returncode == 0, process.stderr
+        result, rows = closing_block(process.stdout)
+        assert len(rows) == 2 + 5
+        assert "this is random search" in process.stdout and "model-based suggestions: 0 of 5" in process.stdout
+    assert all(i["f1"] is not None for i in report.read_csv(tmp_path / "one" / "iterations.csv"))
+    assert not all(i["f1"] is not None for i in report.read_csv(tmp_path / "two" / "iterations.csv"))
+
+
+def test_real_squad(tmp_path, tiny_model, shared_squad):
+    process = run_script(
+        "--dataset", shared_squad, "--model", tiny_model, "--max_train_samples", 64, "--max_eval_samples", 16, "--num_samples", 4,
+        "--max_t", 4, "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "real",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "questions: 64 to train on, 16 of other articles to select on" in process.stdout
+    run = json.loads((tmp_path / "real" / "run.json").read_text())
+    assert run["questions"] == {"train": 64, "selection": 16, "test": 16} and 0 <= run["test"]["f1"] <= 1
+    assert json.loads((tmp_path / "real" / "best_result.json").read_text())["eval_loss"] > 0
+
+
+def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
+    """Each failure is told with its reason; exit code 1; what there is stays."""
+    broken = shutil.copytree(tiny_model, tmp_path / "model")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    process = run_script(
+        "--model", broken, "--dataset", tiny_squad, *SMALL, "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x"
+    )
+    assert process.returncode == 1
+    assert process.stdout.count("failed after 0 iterations") == 2
+    assert "no trial came to its first rung" in process.stderr and f"{tmp_path}/x" in process.stderr
+    assert [t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 2
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
+
+
+# -- the hub ----------------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the hub's protocol that a download of a whole repository uses."""
+
+    root: Path
+    requests: list = []
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def do_GET(self):
+        Hub.requests.append(self.path)
+        path = self.path.split("?")[0]
+        for kind in ("models", "datasets"):
+            for repo in ("tiny/bloom", "tiny/squad"):
+                folder = self.root / kind / repo
+                files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+                if path.startswith(f"/api/{kind}/{repo}/revision/"):
+                    return self.answer(json.dumps({"id": repo, "sha": self.COMMIT, "siblings": [{"rfilename": f} for f in files]}).encode())
+                if path.startswith(f"/api/{kind}/{repo}/tree/"):
+                    tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+                    return self.answer(json.dumps(tree).encode())
+                prefix = f"/{'' if kind == 'models' else 'datasets/'}{repo}/resolve/{self.COMMIT}/"
+                if path.startswith(prefix) and path.removeprefix(prefix) in files:
+                    return self.answer((folder / path.removeprefix(prefix)).read_bytes())
+        self.send_response(404)
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", f'"{hash(body) & (2**64 - 1):x}"')
+        self.send_header("X-Repo-Commit", self.COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture()
+def hub(tmp_path, tiny_squad):
+    """A hub on this machine with a model and a data set in parquet; yields the environment that points there."""
+    make_model(tmp_path / "hub" / "models" / "tiny" / "bloom")
+    for split, source in (("train", "train"), ("validation", "dev")):
+        path = tmp_path / "hub" / "datasets" / "tiny" / "squad" / "plain_text" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(squad.read_squad(tiny_squad / f"{source}.json")), path)
+    Hub.root, Hub.requests = tmp_path / "hub", []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0",
+           "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    server.shutdown()
+    server.server_close()
+
+
+def test_prefetch_then_run_without_the_hub(hub, tmp_path):
+    names = ["--model", "tiny/bloom", "--dataset", "tiny/squad", "--output_dir", tmp_path / "results", "--run_name", "x"]
+    small = ["--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 2]
+
+    early = run_script(*names, *small, **hub | {"HF_HUB_OFFLINE": "1"})
+    assert early.returncode == 2 and early.stdout == "" and len(early.stderr.strip().splitlines()) == 1
+    assert "tiny/bloom: neither a folder nor in the cache" in early.stderr and "--prefetch" in early.stderr
+
+    prefetch = run_script(*names, "--prefetch", **hub)
+    assert prefetch.returncode == 0, prefetch.stderr
+    assert "400 training and 60 validation questions" in prefetch.stdout
+    assert not (tmp_path / "results").exists()
+
+    Hub.requests.clear()
+    process = run_script(*names, *small, **hub)
+    assert process.returncode == 0, process.stderr
+    assert Hub.requests == []  # what is in the cache is not asked for again
+    assert (tmp_path / "results" / "x" / "best_result.json").exists()
+
+    wrong = run_script(*names[2:], "--model", "tiny/typo", "--run_name", "y", **hub)
+    assert wrong.returncode == 2 and "tiny/typo" in wrong.stderr
