@@ -1,12 +1,12 @@
 """Makes the demo, so that everything runs without a hub and without a GPU: a small data set and a small BLOOM.
 
-    python demo/make_demo.py        # writes demo/squad/ and demo/model/, about a minute on two cores
+    python demo/make_demo.py        # writes demo/squad/ and demo/model/ in a minute and a half
 
 demo/squad has the format of SQuAD v1.1. All names and facts are invented, so a question can only be answered by
 reading its passage: several facts of the same kind stand in it (two people, two places, two dates, two materials), and
 in some a second building with the same relation.
 
-demo/model is "pretrained a little", on passages of its own with notes about them ("keeper: Mira Toven."). It can look
+demo/model is "pretrained a little", on passages of its own with notes about them ("keeper: Mira Toven noted."). It can look
 a fact up and copy it, but it has never seen a question or the prompt of the fine-tuning: that is left to learn.
 """
 
@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
@@ -31,14 +32,14 @@ TRAIN_ARTICLES = 100  # times 6 passages and 4 questions: 2400
 DEV_ARTICLES = 15  # 360 questions
 PASSAGES = 6  # an article
 FACTS = 4  # a passage, of one building
-RIVAL = 0.25  # share of passages that tell one of the facts of a second building too
+RIVAL = 0.15  # share of passages that tell one of the facts of a second building too
 
 VOCABULARY = 1600  # 256 bytes, and merges enough that an invented name is a token or two
 HIDDEN, LAYERS, HEADS = 96, 3, 4
 INIT_STD = 0.1  # BLOOM's 0.02 is meant for wide models
 
-STEPS, BATCH, LR, WARMUP = 350, 48, 3e-3, 50  # pretraining
-CUE_FIRST = 0.7  # share of pretraining texts that ask before the passage, as a question will
+STEPS, BATCH, LR, WARMUP = 300, 48, 3e-3, 50  # pretraining
+CUE_FIRST = 0.9  # share of pretraining texts that ask before the passage, as a question will
 
 # ---------------------------------------------------------------------------------------------------------------------
 # an invented world
@@ -210,16 +211,17 @@ def make_text(rng: random.Random, titles: set[str], encode) -> tuple[list[int], 
         ids.extend(new)
         learnt.extend([learn] * len(new))
 
+    # A note ends with a word: a model that has not learnt to end an answer with EOS shall not score for what it copies.
     if rng.random() < CUE_FIRST:
         relation, references, _ = facts.pop()
         cue = rng.choice([relation, f"{relation} of the {subject}", f"the {subject}, {relation}"])
         add(f"Seek {cue} in {passage} Found:")
-        add(f" {references[0]}.", learn=True)
+        add(f" {references[0]} noted.", learn=True)
     else:
         add(passage)
     for relation, references, _ in facts:
         add(f" Note {relation}:")
-        add(f" {references[0]}.", learn=True)
+        add(f" {references[0]} noted.", learn=True)
     return ids, learnt
 
 
@@ -289,6 +291,7 @@ def write_folder(path: Path, write) -> None:
 
 
 def main() -> None:
+    transformers.logging.disable_progress_bar()
     squad_folder, model_folder = HERE / "squad", HERE / "model"
     if squad_folder.is_dir() and model_folder.is_dir():
         print(f"the demo is there already: {model_folder} and {squad_folder}")

@@ -11,13 +11,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-import pyarrow.parquet
 import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ROOT, make_model, make_squad, run_script
 
-import bohb
 import report
 import squad
 

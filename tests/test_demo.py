@@ -1,0 +1,54 @@
+"""The demo, whole: the search on its model and data learns something, and finds the better hyperparameters."""
+
+import json
+import re
+
+from conftest import ROOT, run_script
+
+import report
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
+def test_demo_search_learns(tmp_path):
+    """The command of `make demo`, into a folder of the test's own."""
+    command = re.search(r"raytune_bayesian.py (--model demo/model .*?)--run_name demo\n", MAKEFILE, re.DOTALL).group(1)
+    arguments = command.replace("\\\n", " ").replace("demo/", f"{ROOT}/demo/").split()
+    process = run_script(*arguments, "--output_dir", tmp_path, "--run_name", "demo", timeout=900)
+    assert process.returncode == 0, process.stdout + process.stderr
+    folder = tmp_path / "demo"
+    trials = report.read_csv(folder / "trials.csv")
+    run = json.loads((folder / "run.json").read_text())
+    best = json.loads((folder / "best_result.json").read_text())
+    completed = [t for t in trials if t["status"] == "completed"]
+    print("\n" + "\n".join(process.stdout.splitlines()[-40:]))
+    assert len(trials) >= 20 and len(completed) == 6
+    assert best["exact_match"] >= 0.5 and run["test"]["exact_match"] >= 0.5
+    assert min(t["exact_match"] for t in completed) <= best["exact_match"] - 0.2
+    searched = best["config"]["train_loop_config"]
+    assert searched["lr"] > 5e-5  # of 5e-6 to 2e-4
+    k = run["model_based_suggestions"]["k"]
+    assert k >= 5
+    # what the model suggested is better than what was drawn at random, at the rung that all of a bracket came to
+    iterations = report.read_csv(folder / "iterations.csv")
+    first = {i["trial_id"]: i["eval_loss"] for i in iterations if i["training_iteration"] == 1}
+    from_model = [first[t["trial_id"]] for t in trials[:16] if t["model_based"]]
+    at_random = [first[t["trial_id"]] for t in trials[:16] if not t["model_based"]]
+    assert sum(from_model) / len(from_model) < sum(at_random) / len(at_random)
+
+
+def test_demo_set_is_sound():
+    """SQuAD v1.1 format, several references, articles of the two sets apart, and a tokenizer that loses nothing."""
+    from transformers import AutoTokenizer
+
+    import squad
+
+    files = squad.find_squad_files(ROOT / "demo" / "squad")
+    train, dev = squad.read_squad(files["train"]), squad.read_squad(files["validation"])
+    assert len(train) >= 2000 and len(dev) >= 300
+    assert not {e["title"] for e in train} & {e["title"] for e in dev}
+    assert not {e["context"] for e in train} & {e["context"] for e in dev}
+    assert sum(len(e["answers"]["text"]) > 1 for e in dev) > len(dev) / 2
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "model")
+    for text in ("naïve café — 東京 🙂", "tabs\tand  spaces", "\u00a0İ"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
