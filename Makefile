@@ -11,7 +11,7 @@ READY = $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
 demo: demo-data
 	rm -rf results/demo
 	$(VENV)/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad \
-		--max_t 16 --num_train_epochs 1 --max_eval_samples 200 --run_name demo
+		--max_t 16 --num_train_epochs 0.7 --max_eval_samples 200 --run_name demo
 
 demo-data: $(READY)
 	$(VENV)/bin/python demo/make_demo.py

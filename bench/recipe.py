@@ -32,7 +32,7 @@ import report
 import squad
 from bohb import band_size
 
-SETTINGS = ["--model", f"{ROOT}/demo/model", "--dataset", f"{ROOT}/demo/squad", "--max_t", "16", "--num_train_epochs", "1",
+SETTINGS = ["--model", f"{ROOT}/demo/model", "--dataset", f"{ROOT}/demo/squad", "--max_t", "16", "--num_train_epochs", "0.7",
             "--max_eval_samples", "200"]  # fmt: skip
 PADDED = 512
 LIMIT = 4.0
@@ -68,13 +68,13 @@ def textbook_trial(config, run):
             tune.report({"training_iteration": iteration, "eval_loss": metrics["eval_loss"]})
 
     train, selection = tokenize(run["train_examples"]), tokenize(run["selection_examples"])
-    steps = math.ceil(len(train) / searched["per_device_bs"])
+    steps = math.ceil(round(len(train) * run["num_train_epochs"]) / searched["per_device_bs"])
     last_steps = [round(t * steps / max_t) for t in range(1, max_t + 1)]
     with tempfile.TemporaryDirectory() as folder:
         trainer = transformers.Trainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(run["model"]),
             args=transformers.TrainingArguments(
-                output_dir=folder, learning_rate=searched["lr"], weight_decay=searched["wd"], num_train_epochs=1,
+                output_dir=folder, learning_rate=searched["lr"], weight_decay=searched["wd"], max_steps=steps,
                 per_device_train_batch_size=searched["per_device_bs"], per_device_eval_batch_size=8, deepspeed=run["ds_config"],
                 use_cpu=not torch.cuda.is_available(), fp16=torch.cuda.is_available(), save_strategy="no",
                 logging_strategy="no", report_to="none", disable_tqdm=True, prediction_loss_only=True,
@@ -91,7 +91,7 @@ def textbook(folder: Path) -> tuple[float, int]:
     args = raytune_bayesian.parse_arguments([*SETTINGS, "--output_dir", str(folder), "--run_name", "textbook"])
     ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
     train, selection = squad.hold_out(examples[0], args.max_eval_samples, args.seed)
-    run = {"model": args.model, "ds_config": ds_config, "max_t": args.max_t, "seed": args.seed,
+    run = {"model": args.model, "ds_config": ds_config, "max_t": args.max_t, "num_train_epochs": args.num_train_epochs, "seed": args.seed,
            "train_examples": train, "selection_examples": selection}  # fmt: skip
     executed = []
 
