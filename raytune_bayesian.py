@@ -181,10 +181,10 @@ class Iterations(transformers.TrainerCallback):
     F1 are computed there, or after each iteration when trials are compared by them.
     """
 
-    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer, metric_name: str):
+    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer):
         self.run, self.rungs, self.tokenizer = run, rungs, tokenizer
         self.last_steps = [round(t * max_steps / run["max_t"]) for t in range(run["max_t"] + 1)]
-        self.every_score = metric_name != "eval_loss"
+        self.every_score = run["metric"] != "eval_loss"
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started_at = time.time()
@@ -284,7 +284,7 @@ def train(config: dict, run: dict) -> None:
         )
         trainer.remove_callback(transformers.PrinterCallback)
         max_steps = math.ceil(len(order) / batch_size)
-        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, run["metric"]))
+        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer))
         checkpoint = tune.get_checkpoint()
         try:
             if checkpoint:
