@@ -48,7 +48,9 @@ def textbook_trial(config, run):
 
     import raytune_bayesian
 
-    searched, max_t = config["train_loop_config"], run["max_t"]
+    # Ray's TuneBOHB suggests numpy values, which torch's DataLoader and DeepSpeed refuse
+    searched = {name: value.item() if hasattr(value, "item") else value for name, value in config["train_loop_config"].items()}
+    max_t = run["max_t"]
     raytune_bayesian.init_distributed()
     transformers.set_seed(run["seed"])
     torch.set_num_threads(1)
@@ -102,7 +104,7 @@ def textbook(folder: Path) -> tuple[float, int]:
     with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:
         started = time.time()
         raytune_bayesian.start_ray(args, temp_dir)
-        tune.Tuner(
+        results = tune.Tuner(
             tune.with_resources(tune.with_parameters(textbook_trial, run=run), {"cpu": 1, "gpu": args.gpus_per_trial}),
             param_space=raytune_bayesian.SEARCH_SPACE,
             tune_config=tune.TuneConfig(
@@ -118,6 +120,8 @@ def textbook(folder: Path) -> tuple[float, int]:
         ).fit()
         seconds = time.time() - started
         ray.shutdown()
+    if results.errors:  # a baseline that failed is no baseline
+        raise results.errors[0]
     return seconds, len(executed)
 
 
