@@ -8,9 +8,11 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from ray.tune.search.sample import Categorical, Domain
@@ -20,6 +22,12 @@ import squad
 
 class BadInput(Exception):
     """What the user gave cannot be used; the message says what and where."""
+
+
+def refuse(error: BadInput) -> NoReturn:
+    """Ends the program as wrong input does: one line and exit code 2."""
+    print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):

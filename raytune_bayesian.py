@@ -74,8 +74,7 @@ if __name__ == "__main__":  # before the slow imports: bad input is told within 
         ARGS = parse_arguments()
         DS_CONFIG, EXAMPLES = inputs.check(ARGS, SEARCH_SPACE)
     except inputs.BadInput as error:
-        print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        inputs.refuse(error)
 
 import datasets
 import evaluate
@@ -393,6 +392,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
     try:
         size = args.max_eval_samples or SELECTION_SIZE
         train_examples, selection = squad.hold_out(examples[0], size, args.seed)
+        titles = [{e["title"] for e in part} for part in (train_examples, selection)]
         train_examples = squad.subset(train_examples, args.max_train_samples, args.seed)
         tested = squad.subset(examples[1], args.max_eval_samples, args.seed)
         run = {
@@ -409,6 +409,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
             f"--max_t {args.max_t}: a full training on {len(run['train'])} questions has only {steps} optimizer steps "
             f"at batch size {batch_size}; use more questions or epochs, or a smaller --max_t"
         )
+    run["held_out"] = "articles" if titles[0].isdisjoint(titles[1]) else "passages"
     run |= {"model": str(folder), "ds_config": ds_config, "max_new_tokens": run["train"].longest_answer}
     return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial")}
 
@@ -417,7 +418,7 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path) -> None:
     """Says what is about to run."""
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     print(f"run folder: {run_dir}")
-    print(f"questions: {len(run['train'])} to train on, {len(run['selection'])} of other articles to select on;")
+    print(f"questions: {len(run['train'])} to train on, {len(run['selection'])} of other {run['held_out']} to select on;")
     print(f"  to test the best model on once, at the end: {whole} {len(run['test'])} of the validation set")
     if not args.gpus_per_trial:
         print("no GPU: training in fp32 on the CPU instead of fp16")
@@ -505,8 +506,7 @@ if __name__ == "__main__":
     try:
         raytune_bayesian.main(ARGS, DS_CONFIG, EXAMPLES)
     except inputs.BadInput as error:
-        print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        inputs.refuse(error)
     except Exception:
         traceback.print_exc()
         print(f"raytune_bayesian.py: the search ended early; what was saved is in {ARGS.output_dir}/{ARGS.run_name}", file=sys.stderr)

@@ -88,10 +88,24 @@ def tokenizer(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo's model; its data is beside it."""
+    folder = ROOT / "demo" / "model"
+    assert folder.is_dir(), "make demo-data makes demo/model and demo/squad"
+    return folder
+
+
+@pytest.fixture(scope="session")
 def shared_squad() -> Path:
     if not SHARED_SQUAD.is_dir():
         pytest.skip("real SQuAD is not beside this clone (../shared/squad)")
     return SHARED_SQUAD
+
+
+def pytest_collection_modifyitems(items):
+    """Quick ones first."""
+    order = ["test_bohb", "test_squad", "test_inputs", "test_trial", "test_run", "test_demo"]
+    items.sort(key=lambda item: order.index(item.module.__name__))
 
 
 def run_script(*arguments, timeout=300, script=ROOT / "raytune_bayesian.py", **environment) -> subprocess.CompletedProcess:

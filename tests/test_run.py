@@ -70,6 +70,7 @@ def closing_block(text):
 
 def test_log_ends_with_result_and_table(band):
     folder, process, *_ = band
+    assert "400 to train on" not in process.stdout and "20 of other articles to select on" in process.stdout
     result, rows = closing_block(process.stdout)
     assert list(result) == ["eval_loss", "exact_match", "f1", "config"]
     assert list(result["config"]) == ["train_loop_config"]
@@ -189,16 +190,21 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
     assert not all(i["f1"] is not None for i in report.read_csv(tmp_path / "two" / "iterations.csv"))
 
 
-def test_real_squad(tmp_path, tiny_model, shared_squad):
+def test_real_squad(tmp_path, demo_model, shared_squad):
     process = run_script(
-        "--dataset", shared_squad, "--model", tiny_model, "--max_train_samples", 64, "--max_eval_samples", 16, "--num_samples", 4,
-        "--max_t", 4, "--num_train_epochs", 1, "--output_dir", tmp_path, "--run_name", "real",
+        "--dataset", shared_squad, "--model", demo_model, "--max_train_samples", 256, "--max_eval_samples", 64, "--num_samples", 5,
+        "--max_t", 4, "--num_train_epochs", 0.5, "--output_dir", tmp_path, "--run_name", "real", timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert "questions: 64 to train on, 16 of other articles to select on" in process.stdout
+    # the real training subset has one title only
+    assert "questions: 256 to train on, 64 of other passages to select on" in process.stdout
     run = json.loads((tmp_path / "real" / "run.json").read_text())
-    assert run["questions"] == {"train": 64, "selection": 16, "test": 16} and 0 <= run["test"]["f1"] <= 1
-    assert json.loads((tmp_path / "real" / "best_result.json").read_text())["eval_loss"] > 0
+    assert run["questions"] == {"train": 256, "selection": 64, "test": 64} and 0 <= run["test"]["f1"] <= 1
+    assert len(closing_block(process.stdout)[1]) == 2 + 5
+    # whole answers are learnt: from the loss of the first evaluation to the last of a trial that trained fully
+    iterations = report.read_csv(tmp_path / "real" / "iterations.csv")
+    losses = [i["eval_loss"] for i in iterations if i["trial_id"] == iterations[-1]["trial_id"]]
+    assert len(losses) == 4 and losses[-1] < losses[0]
 
 
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
