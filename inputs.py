@@ -72,13 +72,19 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
 
 
 def check_resources(args: argparse.Namespace) -> None:
-    """GPUs and CPUs a trial; the default is one GPU, or none on a machine without."""
-    gpus = torch.cuda.device_count()
+    """GPUs and CPUs a trial: on a cluster (RAY_ADDRESS is set) as cluster.env says, else what this machine has.
+
+    The default is one GPU, or none where there are none.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        where, gpus, cpus = "a worker node (cluster.env)", *(int(os.environ.get(f"{n}_PER_NODE", 1)) for n in ("GPUS", "CPUS"))
+    else:
+        where, gpus, cpus = "this machine", torch.cuda.device_count(), len(os.sched_getaffinity(0))
     if args.gpus_per_trial is None:
         args.gpus_per_trial = min(1, gpus)
-    for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": len(os.sched_getaffinity(0))}.items():
+    for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": cpus}.items():
         if getattr(args, name) > have:
-            raise BadInput(f"--{name} {getattr(args, name)}: this machine has {have}")
+            raise BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
     if args.gpus_per_trial > 1:
         raise BadInput(f"--gpus_per_trial {args.gpus_per_trial}: a trial of several GPUs is not supported")
 

@@ -87,6 +87,8 @@ import report
 import squad
 from bohb import HyperBandForBOHB, TuneBOHB, band_size, results_per_budget, rungs
 
+if not torch.cuda.is_available():
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for other kinds, and warns
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
@@ -354,7 +356,6 @@ def start_ray(args: argparse.Namespace, temp_dir: str) -> None:
         "HF_HUB_OFFLINE": "1",  # all was loaded before
         "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_ARENA_MAX": "2",  # each trial is a new thread of its process: glibc would keep memory for each
-        **({} if args.gpus_per_trial else {"DS_ACCELERATOR": "cpu"}),
     }
     options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
     os.environ.update(environment)

@@ -104,7 +104,7 @@ def shared_squad() -> Path:
 
 def pytest_collection_modifyitems(items):
     """Quick ones first."""
-    order = ["test_bohb", "test_squad", "test_inputs", "test_trial", "test_run", "test_demo"]
+    order = ["test_bohb", "test_squad", "test_inputs", "test_trial", "test_run", "test_slurm", "test_demo"]
     items.sort(key=lambda item: order.index(item.module.__name__))
 
 

@@ -1,0 +1,204 @@
+"""A real Slurm cluster of three nodes on one machine: slurmctld, slurmd and munged of Debian, as root.
+
+Each node is a network namespace with an address of its own on a bridge, and a host name of its own; all share the file
+system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as far as Slurm is
+concerned: the GPUs are device files with nothing behind them.
+
+    with SlurmCluster(folder) as cluster:
+        cluster.run("node1", "sbatch", "job.sh")
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+NODES = ["node1", "node2", "node3"]
+NETWORK = "10.77.0"
+PROGRAMS = ["slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare"]
+
+
+def missing() -> str | None:
+    """Why there can be no cluster on this machine; None where there can."""
+    if os.getuid() != 0:
+        return "only root can make network namespaces"
+    absent = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"not installed: {', '.join(absent)} (Debian packages slurm-wlm munge iproute2)" if absent else None
+
+
+def sh(command: str, check: bool = True, timeout: float = 60) -> str:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=timeout)
+    if check and done.returncode != 0:
+        raise RuntimeError(f"{command}: {done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def wait_for(what: str, condition, timeout: float = 30, every: float = 0.1):
+    """Polls until condition() is true and returns its value; RuntimeError with `what` after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"waited {timeout:.0f} s for {what}")
+        time.sleep(every)
+    return value
+
+
+class SlurmCluster:
+    """Three nodes; `folder` is empty, short and on a disk."""
+
+    def __init__(self, folder: Path, gpus: int = 2):
+        self.folder, self.gpus = folder, gpus
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.daemons: dict[str, subprocess.Popen] = {}
+
+    # -- start and stop -----------------------------------------------------------------------------------------------
+
+    def __enter__(self):
+        try:
+            self._configure()
+            self._network()
+            if sh("munge -n | unmunge", check=False) == "":  # unless this machine has one running
+                self._munge()
+            sh(f"mkdir -p {self.folder}/state")
+            self._start("slurmctld", ["unshare", "--uts", "sh", "-c", f"hostname controller; exec slurmctld -D -f {self.folder}/slurm.conf"])
+            for node in NODES:
+                self.start_node(node)
+            wait_for("three idle nodes", lambda: self.states() == ["idle"] * 3)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        if "slurmctld" in self.daemons:
+            self.run(NODES[0], "scancel", "--user", "root", check=False)
+            try:
+                wait_for("an empty queue", lambda: not self.queue(), 40)
+            except RuntimeError:
+                pass  # the processes are ended below
+        for name in [*NODES, "slurmctld", "munged"]:
+            self.stop(name)
+        for node in NODES:
+            for pid in sh(f"ip netns pids {node}", check=False).split():  # whatever a job left behind
+                os.kill(int(pid), signal.SIGKILL)
+            sh(f"ip netns del {node}", check=False)
+        sh("ip link del slurmtest", check=False)
+        shutil.rmtree(self.folder / "state", ignore_errors=True)
+
+    def _configure(self):
+        f = self.folder
+        devices = [f / f"gpu{i}" for i in range(self.gpus)]
+        for device in devices:
+            sh(f"mknod {device} c 1 3")
+        nodes = "\n".join(f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus}" for n in NODES)
+        (f / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost=controller({NETWORK}.100)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+StateSaveLocation={f}/state
+SlurmdSpoolDir={f}/spool-%n
+SlurmctldPidFile={f}/slurmctld.pid
+SlurmdPidFile={f}/slurmd-%n.pid
+SlurmctldLogFile={f}/slurmctld.log
+SlurmdLogFile={f}/slurmd-%n.log
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1000
+GresTypes=gpu
+ReturnToService=2
+MpiDefault=none
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
+PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
+""")
+        (f / "gres.conf").write_text(f"AutoDetect=off\nNodeName=node[1-3] Name=gpu Type=v100 File={f}/gpu[0-{self.gpus - 1}]\n")
+        (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        (f / "private").mkdir()
+
+    def _network(self):
+        for node in NODES:
+            sh(f"ip netns del {node}", check=False)  # of a test that was killed
+        sh("ip link del slurmtest", check=False)
+        sh("ip link add slurmtest type bridge && ip link set slurmtest up")
+        sh(f"ip addr add {NETWORK}.100/24 dev slurmtest")
+        for i, node in enumerate(NODES):
+            sh(f"ip netns add {node} && ip link add veth-{node} type veth peer name eth0 netns {node}")
+            sh(f"ip link set veth-{node} master slurmtest && ip link set veth-{node} up")
+            sh(f"ip -n {node} addr add {self.address(node)}/24 dev eth0 && ip -n {node} link set eth0 up && ip -n {node} link set lo up")
+
+    def _munge(self):
+        sh("mkdir -p /run/munge && chown munge: /run/munge && chmod 755 /run/munge")
+        self._start("munged", ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground", "--force"])
+        wait_for("munged", lambda: sh("munge -n | unmunge", check=False))
+
+    def start_node(self, node: str):
+        """Starts the node's slurmd: in the node's network, with its host name and its own `private` folder."""
+        (self.folder / f"spool-{node}").mkdir(exist_ok=True)
+        script = f"hostname {node}; mount -t tmpfs tmpfs {self.folder}/private; exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
+        namespace = f"--net=/var/run/netns/{node}"
+        self._start(node, ["nsenter", namespace, "unshare", "--uts", "--mount", "sh", "-c", script])
+
+    def _start(self, name: str, command: list[str]):
+        with open(self.folder / f"{name}.out", "a") as log:
+            self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+
+    def stop(self, name: str, how=signal.SIGTERM):
+        """Ends a daemon."""
+        process = self.daemons.pop(name, None)
+        if process is not None:
+            process.send_signal(how)
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    # -- use ----------------------------------------------------------------------------------------------------------
+
+    def address(self, node: str) -> str:
+        return f"{NETWORK}.{NODES.index(node) + 1}"
+
+    def command(self, node: str, *command: str) -> list[str]:
+        """The command, to be run on a node."""
+        inside = 'hostname "$0"; exec "$@"'
+        return ["nsenter", f"--net=/var/run/netns/{node}", "unshare", "--uts", "sh", "-c", inside, node, *map(str, command)]
+
+    def run(self, node: str, *command: str, check: bool = True, timeout: float = 60, cwd: Path | None = None, **environment: str) -> str:
+        """Runs a command on a node to its end; its output. RuntimeError when it fails and check is true."""
+        done = subprocess.run(
+            self.command(node, *command), env={**self.environment, **environment}, cwd=cwd,
+            capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+        if check and done.returncode != 0:
+            raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout
+
+    def queue(self, what: str = "%i") -> list[str]:
+        """Jobs in the queue, of those that are not done."""
+        return self.run(NODES[0], "squeue", "-h", "-o", what).splitlines()
+
+    def states(self) -> list[str]:
+        """State of each node in the default partition; nothing before the controller answers."""
+        return self.run(NODES[0], "sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False).split()
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What Slurm knows of a job."""
+        text = self.run(NODES[0], "scontrol", "show", "job", job_id)
+        return dict(word.split("=", 1) for word in text.split() if "=" in word)
+
+    def processes(self, node: str) -> dict[int, str]:
+        """Processes of jobs on a node: {pid: command line}. The node's slurmd is none."""
+        pids = sh(f"ip netns pids {node}", check=False).split()
+        lines = sh(f"ps -o pid=,args= -p {','.join(pids)}", check=False).splitlines() if pids else []
+        found = {int(line.split()[0]): line.split(None, 1)[1] for line in lines}
+        return {pid: args for pid, args in found.items() if "slurmd" not in args and "<defunct>" not in args}
+

@@ -1,0 +1,425 @@
+"""One sbatch on a real Slurm cluster of three nodes (tests/slurm_cluster.py). Trials run on the CPU behind fake GPUs."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import slurm_cluster
+from conftest import ROOT
+from slurm_cluster import NODES, SlurmCluster, sh, wait_for
+from test_run import closing_block
+
+import report
+
+FILES = ["raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "report.py", "ds_config.json",
+         "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
+LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # goes on until it is cancelled
+SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    reason = slurm_cluster.missing()
+    if reason:
+        assert not os.environ.get("CI"), f"the Slurm tests must run here, but {reason}"
+        pytest.skip(f"no Slurm cluster: {reason}")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        with SlurmCluster(folder) as cluster:
+            yield cluster
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Project:
+    """A user's copy of the project on the cluster, with a temporary folder that nobody else uses."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, temporary: Path):
+        self.cluster, self.folder, self.temporary = cluster, folder, temporary
+        for name in FILES:
+            shutil.copy(ROOT / name, folder)
+        (folder / "logs").mkdir()
+
+    def submit(self, *arguments, node="node1", options=(), **environment) -> str:
+        """Submits the head job; its id."""
+        settings = {
+            "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
+            "WORKER_TIMEOUT": "120", "TMPDIR": str(self.temporary), **environment,
+        }  # fmt: skip
+        command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
+        return self.cluster.run("node1", *command, cwd=self.folder, **settings).strip()
+
+    def log(self, job_id: str) -> str:
+        path = self.folder / "logs" / f"ray_head_bloom_bohb-{job_id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, what: str, condition, timeout=120):
+        try:
+            return wait_for(what, condition, timeout)
+        except RuntimeError as error:
+            logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
+            raise RuntimeError(f"{error}\n{logs}") from None
+
+    def wait_for_end(self, job_id: str, timeout=200):
+        """Waits until the head job is out of the queue; (state, exit code), as Slurm keeps them."""
+        self.wait_for(f"the end of job {job_id}", lambda: job_id not in self.cluster.queue(), timeout)
+        job = self.cluster.job(job_id)
+        return job["JobState"], job["ExitCode"]
+
+    def wait_for_search(self, job_id: str):
+        """Waits until a trial of the job has reported."""
+        self.wait_for(f"a trial of job {job_id}", lambda: "] trial " in self.log(job_id))
+
+    def workers(self, job_id: str) -> list[str]:
+        return re.search(r"worker jobs ([\d ]+)", self.log(job_id)).group(1).split()
+
+    def left_over(self) -> dict:
+        """What runs or lies around on any node, of jobs: empty when all is clean."""
+        ports = {n: sh(f"ip netns exec {n} ss -Hltn | grep -v :6818", check=False) for n in NODES}
+        found = {
+            "queue": self.cluster.queue(),
+            "processes": {n: p for n in NODES if (p := self.cluster.processes(n))},
+            "ports": {n: p for n, p in ports.items() if p},
+            "temporary": sorted(map(str, self.temporary.iterdir())),
+            "meeting": sorted(map(str, self.folder.glob("results/.ray-*"))),
+        }
+        return {key: value for key, value in found.items() if value}
+
+
+@pytest.fixture()
+def project(cluster, tmp_path):
+    temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    project = Project(cluster, tmp_path, temporary)
+    before = user_files()
+    yield project
+    cluster.run("node1", "scancel", "--user", "root", check=False)
+    for node in NODES:
+        cluster.run("node1", "scontrol", "update", f"node={node}", "state=resume", check=False)
+    try:
+        wait_for("nothing left of the jobs", lambda: not project.left_over(), 40)
+    finally:
+        shutil.rmtree(temporary)
+    assert user_files() == before
+
+
+def user_files() -> list:
+    """Where Ray keeps things when it is left to itself."""
+    return [(str(p), p.stat().st_mtime) for p in (Path.home() / ".ray", Path("/tmp/ray")) if p.exists()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model, tiny_squad):
+    return ["--model", tiny_model, "--dataset", tiny_squad]
+
+
+# -- 1. the whole -----------------------------------------------------------------------------------------------------
+
+
+def test_search_on_two_nodes(project, demo_model):
+    """Four trials at a time on two nodes of two GPUs, never two on one; the log ends with the result; nothing is left."""
+    script = project.folder / "raytune_bayesian.py"
+    text = script.read_text()
+    assert text.count("socket.gethostname()") == 1
+    script.write_text(text.replace("socket.gethostname()", "socket.gethostname() + ' GPU ' + os.environ['CUDA_VISIBLE_DEVICES']"))
+    job = project.submit(
+        "--model", demo_model, "--dataset", demo_model.parent / "squad", "--max_t", 16, "--num_train_epochs", 0.2,
+        "--max_eval_samples", 50, "--run_name", "whole", NUM_WORKERS="2",
+    )  # fmt: skip
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    assert project.left_over() == {}
+    log = project.log(job)
+    result, rows = closing_block(log)
+    assert len(rows) == 2 + 25 and len(log.splitlines()) < 400
+    folder = project.folder / "results" / "whole"
+    assert json.loads((folder / "best_result.json").read_text()) == result
+    iterations = report.read_csv(folder / "iterations.csv")
+    gpus = {i["node"] for i in iterations}
+    assert gpus == {f"{n} GPU {g}" for n in ("node2", "node3") for g in (0, 1)}
+    most = {gpu: most_at_a_time([i for i in iterations if i["node"] == gpu]) for gpu in gpus}
+    assert set(most.values()) == {1}, most
+    assert most_at_a_time(iterations) == 4
+    for worker in project.workers(job):
+        assert project.cluster.job(worker)["ExitCode"] == "0:0" and project.cluster.job(worker)["JobState"] == "COMPLETED"
+        text = (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
+        assert re.search(r"joined 10.77.0.1:\d+: node[23], 2 CPUs, 2 GPUs \(0,1\), 3072 MB\n", text), text
+        assert re.search(r"the head says that it is over\n.*left after \d+ s, exit code 0\n$", text), text
+
+
+def most_at_a_time(iterations: list[dict]) -> int:
+    """Most iterations under way at one time."""
+    events = sorted([(i["started_at"], 1) for i in iterations] + [(i["ended_at"], -1) for i in iterations])
+    now = most = 0
+    for _, change in events:
+        now += change
+        most = max(most, now)
+    return most
+
+
+# -- 2. side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_two_experiments_in_one_folder(project, tiny):
+    jobs = [project.submit(*tiny, *SHORT, "--seed", seed, GPUS_PER_NODE="1", CPUS_PER_NODE="1") for seed in (1, 2)]
+    for job in jobs:
+        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    results = []
+    for job in jobs:
+        result, rows = closing_block(project.log(job))
+        folder = project.folder / "results" / f"bloom_bohb-{job}"
+        assert json.loads((folder / "best_result.json").read_text()) == result and len(rows) == 2 + 6
+        assert {row[0] for row in rows[2:]} == {t["trial_id"] for t in report.read_csv(folder / "trials.csv")}
+        results.append(result)
+    assert results[0] != results[1]
+    assert project.left_over() == {}
+
+
+def test_cancelling_one_leaves_the_other(project, tiny):
+    one = project.submit(*tiny, *LONG, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
+    other = project.submit(*tiny, *SHORT, "--num_samples", 8, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
+    project.wait_for_search(one)
+    project.wait_for_search(other)
+    project.cluster.run("node1", "scancel", one)
+    assert project.wait_for_end(one, 30)[0] == "CANCELLED"
+    assert project.wait_for_end(other) == ("COMPLETED", "0:0"), project.log(other)
+    assert len(closing_block(project.log(other))[1]) == 2 + 8
+
+
+# -- 3. nobody else ---------------------------------------------------------------------------------------------------
+
+
+def test_nobody_else_gets_in(project, tiny):
+    """Another user on the head's node, a client on another node without the token, and a scan of the head's ports."""
+    job = project.submit(*tiny, *LONG)
+    project.wait_for_search(job)
+    address = re.search(r"Ray is up at (\S+)", project.log(job)).group(1)
+    dashboard = re.search(r"-L 8265:127.0.0.1:(\d+) ", project.log(job)).group(1)
+    token = next(project.folder.glob("results/.ray-*/token"))
+    assert token.stat().st_mode & 0o777 == 0o600 and token.parent.stat().st_mode & 0o777 == 0o700
+    assert oct(next(project.temporary.iterdir()).stat().st_mode & 0o777) == "0o700"
+
+    def connect(node, setup, **environment):
+        # The other user has the packages loaded already: what he lacks is the right to enter.
+        script = f"import os, ray, ray.job_submission; {setup}; ray.init('{address}', log_to_driver=False); print('IN')"
+        command = project.cluster.command(node, sys.executable, "-c", script)
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY")} | environment
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+
+    with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    assert "IN" in connect("node1", "pass", **with_token).stdout  # the owner can: the others fail for want of the token
+
+    wrong = project.temporary / "wrong"
+    wrong.write_text("0" * 64)
+    for environment in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}):
+        for node in ("node1", "node3"):
+            outcome = connect(node, "pass", **environment)
+            assert outcome.returncode != 0 and "IN" not in outcome.stdout
+            assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[-2000:]
+    wrong.unlink()
+
+    # as another user: the token's folder and Ray's sockets are closed to him
+    probe = (
+        "import os, glob; os.setgid(65534); os.setuid(65534)\n"
+        f"for path in ['{token}', '{token.parent}/head', *{[str(p) for p in project.temporary.iterdir()]!r}]:\n"
+        "    try: (os.listdir if path.startswith('/tmp/t-') else open)(path); print('READ', path)\n"
+        "    except PermissionError: print('closed', path)\n"
+    )
+    out = project.cluster.run("node1", sys.executable, "-c", probe)
+    assert out.count("closed") >= 3 and "READ" not in out
+
+    # jobs over the dashboard: on loopback only, and not without the token
+    open_ports = {int(p) for p in re.findall(r":(\d+) ", sh("ip netns exec node1 ss -Hltn"))}
+    listening = sh("ip netns exec node1 ss -Hltn").splitlines()
+    assert [line.split()[3] for line in listening if line.split()[3].endswith(f":{dashboard}")] == [f"127.0.0.1:{dashboard}"]
+    post = "curl -s -m 5 -o /dev/null -w '%{http_code}' -X POST -H 'Content-Type: application/json' -d '{\"entrypoint\": \"id\"}'"
+    assert project.cluster.run("node1", "sh", "-c", f"{post} http://127.0.0.1:{dashboard}/api/jobs/") in ("401", "403")
+    answers = {}
+    for port in open_ports - {6818}:
+        url = f"http://{project.cluster.address('node1')}:{port}/api/jobs/"
+        answers[port] = project.cluster.run("node3", "sh", "-c", f"{post} {url} || true")
+    assert not [port for port, code in answers.items() if code.startswith("2")], answers
+    assert answers[int(dashboard)] == "000"  # no connection
+
+
+# -- 4. cancelled, late, never ------------------------------------------------------------------------------------------
+
+
+def drain(project, *nodes):
+    for node in nodes:
+        project.cluster.run("node1", "scontrol", "update", f"node={node}", "state=drain", "reason=test")
+
+
+@pytest.mark.parametrize("phase", ["before workers", "waiting", "searching"])
+def test_scancel_is_clean(project, tiny, phase):
+    if phase == "waiting":
+        drain(project, "node2", "node3")
+    job = project.submit(*tiny, *LONG)
+    if phase == "before workers":
+        project.wait_for("the start of the job", lambda: project.cluster.job(job)["JobState"] == "RUNNING")
+        time.sleep(1)
+        assert "worker jobs" not in project.log(job)
+    elif phase == "waiting":
+        project.wait_for("the wait for workers", lambda: "run folder:" in project.log(job))
+    else:
+        project.wait_for_search(job)
+    project.cluster.run("node1", "scancel", job)
+    wait_for("nothing left of the jobs", lambda: not project.left_over(), 30)
+    assert project.cluster.job(job)["JobState"] == "CANCELLED"
+    assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
+
+
+def test_a_worker_that_comes_late_joins(project, tiny):
+    drain(project, "node3")
+    job = project.submit(*tiny, *LONG, "--run_name", "late", NUM_WORKERS="2")
+    project.wait_for_search(job)
+    assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
+    project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
+    rows = project.folder / "results" / "late" / "iterations.csv"
+    project.wait_for("a trial on the late node", lambda: {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
+    assert "joined node3" in project.log(job)
+
+
+def test_no_worker_comes(project, tiny):
+    drain(project, "node2", "node3")
+    job = project.submit(*tiny, *LONG, NUM_WORKERS="2", WORKER_TIMEOUT="15")
+    assert project.wait_for_end(job, 60) == ("FAILED", "1:0")
+    assert project.left_over() == {}
+    log = project.log(job)
+    assert "no worker joined within 15 s (WORKER_TIMEOUT)" in log
+    for worker in project.workers(job):
+        assert re.search(rf"^ +{worker} .* PD .*\(.*\)$", log, re.MULTILINE), log  # what squeue says, with the reason
+
+
+def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
+    """The head's processes are killed with no chance to say so."""
+    job = project.submit(*tiny, *LONG)
+    project.wait_for_search(job)
+    worker = project.workers(job)[0]
+    for pid in project.cluster.processes("node1"):
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            pass
+    project.wait_for("the worker's end", lambda: project.cluster.job(worker)["JobState"] not in ("RUNNING", "COMPLETING"), 30)
+    assert "the head at" in (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
+    shutil.rmtree(next(project.folder.glob("results/.ray-*")))  # what the killed head could not remove
+    for path in project.temporary.iterdir():
+        shutil.rmtree(path)
+
+
+# -- 5. ports -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_port_taken_before_ray_binds_it(project, tiny):
+    """Another program takes every port that Ray's command line names, before Ray does; and Ray's first start fails."""
+    hijacker = subprocess.Popen(
+        project.cluster.command("node1", sys.executable, "-uc", HIJACKER), stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        job = project.submit(*tiny, *SHORT)
+        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    finally:
+        hijacker.kill()
+        taken = hijacker.communicate()[0].split()
+    assert len(taken) >= 2, taken  # one of the first start, which was killed, one of the second
+    assert "Ray's head did not start (try 1)" in project.log(job)
+    closing_block(project.log(job))
+
+
+HIJACKER = """
+import glob, os, re, signal, socket, time
+here, seen, held, killed = os.readlink("/proc/self/ns/net"), set(), [], False
+while True:
+    for folder in glob.glob("/proc/[0-9]*"):
+        try:
+            command = open(folder + "/cmdline").read().split(chr(0))
+            if os.readlink(folder + "/ns/net") != here:
+                continue
+        except OSError:  # has ended
+            continue
+        pid = int(folder.split("/")[2])
+        if command[2:4] == ["start", "--head"] and pid not in seen:  # python, ray, start, --head
+            seen.add(pid)
+            for port in re.findall("port=([1-9][0-9]*)", " ".join(command)):
+                held.append(socket.create_server(("", int(port))))
+                print(port)
+        if command[0].endswith("gcs_server") and not killed:
+            os.kill(pid, signal.SIGKILL)
+            killed = True
+    time.sleep(0.02)
+"""
+
+
+# -- 6. preflight -------------------------------------------------------------------------------------------------------
+
+
+def other_ray(folder: Path, version: str | None) -> Path:
+    """An environment with another version of ray, or none."""
+    sh(f"{sys.executable} -m venv --without-pip {folder}")
+    if version:
+        package = next(folder.glob("lib/python*/site-packages")) / "ray"
+        package.mkdir()
+        (package / "__init__.py").write_text(f'__version__ = "{version}"\n')
+    return folder
+
+
+def test_preflight_environment_missing(project, tiny):
+    refused(project, project.submit(*tiny, VENV="/nowhere"), "there is no /nowhere/bin/python: make the environment, or set VENV")
+
+
+def test_preflight_ray_not_importable(project, tiny):
+    job = project.submit(*tiny, VENV=str(other_ray(project.folder / "bare", None)))
+    refused(project, job, "bare/bin/python cannot import ray: install requirements.txt")
+
+
+@pytest.mark.parametrize("version", ["2.0.0", None])
+def test_preflight_ray_on_the_worker(project, tiny, version):
+    other = other_ray(project.folder / "other", version)
+    with open(project.folder / "cluster.env", "a") as file:
+        file.write(f"[[ $SLURM_JOB_NAME != ray_worker* ]] || VENV={other}\n")
+    sentence = "ray is 2.0.0 here and 2.60.0 on the head" if version else "other/bin/python cannot import ray"
+    refused(project, project.submit(*tiny), sentence)
+
+
+def test_preflight_sbatch_not_allowed(project, tiny):
+    job = project.submit(*tiny, SBATCH_PARTITION="closed", options=["--partition=main"])
+    refused(project, job, "no worker job can be submitted from node1: sbatch: error: Batch job submission failed")
+
+
+def test_preflight_results_not_shared(project, tiny):
+    private = project.cluster.folder / "private" / "results"
+    refused(project, project.submit(*tiny, "--output_dir", private), f"{private} is not shared: that node does not see it")
+
+
+def test_preflight_logs_missing(project, tiny):
+    (project.folder / "logs").rmdir()
+    job = project.submit(*tiny, options=["--output=%x-%j.out"])
+    assert project.wait_for_end(job, 15) == ("FAILED", "2:0")
+    assert "logs is missing" in (project.folder / f"ray_head_bloom_bohb-{job}.out").read_text()
+    (project.folder / "logs").mkdir()
+
+
+def test_preflight_wrong_folder(project, tiny):
+    (project.folder / "cluster.env").unlink()
+    refused(project, project.submit(*tiny), "submit from the folder that has it")
+
+
+def test_wrong_arguments(project, tiny):
+    refused(project, project.submit(*tiny, "--max_t", 0), "raytune_bayesian.py: error: --max_t 0: must be at least 1", 25)
+    refused(project, project.submit(*tiny, "--gpus_per_trial", 9), r"--gpus_per_trial 9: a worker node \(cluster.env\) has 2", 25)
+
+
+def refused(project, job, sentence, seconds=15):
+    """The job ends with exit code 2 within `seconds` of its start, the sentence in its log, and leaves nothing."""
+    assert project.wait_for_end(job, 60) == ("FAILED", "2:0"), project.log(job)
+    assert re.search(sentence, project.log(job)), project.log(job)
+    assert project.left_over() == {}
+    assert not (project.folder / "results").exists()
+    started = re.search(r"ended after (\d+) s, exit code 2", project.log(job))
+    assert int(started.group(1)) <= seconds
