@@ -1,7 +1,7 @@
 """A real Slurm cluster of three nodes on one machine: slurmctld, slurmd and munged of Debian, as root.
 
-Each node is a network namespace with an address of its own on a bridge, and a host name of its own; all share the file
-system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as far as Slurm is
+Each node, and the controller, is a network namespace with an address of its own on a bridge, and a host name of its own;
+all share the file system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as far as Slurm is
 concerned: the GPUs are device files with nothing behind them.
 
     with SlurmCluster(folder) as cluster:
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 NODES = ["node1", "node2", "node3"]
+HOSTS = [*NODES, "controller"]
 NETWORK = "10.77.0"
 PROGRAMS = ["slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare"]
 
@@ -62,7 +63,7 @@ class SlurmCluster:
             if sh("munge -n | unmunge", check=False) == "":  # unless this machine has one running
                 self._munge()
             sh(f"mkdir -p {self.folder}/state")
-            self._start("slurmctld", ["unshare", "--uts", "sh", "-c", f"hostname controller; exec slurmctld -D -f {self.folder}/slurm.conf"])
+            self._start("slurmctld", self.command("controller", "slurmctld", "-D", "-f", f"{self.folder}/slurm.conf"))
             for node in NODES:
                 self.start_node(node)
             wait_for("three idle nodes", lambda: self.states() == ["idle"] * 3)
@@ -80,11 +81,7 @@ class SlurmCluster:
                 pass  # the processes are ended below
         for name in [*NODES, "slurmctld", "munged"]:
             self.stop(name)
-        for node in NODES:
-            for pid in sh(f"ip netns pids {node}", check=False).split():  # whatever a job left behind
-                os.kill(int(pid), signal.SIGKILL)
-            sh(f"ip netns del {node}", check=False)
-        sh("ip link del slurmtest", check=False)
+        self._remove_hosts()
         shutil.rmtree(self.folder / "state", ignore_errors=True)
 
     def _configure(self):
@@ -95,7 +92,7 @@ class SlurmCluster:
         nodes = "\n".join(f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus}" for n in NODES)
         (f / "slurm.conf").write_text(f"""
 ClusterName=test
-SlurmctldHost=controller({NETWORK}.100)
+SlurmctldHost=controller({self.address("controller")})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -125,15 +122,19 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
         (f / "private").mkdir()
 
     def _network(self):
-        for node in NODES:
-            sh(f"ip netns del {node}", check=False)  # of a test that was killed
-        sh("ip link del slurmtest", check=False)
+        self._remove_hosts()  # of a test that was killed
         sh("ip link add slurmtest type bridge && ip link set slurmtest up")
-        sh(f"ip addr add {NETWORK}.100/24 dev slurmtest")
-        for i, node in enumerate(NODES):
-            sh(f"ip netns add {node} && ip link add veth-{node} type veth peer name eth0 netns {node}")
-            sh(f"ip link set veth-{node} master slurmtest && ip link set veth-{node} up")
-            sh(f"ip -n {node} addr add {self.address(node)}/24 dev eth0 && ip -n {node} link set eth0 up && ip -n {node} link set lo up")
+        for host in HOSTS:
+            sh(f"ip netns add {host} && ip link add veth-{host} type veth peer name eth0 netns {host}")
+            sh(f"ip link set veth-{host} master slurmtest && ip link set veth-{host} up")
+            sh(f"ip -n {host} addr add {self.address(host)}/24 dev eth0 && ip -n {host} link set eth0 up && ip -n {host} link set lo up")
+
+    def _remove_hosts(self):
+        for host in HOSTS:
+            for pid in sh(f"ip netns pids {host}", check=False).split():
+                os.kill(int(pid), signal.SIGKILL)
+            sh(f"ip link del veth-{host}; ip netns del {host}", check=False)
+        sh("ip link del slurmtest", check=False)
 
     def _munge(self):
         sh("mkdir -p /run/munge && chown munge: /run/munge && chmod 755 /run/munge")
@@ -164,8 +165,8 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
 
     # -- use ----------------------------------------------------------------------------------------------------------
 
-    def address(self, node: str) -> str:
-        return f"{NETWORK}.{NODES.index(node) + 1}"
+    def address(self, host: str) -> str:
+        return f"{NETWORK}.{HOSTS.index(host) + 1}"
 
     def command(self, node: str, *command: str) -> list[str]:
         """The command, to be run on a node."""
