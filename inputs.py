@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from ray.tune.search.sample import Categorical, Domain
+from ray.tune.search.sample import Categorical, Domain, Quantized
 
 import squad
 
@@ -55,7 +55,16 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
     if not 0 < args.num_train_epochs < math.inf:
         raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
     check_search_space(search_space)
-    check_resources(args)
+    if not args.prefetch:  # on a login node
+        check_resources(args)
+    try:
+        return check_paths(args)
+    except OSError as error:  # no permission, a loop of links, a name too long
+        raise BadInput(f"{error.filename}: {error.strerror}") from None
+
+
+def check_paths(args: argparse.Namespace) -> tuple[dict, tuple | None]:
+    """The part of `check` that looks at files."""
     for name in ("model", "dataset"):
         value = getattr(args, name)
         if not Path(value).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value):
@@ -71,15 +80,17 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
     return ds_config, load_examples(args.dataset) if Path(args.dataset).is_dir() else None
 
 
-def check_resources(args: argparse.Namespace) -> None:
-    """GPUs and CPUs a trial: on a cluster (RAY_ADDRESS is set) as cluster.env says, else what this machine has.
-
-    The default is one GPU, or none where there are none.
-    """
+def machines() -> tuple[int, int, int]:
+    """(nodes, GPUs a node, CPUs a node) for trials: this machine, or on a cluster what cluster.env says."""
     if "RAY_ADDRESS" in os.environ:
-        where, gpus, cpus = "a worker node (cluster.env)", *(int(os.environ.get(f"{n}_PER_NODE", 1)) for n in ("GPUS", "CPUS"))
-    else:
-        where, gpus, cpus = "this machine", torch.cuda.device_count(), len(os.sched_getaffinity(0))
+        return tuple(int(os.environ.get(name, 1)) for name in ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE"))
+    return 1, torch.cuda.device_count(), len(os.sched_getaffinity(0))
+
+
+def check_resources(args: argparse.Namespace) -> None:
+    """GPUs and CPUs a trial; the default is one GPU, or none where there are none."""
+    where = "a worker node (cluster.env)" if "RAY_ADDRESS" in os.environ else "this machine"
+    _, gpus, cpus = machines()
     if args.gpus_per_trial is None:
         args.gpus_per_trial = min(1, gpus)
     for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": cpus}.items():
@@ -89,6 +100,13 @@ def check_resources(args: argparse.Namespace) -> None:
         raise BadInput(f"--gpus_per_trial {args.gpus_per_trial}: a trial of several GPUs is not supported")
 
 
+def slots(args: argparse.Namespace) -> int:
+    """How many trials can run at a time: on a cluster once all workers are in."""
+    nodes, gpus, cpus = machines()
+    room = nodes * min(cpus // args.cpus_per_trial, gpus // args.gpus_per_trial if args.gpus_per_trial else cpus)
+    return min(room, args.max_concurrent_trials or room)
+
+
 def check_search_space(space: dict) -> None:
     """Raises BadInput where nothing can be drawn from a domain, or the train function misses a hyperparameter."""
     searched = space.get("train_loop_config", {})
@@ -96,6 +114,10 @@ def check_search_space(space: dict) -> None:
         if name not in searched:
             raise BadInput(f"search space: {name} is missing from train_loop_config")
     for name, domain in searched.items():
+        if isinstance(domain, dict):  # tune.grid_search
+            raise BadInput(f"search space: {name}: BOHB draws from a domain such as tune.choice or tune.loguniform")
+        if isinstance(getattr(domain, "sampler", None), Quantized):
+            raise BadInput(f"search space: {name}: BOHB cannot keep to the steps of a quantized domain")
         if isinstance(domain, Categorical) and not domain.categories:
             raise BadInput(f"search space: {name} has nothing to choose from")
         if hasattr(domain, "lower") and not domain.lower < domain.upper:
@@ -126,6 +148,10 @@ def read_ds_config(path: Path) -> dict:
     for key in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.get(key, {}), dict):
             raise BadInput(f"--deepspeed {path}: {key} is not a JSON object")
+        if config.get(key, {}).get("enabled", "auto") != "auto":
+            raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": fp16 on a GPU, fp32 on a CPU')
+    if config.get("zero_optimization", {}).get("stage") == 3:
+        raise BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2")
     return config
 
 
@@ -152,7 +178,7 @@ def check_output(run_dir: Path) -> None:
         raise BadInput(f"--output_dir {run_dir.parent}: cannot be written: {error.strerror}") from None
 
 
-def load_examples(dataset: str) -> tuple[list[dict], list[dict]]:
+def load_examples(dataset: str, download: bool = False) -> tuple[list[dict], list[dict]]:
     """The training and the validation questions of a folder, or of a repository on the hub with parquet files."""
     try:
         if Path(dataset).is_dir():
@@ -160,7 +186,7 @@ def load_examples(dataset: str) -> tuple[list[dict], list[dict]]:
             return squad.read_squad(files["train"]), squad.read_squad(files["validation"])
         import datasets
 
-        folder = hub_snapshot(dataset, "dataset", ["*.parquet"])
+        folder = hub_snapshot(dataset, "dataset", ["*.parquet"], download)
         files = {split: sorted(map(str, folder.rglob(f"{split}*.parquet"))) for split in ("train", "validation")}
         loaded = {split: list(data) for split, data in datasets.load_dataset("parquet", data_files=files).items()}
         for split, examples in loaded.items():
@@ -170,16 +196,20 @@ def load_examples(dataset: str) -> tuple[list[dict], list[dict]]:
         raise BadInput(f"--dataset {error}") from None
 
 
-def hub_snapshot(name: str, repo_type: str, patterns: list[str]) -> Path:
-    """Folder with the files of a hub repository: from the cache, without asking the network, else downloaded."""
+def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool) -> Path:
+    """Folder with the files of a hub repository: from the cache without asking the network, unless `download` is set.
+
+    A cache may hold a part only, and does not know it: then `download` completes it.
+    """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     what = {"repo_id": name, "repo_type": repo_type, "allow_patterns": patterns}
-    try:
-        return Path(huggingface_hub.snapshot_download(**what, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
+    if not download:
+        try:
+            return Path(huggingface_hub.snapshot_download(**what, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
     try:
         return Path(huggingface_hub.snapshot_download(**what))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -190,7 +220,13 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str]) -> Path:
         ) from None
 
 
-def model_folder(model: str) -> Path:
+def model_folder(model: str, download: bool = False) -> Path:
     """Folder with configuration, weights and tokenizer of a model."""
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt"]
-    return Path(model).absolute() if Path(model).is_dir() else hub_snapshot(model, "model", patterns)
+    if Path(model).is_dir():
+        return Path(model).absolute()
+    folder = hub_snapshot(model, "model", ["*.json", "*.safetensors", "*.model", "*.txt"], download)
+    try:
+        check_model_folder(folder)
+    except BadInput as error:
+        raise BadInput(f"--model {model}: {str(error).split(': ', 1)[1]}; run with --prefetch where there is a network") from None
+    return folder

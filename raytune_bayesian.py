@@ -9,10 +9,13 @@ Read from top to bottom: search space and knobs · EM and F1 · one trial · the
 
 import argparse
 import copy
+import functools
 import gc
+import importlib
 import json
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -84,8 +87,9 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import report
+import simulate
 import squad
-from bohb import HyperBandForBOHB, TuneBOHB, band_size, results_per_budget, rungs
+from bohb import HyperBandForBOHB, TuneBOHB, band_size, rungs
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for other kinds, and warns
@@ -206,7 +210,11 @@ class Iterations(transformers.TrainerCallback):
             self.report()
 
     def on_save(self, args, state, control, **kwargs):
-        self.report(tune.Checkpoint.from_directory(f"{args.output_dir}/checkpoint-{state.global_step}"))
+        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        try:
+            self.report(tune.Checkpoint.from_directory(folder))
+        finally:  # Tune has made its own copy, also where it pauses the trial
+            shutil.rmtree(folder)
 
     def report(self, checkpoint=None):
         times = {"started_at": self.started_at, "ended_at": time.time(), "node": socket.gethostname()}
@@ -222,6 +230,13 @@ def pretrained(folder: str) -> torch.nn.Module:
     if folder not in PRETRAINED:
         PRETRAINED[folder] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return copy.deepcopy(PRETRAINED[folder])
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a model; one without a padding token pads with EOS, which the attention mask hides."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def init_distributed() -> None:
@@ -254,7 +269,7 @@ def train(config: dict, run: dict) -> None:
     init_distributed()
     transformers.set_seed(run["seed"])
     torch.set_num_threads(run["cpus_per_trial"])
-    tokenizer = transformers.AutoTokenizer.from_pretrained(run["model"])
+    tokenizer = load_tokenizer(run["model"])
     batch_size = hyperparameters["per_device_bs"]
     order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size, run["seed"])
     with tempfile.TemporaryDirectory() as folder:
@@ -315,13 +330,12 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
     )
     record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial)
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+    script = __name__
 
     def trial(config, run):
         # Imported here, not with the process: Tune gives a trial whose process is still starting the first warm one that
         # is free, and ends the new one, so that with slow imports and short rungs a slot might never come up.
-        import raytune_bayesian
-
-        raytune_bayesian.train(config, run)
+        importlib.import_module(script).train(config, run)
 
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, run=run), resources),
@@ -343,12 +357,16 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
             verbose=0,
         ),
     )
-    tuner.fit()
-    record.write()
+    try:
+        tuner.fit()
+    finally:
+        record.write()
+    if record.unfinished():  # Tune returns as after a good end
+        raise KeyboardInterrupt
     return record, searcher
 
 
-def start_ray(args: argparse.Namespace, temp_dir: str) -> None:
+def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
     """Starts Ray on this machine, open to nobody else, or joins the cluster that RAY_ADDRESS names."""
     # A trial of a big model may need more than Ray's 2 s to free its memory before its process takes the next one.
     environment = {
@@ -357,22 +375,26 @@ def start_ray(args: argparse.Namespace, temp_dir: str) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "MALLOC_ARENA_MAX": "2",  # each trial is a new thread of its process: glibc would keep memory for each
     }
-    options = {"runtime_env": {"env_vars": environment}, "log_to_driver": False, "logging_level": "ERROR"}
-    os.environ.update(environment)
+    if not args.gpus_per_trial:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    options = {"log_to_driver": False, "logging_level": "ERROR"}
     if "RAY_ADDRESS" not in os.environ:
         token = Path(temp_dir) / "token"
         token.touch(mode=0o600)
         token.write_text(os.urandom(32).hex())
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        options.update(_temp_dir=temp_dir, include_dashboard=False)
-    ray.init(**options)
+        environment["TMPDIR"] = trials_dir  # so that nothing of theirs is left behind, however they end
+        options |= {"_temp_dir": temp_dir, "include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
+    os.environ.update(environment)
+    ray.init(**options, runtime_env={"env_vars": environment})
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after Ray has set its own, so that all is put away
 
 
 def test(run: dict, folder: str) -> dict[str, float]:
     """eval_loss, EM and F1 of a model on the test questions. Runs where the trials ran."""
     torch.set_num_threads(run["cpus_per_trial"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
     loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_BATCH_SIZE)
     return {"eval_loss": loss, **score(model, tokenizer, run["test"], run["max_new_tokens"])}
@@ -385,11 +407,11 @@ def test(run: dict, folder: str) -> dict[str, float]:
 def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path, ds_config: dict) -> dict:
     """Splits and tokenises once; returns what trials share. Raises BadInput where this data cannot be used."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:  # whatever a broken tokenizer raises
         raise inputs.BadInput(f"--model {folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
-    if tokenizer.eos_token_id is None:
-        raise inputs.BadInput(f"--model {folder}: its tokenizer has no EOS token")
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise inputs.BadInput(f"--model {folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     try:
         size = args.max_eval_samples or SELECTION_SIZE
         train_examples, selection = squad.hold_out(examples[0], size, args.seed)
@@ -401,6 +423,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
             "selection": squad.tokenize(selection, tokenizer, MAX_LENGTH, training=False),
             "test": squad.tokenize(tested, tokenizer, MAX_LENGTH, training=False),
         }
+        run["train"].references = []  # nobody scores on it: need not travel to each trial
     except ValueError as error:
         raise inputs.BadInput(f"--dataset {args.dataset}: {error}") from None
     batch_size = inputs.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
@@ -423,13 +446,13 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path) -> None:
     print(f"  to test the best model on once, at the end: {whole} {len(run['test'])} of the validation set")
     if not args.gpus_per_trial:
         print("no GPU: training in fp32 on the CPU instead of fp16")
-    print(f"search: {args.num_samples} trials, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
-    dimensions = sum(isinstance(d, inputs.Domain) for d in SEARCH_SPACE["train_loop_config"].values())
-    needed = 2 * (dimensions + 1)
-    most = max(results_per_budget(args.num_samples, args.max_t, args.reduction_factor).values())
-    if most < needed:
-        print(f"WARNING: this is random search: the model needs {needed} results at one budget, and none gets more than {most};")
-        print(f"  one band is {band_size(args.max_t, args.reduction_factor)} trials (--num_samples)")
+    slots = inputs.slots(args)
+    print(f"search: {args.num_samples} trials on {slots} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
+    able = simulate.model_based(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, slots)
+    print(f"of {args.num_samples} suggestions {able} come after the model has enough results; a third of them stays random")
+    if able == 0:
+        print(f"WARNING: this is random search; one band is {band_size(args.max_t, args.reduction_factor)} trials (--num_samples): take")
+        print("  more trials or fewer at a time (--max_concurrent_trials), so that the first are through before the last are drawn")
     sys.stdout.flush()
 
 
@@ -438,14 +461,14 @@ def save_best_model(trial, run: dict, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     with trial.checkpoint.as_directory() as checkpoint:
         transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained(temporary)
-    transformers.AutoTokenizer.from_pretrained(run["model"]).save_pretrained(temporary)
+    load_tokenizer(run["model"]).save_pretrained(temporary)
     temporary.rename(path)
     report.delete_checkpoints(trial)
 
 
 def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] | None) -> None:
-    folder = inputs.model_folder(args.model)
-    examples = examples or inputs.load_examples(args.dataset)
+    folder = inputs.model_folder(args.model, args.prefetch)
+    examples = examples or inputs.load_examples(args.dataset, args.prefetch)
     if args.prefetch:
         print(f"in the cache: model {folder}, {len(examples[0])} training and {len(examples[1])} validation questions")
         return
@@ -466,49 +489,51 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     }
     report.write_json(run_dir / "run.json", facts)
     announce(args, run, run_dir)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that Ray is shut down
-    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:  # mode 0700; short, for the names of sockets
-        start_ray(args, temp_dir)
+    folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700
+    short = None if len(tempfile.gettempdir()) < 40 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
+    with folder_of_its_own(dir=short) as temp_dir, folder_of_its_own() as trials_dir:
         try:
+            start_ray(args, temp_dir, trials_dir)
             started = time.time()
             tested = run.pop("test")
             record, searcher = search(args, run, run_dir)
             facts |= record.bill(time.time() - started, int(ray.cluster_resources().get("GPU", 0)))
             facts["model_based_suggestions"] = {"k": searcher.model_based, "n": len(searcher.suggested)}
             if record.best is None:
-                raise RuntimeError("no trial came to its first rung; the reasons are above")
+                raise RuntimeError("no trial came to its first rung with a number; the reasons are above")
+            best = record.trials[record.best.trial_id]
+            result = {name: best[name] for name in report.METRICS}
+            result["config"] = {"train_loop_config": record.best.config["train_loop_config"]}
+            report.write_json(run_dir / "best_result.json", result)
             save_best_model(record.best, run, run_dir / "best_model")
             print(f"best model: {run_dir / 'best_model'}; testing it", flush=True)
             resources = {"num_cpus": args.cpus_per_trial, "num_gpus": args.gpus_per_trial}
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
-        except Exception:
-            report.write_json(run_dir / "run.json", facts | {"status": "failed"})
+        except BaseException as error:
+            status = "failed" if isinstance(error, Exception) else "interrupted"
+            report.write_json(run_dir / "run.json", facts | {"status": status})
             raise
         finally:
             ray.shutdown()
-    trials = list(record.trials.values())
-    best = record.trials[record.best.trial_id]
-    config = {"train_loop_config": searcher.suggested[record.best.trial_id]["config"]["train_loop_config"]}
-    result = {name: best[name] for name in report.METRICS} | {"config": config}
-    report.write_json(run_dir / "best_result.json", result)
     report.write_json(run_dir / "run.json", facts | {"status": "done"})
     print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
     print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))
     print(f"Below, eval_loss, EM and F1 are on the {len(run['selection'])} questions that trials were selected on.\n")
-    print(f"Best Trial Result:\n{json.dumps(result, indent=2)}\n")
-    print(report.table(trials, args.metric), flush=True)
+    print(f"Best Trial Result:\n{report.to_json(result)}\n")
+    print(report.table(list(record.trials.values()), args.metric), flush=True)
 
 
 if __name__ == "__main__":
-    import raytune_bayesian  # by its own name, so that trial processes import it and nothing has to be pickled
-
+    # by the name of its file, so that trial processes import it, a copy too, and nothing has to be pickled
+    script = importlib.import_module(Path(__file__).stem)
     try:
-        raytune_bayesian.main(ARGS, DS_CONFIG, EXAMPLES)
+        script.main(ARGS, DS_CONFIG, EXAMPLES)
     except inputs.BadInput as error:
         inputs.refuse(error)
-    except Exception:
-        traceback.print_exc()
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, Exception):
+            traceback.print_exc()
         print(f"raytune_bayesian.py: the search ended early; what was saved is in {ARGS.output_dir}/{ARGS.run_name}", file=sys.stderr)
         sys.exit(1)

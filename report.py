@@ -39,8 +39,21 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def to_json(content: dict) -> str:
+    """JSON text; NaN and infinity, for which JSON has no word, become null."""
+
+    def plain(value):
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(content), indent=2, allow_nan=False)
+
+
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    write_whole(path, to_json(content) + "\n")
 
 
 def write_csv(path: Path, fields: list[str], rows: list[dict]) -> None:
@@ -103,8 +116,8 @@ def badness(row: dict, metric: str) -> float:
 
 
 def ranked(trials: list[dict], metric: str) -> list[dict]:
-    """Best first. A trial with a larger completed budget goes before all with a smaller one; failed ones come last."""
-    return sorted(trials, key=lambda row: (row["status"] == "failed", -row["training_iteration"], badness(row, metric)))
+    """Best first: a trial with a larger completed budget goes before all with a smaller one."""
+    return sorted(trials, key=lambda row: (-row["training_iteration"], badness(row, metric)))
 
 
 def table(trials: list[dict], metric: str) -> str:
@@ -154,43 +167,45 @@ class Record(Callback):
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        row = self.trials.get(trial.trial_id)
-        if row is None:
+        row = self.row(trial)
+        row["resumes"] += row["status"] != "pending"
+        row["status"] = "running"
+
+    def row(self, trial) -> dict:
+        """The trial's row of trials.csv. Metrics and training_iteration are those of the last rung that it came to."""
+        if trial.trial_id not in self.trials:
             searched = trial.config["train_loop_config"]
             self.trials[trial.trial_id] = {
                 "trial_id": trial.trial_id,
                 **{COLUMNS.get(name, name): value for name, value in searched.items()},
                 **dict.fromkeys(METRICS),
                 "training_iteration": 0,
-                "status": "running",
+                "status": "pending",
                 "model_based": self.searcher.suggested[trial.trial_id]["model_based"],
                 "resumes": 0,
                 "gpu_minutes": 0.0,
             }
-        else:
-            row["status"] = "running"
-            row["resumes"] += 1
+        return self.trials[trial.trial_id]
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        row = self.trials[trial.trial_id]
+        row, done = self.row(trial), result["training_iteration"]
         metrics = {name: result.get(name) for name in METRICS}
-        row.update({name: value for name, value in metrics.items() if value is not None})
-        row["training_iteration"] = result["training_iteration"]
         row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
         times = {key: result[key] for key in ("started_at", "ended_at", "node")}
-        self.iterations.append({"trial_id": trial.trial_id, "training_iteration": row["training_iteration"], **metrics, **times})
+        self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **times})
         rungs = trial.config["rungs"]
-        if row["training_iteration"] in rungs:
-            row["status"] = "paused" if row["training_iteration"] < rungs[-1] else "completed"
-            if self.best is None or self._rank(row) < self._rank(self.trials[self.best.trial_id]):
-                old, self.best = self.best, trial
-                if old is not None and old is not trial and old.is_finished():
-                    delete_checkpoints(old)
-            self.say(f"{self._describe(row)} at {row['training_iteration']}/{rungs[-1]}")
+        if done in rungs:
+            row.update(metrics, training_iteration=done, status="paused" if done < rungs[-1] else "completed")
+            if self.best is None or self._rank(row) < self._rank(self.row(self.best)):
+                if math.isfinite(badness(row, self.metric)):
+                    old, self.best = self.best, trial
+                    if old is not None and old is not trial and old.is_finished():
+                        delete_checkpoints(old)
+            self.say(f"{self._describe(row)} at {done}/{rungs[-1]}")
         self.changed = True
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        row = self.trials[trial.trial_id]
+        row = self.row(trial)
         if row["status"] != "completed":
             row["status"] = "stopped"
         if trial is not self.best:
@@ -198,10 +213,12 @@ class Record(Callback):
         self.changed = True
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        row = self.trials[trial.trial_id]
+        row = self.row(trial)
         row["status"] = "failed"
-        reason = (trial.error_file and Path(trial.error_file).exists() and last_line(Path(trial.error_file))) or "unknown"
-        self.say(f"{self._describe(row)} failed after {row['training_iteration']} iterations: {reason}")
+        file = trial.error_file and Path(trial.error_file)
+        reason = f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started"
+        done = (trial.last_result or {}).get("training_iteration", 0)
+        self.say(f"{self._describe(row)} failed after {done} iterations: {reason}")
         if trial is not self.best:
             delete_checkpoints(trial)
         self.changed = True
@@ -218,6 +235,11 @@ class Record(Callback):
         write_csv(self.run_dir / "iterations.csv", ITERATION_FIELDS, self.iterations)
         self.changed, self.written_at = False, time.time()
 
+    def unfinished(self) -> bool:
+        """Whether trials are missing or not at their end, as after an interruption."""
+        ended = sum(row["status"] in ("stopped", "completed", "failed") for row in self.trials.values())
+        return ended < self.num_samples
+
     def bill(self, seconds: float, gpus: int) -> dict:
         """Where the search ran, and GPU-minutes allocated, busy with iterations, and idle."""
         allocated, busy = gpus * seconds / 60, sum(row["gpu_minutes"] for row in self.trials.values())
@@ -225,7 +247,7 @@ class Record(Callback):
         return {"seconds": seconds, "nodes": sorted({row["node"] for row in self.iterations}), "gpu_minutes": minutes}
 
     def say(self, what: str) -> None:
-        counts = {status: 0 for status in ("running", "paused", "stopped", "completed", "failed")}
+        counts = {status: 0 for status in ("pending", "running", "paused", "stopped", "completed", "failed")}
         for row in self.trials.values():
             counts[row["status"]] += 1
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)

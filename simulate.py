@@ -4,6 +4,8 @@
     simulation.run()
     simulation.reports   # [(start, end, trial_id, iteration, loss)], in simulated seconds
 
+    model_based(space, num_samples=34, max_t=50, reduction_factor=4, slots=4)   # suggestions that can come from the model
+
 It does what ray.tune.execution.tune_controller.TuneController does around a search algorithm and a scheduler, in the
 same order: one suggestion ahead of time, the scheduler asked before each start, the searcher told of a result only
 when the decision is not STOP. It takes Ray's own classes too, so that both can be compared.
@@ -11,12 +13,15 @@ when the decision is not STOP. It takes Ray's own classes too, so that both can 
 
 import heapq
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import TrialScheduler
+
+from bohb import HyperBandForBOHB, TuneBOHB
 
 
 class SimulatedTrial:
@@ -174,3 +179,19 @@ class Simulation:
             self.stop_trial(trial)
         else:
             self._schedule(trial)
+
+
+def model_based(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> int:
+    """How many suggestions can come from the model, when all iterations take equally long: those made once it exists.
+
+    With many slots most suggestions are made before the first rung is through; BOHB draws a third of the rest at random.
+    """
+    rng = random.Random(0)
+    searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0})
+    searcher.set_search_properties("loss", "min", space)
+    scheduler = HyperBandForBOHB(
+        time_attr="training_iteration", metric="loss", mode="min", max_t=max_t, reduction_factor=reduction_factor
+    )
+    simulation = Simulation(searcher, scheduler, num_samples, lambda config, t: rng.random(), slots=slots, max_t=max_t)
+    simulation.run()
+    return searcher.model_based

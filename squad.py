@@ -5,6 +5,7 @@ One sequence is   Question: … Context: … Answer: <answer> EOS   and only the
 """
 
 import gzip
+import inspect
 import json
 import random
 import re
@@ -248,13 +249,11 @@ def collate(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     """Sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number."""
-    labels = batch["labels"]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        use_cache=False,
-        logits_to_keep=labels.shape[1] + 1,
-    ).logits[:, :-1]
+    labels, mask = batch["labels"], batch["attention_mask"]
+    keep = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
+    if "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters:  # BLOOM has none
+        keep["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate counts them, behind the padding
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **keep).logits[:, :-1]
     supervised = labels != IGNORE
     logits, labels = logits[supervised].float(), labels[supervised]
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), labels.numel()

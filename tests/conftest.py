@@ -104,8 +104,9 @@ def shared_squad() -> Path:
 
 def pytest_collection_modifyitems(items):
     """Quick ones first."""
-    order = ["test_bohb", "test_squad", "test_inputs", "test_trial", "test_run", "test_slurm", "test_demo"]
-    items.sort(key=lambda item: order.index(item.module.__name__))
+    order = ["test_report", "test_bohb", "test_squad", "test_inputs", "test_trial", "test_run", "test_slurm", "test_demo"]
+    rank = {name: i for i, name in enumerate(order)}
+    items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
 
 def run_script(*arguments, timeout=300, script=ROOT / "raytune_bayesian.py", **environment) -> subprocess.CompletedProcess:

@@ -12,6 +12,7 @@ from conftest import ROOT, run_script
 
 import inputs
 import raytune_bayesian
+import report
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +25,8 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     (folder / "list.json").write_text("[]")
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     (folder / "optimizer.json").write_text(json.dumps(ds_config | {"optimizer": {"type": "AdamW"}}))
+    (folder / "stage3.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 3}}))
+    (folder / "fp16.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": True}}))
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
     shutil.copytree(tiny_squad, folder / "moved")
     train = json.loads((folder / "moved" / "train.json").read_text())
@@ -60,6 +63,9 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "ds_config not an object": (["--deepspeed", "@/list.json"], r"--deepspeed .*list.json: not a JSON object"),
     "ds_config with optimizer": (["--deepspeed", "@/optimizer.json"], r"remove 'optimizer'"),
     "ds_config with batch size": (["--deepspeed", "@/batch.json"], r'train_micro_batch_size_per_gpu must be "auto"'),
+    "ds_config with stage 3": (["--deepspeed", "@/stage3.json"], r"stage 3 splits a model over GPUs"),
+    "ds_config with fp16": (["--deepspeed", "@/fp16.json"], r'fp16: enabled must be "auto"'),
+    "name too long": (["--output_dir", "x" * 300], r"x{300}.*: File name too long"),
     "data set without files": (["--dataset", "@/empty"], r"--dataset .*empty: one file train\*.json"),
     "data set without dev": (["--dataset", "@/no_dev"], r"--dataset .*no_dev: one file dev\*.json.* or validation\*.json"),
     "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD v1.1 JSON file"),
@@ -125,6 +131,8 @@ def test_search_space_is_checked(monkeypatch):
         ({"lr": tune.loguniform(2e-4, 5e-6)}, "lr: lower 0.0002 is not below upper 5e-06"),
         ({"lr": tune.uniform(1e-4, 1e-4)}, "lr: lower 0.0001 is not below"),
         ({"wd": tune.choice([])}, "wd has nothing to choose from"),
+        ({"wd": tune.grid_search([0.0, 0.01])}, "wd: BOHB draws from a domain"),
+        ({"lr": tune.quniform(0.1, 0.9, 0.1)}, "lr: BOHB cannot keep to the steps"),
         ({"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "nothing to search"),
     ]:
         with pytest.raises(inputs.BadInput, match=re.escape(message)):
@@ -135,7 +143,7 @@ def test_search_space_is_checked(monkeypatch):
 
 def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
     """What a user does: edit the block at the top of the script."""
-    for name in ("raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "report.py", "ds_config.json"):
+    for name in ("raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
         shutil.copy(ROOT / name, tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     text = script.read_text()
@@ -144,6 +152,38 @@ def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
     process = run_script("--model", tiny_model, "--dataset", tiny_squad, script=script, timeout=60)
     assert process.returncode == 2 and "search space: lr: lower 0.0002 is not below upper 5e-06" in process.stderr
     assert not (tmp_path / "results").exists() and not os.path.exists("results/bloom_bohb")
+
+
+def test_a_copy_of_the_script_is_what_runs(tmp_path, tiny_model, tiny_squad):
+    """Researchers copy a script to change it."""
+    for name in ("inputs.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
+        shutil.copy(ROOT / name, tmp_path)
+    script = tmp_path / "my_search.py"
+    script.write_text((ROOT / "raytune_bayesian.py").read_text().replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(1e-3, 2e-3)"))
+    process = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples", 5,
+        "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x", script=script,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in report.read_csv(tmp_path / "x" / "trials.csv"))
+
+
+def test_a_folder_that_may_not_be_entered(tmp_path, tiny_model, tiny_squad):
+    """Root may enter all folders: so the check runs as another user."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o700)
+    args = raytune_bayesian.parse_arguments(["--model", str(closed / "model"), "--dataset", str(tiny_squad)])
+    os.seteuid(65534)
+    try:
+        with pytest.raises(inputs.BadInput, match="Permission denied"):
+            inputs.check(args, raytune_bayesian.SEARCH_SPACE)
+    finally:
+        os.seteuid(0)
+
+
+def test_prefetch_on_a_login_node_does_not_look_for_gpus():
+    args = raytune_bayesian.parse_arguments(["--prefetch", "--gpus_per_trial", "99"])
+    inputs.check(args, raytune_bayesian.SEARCH_SPACE)
 
 
 def test_help_lists_all_flags():

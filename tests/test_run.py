@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -207,6 +208,32 @@ def test_real_squad(tmp_path, demo_model, shared_squad):
     assert len(losses) == 4 and losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_squad, how, code):
+    before = ours()
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, ROOT / "raytune_bayesian.py", "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 50,
+               "--num_train_epochs", 10, "--max_eval_samples", 20, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
+    )  # fmt: skip
+    try:
+        next(line for line in process.stdout if "] trial " in line)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == code, err
+    assert "Best Trial Result" not in out and "Traceback" not in err
+    assert (how == signal.SIGTERM) or f"what was saved is in {tmp_path}/x" in err
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "interrupted"
+    assert {p.name for p in (tmp_path / "x").iterdir()} == {"run.json", "trials.csv", "iterations.csv", "ray"}
+    assert len(report.read_csv(tmp_path / "x" / "trials.csv")) >= 1
+    assert not list((tmp_path / "tmp").iterdir()) and not ours() - before
+
+
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
     """Each failure is told with its reason; exit code 1; what there is stays."""
     broken = shutil.copytree(tiny_model, tmp_path / "model")
@@ -215,7 +242,7 @@ def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
         "--model", broken, "--dataset", tiny_squad, *SMALL, "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x"
     )
     assert process.returncode == 1
-    assert process.stdout.count("failed after 0 iterations") == 2
+    assert process.stdout.count("failed after 0 iterations") == 2 and process.stdout.count("error.txt)") == 2
     assert "no trial came to its first rung" in process.stderr and f"{tmp_path}/x" in process.stderr
     assert [t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 2
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
@@ -299,6 +326,13 @@ def test_prefetch_then_run_without_the_hub(hub, tmp_path):
     assert process.returncode == 0, process.stderr
     assert Hub.requests == []  # what is in the cache is not asked for again
     assert (tmp_path / "results" / "x" / "best_result.json").exists()
+
+    # a part of the model in the cache, as a tokenizer loaded elsewhere leaves it
+    next((tmp_path / "cache" / "hub").glob("models--*/snapshots/*/model.safetensors")).unlink()
+    part = run_script(*names[:-1], "z", *small, **hub)
+    assert part.returncode == 2 and "tiny/bloom: no weights" in part.stderr and "--prefetch" in part.stderr
+    assert run_script(*names[:-1], "z", "--prefetch", **hub).returncode == 0
+    assert next((tmp_path / "cache" / "hub").glob("models--*/snapshots/*/model.safetensors")).exists()
 
     wrong = run_script(*names[2:], "--model", "tiny/typo", "--run_name", "y", **hub)
     assert wrong.returncode == 2 and "tiny/typo" in wrong.stderr

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from test_run import closing_block
 
 import report
 
-FILES = ["raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "report.py", "ds_config.json",
+FILES = ["raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json",
          "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
 LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # goes on until it is cancelled
 SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
@@ -261,8 +260,7 @@ def test_scancel_is_clean(project, tiny, phase):
         drain(project, "node2", "node3")
     job = project.submit(*tiny, *LONG)
     if phase == "before workers":
-        project.wait_for("the start of the job", lambda: project.cluster.job(job)["JobState"] == "RUNNING")
-        time.sleep(1)
+        project.wait_for("the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values()))
         assert "worker jobs" not in project.log(job)
     elif phase == "waiting":
         project.wait_for("the wait for workers", lambda: "run folder:" in project.log(job))

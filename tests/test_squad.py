@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics.text
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -168,6 +169,20 @@ def test_loss_is_a_mean_over_tokens_not_over_batches(tiny_model, tokenizer):
     sums = [squad.evaluate_loss(model, d, 0, 1) * d.longest_answer for d in each]
     tokens = sum(d.longest_answer for d in each)
     assert squad.evaluate_loss(model, both, 0, 1) == pytest.approx(sum(sums) / tokens, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad, family):
+    """BLOOM has none: another model of --model must not see its prompt move with the padding."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    config = transformers.AutoConfig.for_model(family, **sizes, intermediate_size=64, max_position_embeddings=512)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    examples = squad.read_squad(tiny_squad / "dev.json")[:3]
+    examples[1]["context"] *= 2
+    data = squad.tokenize(examples, tokenizer, 512, training=False)
+    assert len(set(data.lengths)) > 1
+    assert squad.evaluate_loss(model, data, 0, 3) == pytest.approx(squad.evaluate_loss(model, data, 0, 1), rel=1e-5)
 
 
 def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):

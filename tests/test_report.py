@@ -1,0 +1,114 @@
+"""The record of a run: what a rung earned, whatever comes after it; files that are whole."""
+
+import json
+import math
+import threading
+import types
+from pathlib import Path
+
+import pytest
+
+import report
+
+
+class SomeTrial:
+    """The part of a Tune trial that Record looks at."""
+
+    def __init__(self, trial_id, folder):
+        self.trial_id, self.last_result, self.error_file, self.finished = trial_id, {}, None, False
+        self.config = {"train_loop_config": {"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "rungs": [3, 12, 50]}
+        self.storage = types.SimpleNamespace(trial_fs_path=str(folder / trial_id))
+        (folder / trial_id / "checkpoint_000000").mkdir(parents=True)
+
+    def is_finished(self):
+        return self.finished
+
+    def has_checkpoint(self):
+        return any(Path(self.storage.trial_fs_path).iterdir())
+
+
+@pytest.fixture()
+def record(tmp_path):
+    suggested = {name: {"config": {}, "model_based": False} for name in "abc"}
+    return report.Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1)
+
+
+def tell(record, trial, iteration, loss, em=None):
+    trial.last_result = {"training_iteration": iteration, "eval_loss": loss, "exact_match": em, "f1": em,
+                         "started_at": 0.0, "ended_at": 60.0, "node": "here"}  # fmt: skip
+    record.on_trial_result(0, [], trial, trial.last_result)
+
+
+def fail(record, trial):
+    trial.finished = True
+    record.on_trial_error(0, [], trial)
+
+
+def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(record, tmp_path):
+    a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
+    for trial in (a, b):
+        record.on_trial_start(0, [], trial)
+    tell(record, a, 12, 1.0, 0.3)
+    tell(record, a, 13, 5.0)
+    fail(record, a)
+    row = record.trials["a"]
+    assert [row[k] for k in ("training_iteration", "eval_loss", "exact_match", "status")] == [12, 1.0, 0.3, "failed"]
+    assert record.best is a and a.has_checkpoint()
+    tell(record, b, 12, 0.5, 0.6)
+    assert record.best is b and not a.has_checkpoint()
+    assert [t["trial_id"] for t in report.ranked(list(record.trials.values()), "eval_loss")] == ["b", "a"]
+    assert [i["training_iteration"] for i in record.iterations] == [12, 13, 12]
+    assert row["gpu_minutes"] == 2.0
+
+
+def test_a_trial_whose_process_never_started(record, tmp_path):
+    trial = SomeTrial("c", tmp_path)
+    fail(record, trial)
+    assert record.trials["c"]["status"] == "failed" and record.best is None and not trial.has_checkpoint()
+
+
+def test_nan_is_not_the_best_and_not_in_json(record, tmp_path):
+    trial = SomeTrial("a", tmp_path)
+    record.on_trial_start(0, [], trial)
+    tell(record, trial, 3, math.nan, 0.0)
+    assert record.best is None
+    report.write_json(tmp_path / "x.json", {"loss": math.nan, "all": [1.5, math.inf]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"loss": None, "all": [1.5, None]}
+
+
+def test_unfinished_until_all_trials_have_ended(record, tmp_path):
+    assert record.unfinished()
+    for name in "abc":
+        trial = SomeTrial(name, tmp_path)
+        record.on_trial_start(0, [], trial)
+        tell(record, trial, 3, 1.0, 0.0)
+        assert record.unfinished()  # is paused
+        record.on_trial_complete(0, [], trial)
+    assert not record.unfinished()
+
+
+def test_a_reader_sees_whole_files_only(tmp_path):
+    path, stop, seen = tmp_path / "file", threading.Event(), set()
+    texts = ["a" * 300_000, "b" * 500_000]
+    report.write_whole(path, texts[0])
+
+    def read():
+        while not stop.is_set():
+            seen.add(path.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(100):
+        report.write_whole(path, texts[i % 2])
+    stop.set()
+    reader.join()
+    assert seen <= set(texts) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_tables_survive_a_round_trip(record, tmp_path):
+    trial = SomeTrial("a", tmp_path)
+    record.on_trial_start(0, [], trial)
+    tell(record, trial, 3, 0.1 + 0.2, 0.25)
+    record.write()
+    assert report.read_csv(tmp_path / "trials.csv") == list(record.trials.values())
+    assert report.read_csv(tmp_path / "iterations.csv") == record.iterations
