@@ -12,7 +12,6 @@ import copy
 import functools
 import gc
 import importlib
-import json
 import math
 import os
 import shutil

@@ -9,12 +9,17 @@ concerned: the GPUs are device files with nothing behind them.
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
+FILES = ["raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json",
+         "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
 NODES = ["node1", "node2", "node3"]
 HOSTS = [*NODES, "controller"]
 NETWORK = "10.77.0"
@@ -203,3 +208,57 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
         found = {int(line.split()[0]): line.split(None, 1)[1] for line in lines}
         return {pid: args for pid, args in found.items() if "slurmd" not in args and "<defunct>" not in args}
 
+
+class Project:
+    """A user's copy of the project on the cluster, with a temporary folder that nobody else uses."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path, temporary: Path):
+        self.cluster, self.folder, self.temporary = cluster, folder, temporary
+        for name in FILES:
+            shutil.copy(ROOT / name, folder)
+        (folder / "logs").mkdir()
+
+    def submit(self, *arguments, node="node1", options=(), **environment) -> str:
+        """Submits the head job; its id."""
+        settings = {
+            "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
+            "WORKER_TIMEOUT": "120", "TMPDIR": str(self.temporary), **environment,
+        }  # fmt: skip
+        command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
+        return self.cluster.run("node1", *command, cwd=self.folder, **settings).strip()
+
+    def log(self, job_id: str) -> str:
+        path = self.folder / "logs" / f"ray_head_bloom_bohb-{job_id}.out"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, what: str, condition, timeout=120):
+        try:
+            return wait_for(what, condition, timeout)
+        except RuntimeError as error:
+            logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
+            raise RuntimeError(f"{error}\n{logs}") from None
+
+    def wait_for_end(self, job_id: str, timeout=200):
+        """Waits until the head job is out of the queue; (state, exit code), as Slurm keeps them."""
+        self.wait_for(f"the end of job {job_id}", lambda: job_id not in self.cluster.queue(), timeout)
+        job = self.cluster.job(job_id)
+        return job["JobState"], job["ExitCode"]
+
+    def wait_for_search(self, job_id: str):
+        """Waits until a trial of the job has reported."""
+        self.wait_for(f"a trial of job {job_id}", lambda: "] trial " in self.log(job_id))
+
+    def workers(self, job_id: str) -> list[str]:
+        return re.search(r"worker jobs ([\d ]+)", self.log(job_id)).group(1).split()
+
+    def left_over(self) -> dict:
+        """What runs or lies around on any node, of jobs: empty when all is clean."""
+        ports = {n: sh(f"ip netns exec {n} ss -Hltn | grep -v :6818", check=False) for n in NODES}
+        found = {
+            "queue": self.cluster.queue(),
+            "processes": {n: p for n in NODES if (p := self.cluster.processes(n))},
+            "ports": {n: p for n, p in ports.items() if p},
+            "temporary": sorted(map(str, self.temporary.iterdir())),
+            "meeting": sorted(map(str, self.folder.glob("results/.ray-*"))),
+        }
+        return {key: value for key, value in found.items() if value}

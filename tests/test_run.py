@@ -15,7 +15,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, make_model, make_squad, run_script
+from conftest import ROOT, make_model, run_script
 
 import report
 import squad

@@ -11,14 +11,11 @@ from pathlib import Path
 
 import pytest
 import slurm_cluster
-from conftest import ROOT
-from slurm_cluster import NODES, SlurmCluster, sh, wait_for
+from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
 
 import report
 
-FILES = ["raytune_bayesian.py", "inputs.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json",
-         "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
 LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # goes on until it is cancelled
 SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
 
@@ -35,61 +32,6 @@ def cluster():
             yield cluster
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-class Project:
-    """A user's copy of the project on the cluster, with a temporary folder that nobody else uses."""
-
-    def __init__(self, cluster: SlurmCluster, folder: Path, temporary: Path):
-        self.cluster, self.folder, self.temporary = cluster, folder, temporary
-        for name in FILES:
-            shutil.copy(ROOT / name, folder)
-        (folder / "logs").mkdir()
-
-    def submit(self, *arguments, node="node1", options=(), **environment) -> str:
-        """Submits the head job; its id."""
-        settings = {
-            "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
-            "WORKER_TIMEOUT": "120", "TMPDIR": str(self.temporary), **environment,
-        }  # fmt: skip
-        command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
-        return self.cluster.run("node1", *command, cwd=self.folder, **settings).strip()
-
-    def log(self, job_id: str) -> str:
-        path = self.folder / "logs" / f"ray_head_bloom_bohb-{job_id}.out"
-        return path.read_text() if path.exists() else ""
-
-    def wait_for(self, what: str, condition, timeout=120):
-        try:
-            return wait_for(what, condition, timeout)
-        except RuntimeError as error:
-            logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
-            raise RuntimeError(f"{error}\n{logs}") from None
-
-    def wait_for_end(self, job_id: str, timeout=200):
-        """Waits until the head job is out of the queue; (state, exit code), as Slurm keeps them."""
-        self.wait_for(f"the end of job {job_id}", lambda: job_id not in self.cluster.queue(), timeout)
-        job = self.cluster.job(job_id)
-        return job["JobState"], job["ExitCode"]
-
-    def wait_for_search(self, job_id: str):
-        """Waits until a trial of the job has reported."""
-        self.wait_for(f"a trial of job {job_id}", lambda: "] trial " in self.log(job_id))
-
-    def workers(self, job_id: str) -> list[str]:
-        return re.search(r"worker jobs ([\d ]+)", self.log(job_id)).group(1).split()
-
-    def left_over(self) -> dict:
-        """What runs or lies around on any node, of jobs: empty when all is clean."""
-        ports = {n: sh(f"ip netns exec {n} ss -Hltn | grep -v :6818", check=False) for n in NODES}
-        found = {
-            "queue": self.cluster.queue(),
-            "processes": {n: p for n in NODES if (p := self.cluster.processes(n))},
-            "ports": {n: p for n, p in ports.items() if p},
-            "temporary": sorted(map(str, self.temporary.iterdir())),
-            "meeting": sorted(map(str, self.folder.glob("results/.ray-*"))),
-        }
-        return {key: value for key, value in found.items() if value}
 
 
 @pytest.fixture()

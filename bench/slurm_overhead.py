@@ -1,0 +1,56 @@
+"""How long the scripts take around a search, on a real Slurm cluster of three nodes on this machine (as root).
+
+    python bench/slurm_overhead.py        # two minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
+
+The textbook scripts sleep 10 s for the head and 30 s for the workers before they start anything: that is the baseline.
+"""
+
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import report
+from slurm_cluster import Project, SlurmCluster
+
+RUNS = 3
+TEXTBOOK_SLEEPS = 40  # seconds
+LIMITS = {"job start to first trial running": 45, "last trial's end to an empty queue": 10}
+
+
+def main() -> None:
+    seconds: dict[str, list[float]] = {name: [] for name in LIMITS}
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder, SlurmCluster(Path(folder)) as cluster:
+        for i in range(RUNS):
+            place = Path(folder) / f"run{i}"
+            (place / "tmp").mkdir(parents=True)
+            project = Project(cluster, place, place / "tmp")
+            job = project.submit(
+                "--model", ROOT / "demo" / "model", "--dataset", ROOT / "demo" / "squad", "--max_t", 4, "--num_train_epochs", 0.2,
+                "--max_eval_samples", 40, "--run_name", "x", NUM_WORKERS="2",
+            )  # fmt: skip
+            project.wait_for("an empty queue", lambda: not cluster.queue(), 300)
+            ended = time.time()
+            state = cluster.job(job)
+            if state["JobState"] != "COMPLETED":
+                raise RuntimeError(project.log(job))
+            iterations = report.read_csv(place / "results" / "x" / "iterations.csv")
+            started = datetime.fromisoformat(state["StartTime"]).timestamp()  # in whole seconds
+            seconds["job start to first trial running"].append(min(i["started_at"] for i in iterations) - started)
+            seconds["last trial's end to an empty queue"].append(ended - max(i["ended_at"] for i in iterations))
+            shutil.rmtree(place)
+    print(f"{'':36} {'median':>8} {'worst':>8} {'limit':>8}   seconds, {RUNS} runs of 2 workers with 2 GPUs")
+    for name, values in seconds.items():
+        print(f"{name:36} {statistics.median(values):8.1f} {max(values):8.1f} {LIMITS[name]:8}")
+    print(f"{'sleeps of the textbook scripts alone':36} {TEXTBOOK_SLEEPS:8.1f}")
+    print(f"ratio: {TEXTBOOK_SLEEPS / statistics.median(seconds['job start to first trial running']):.2f}")
+
+
+if __name__ == "__main__":
+    main()
