@@ -177,6 +177,7 @@ class TuneBOHB(ray.tune.search.bohb.TuneBOHB):
     def __init__(self, *args, **kwargs):
         self.suggested: dict[str, dict[str, Any]] = {}
         self.observations: list[dict[str, Any]] = []
+        self._restored = False
         super().__init__(*args, **kwargs)
 
     def _setup_bohb(self):
@@ -200,6 +201,24 @@ class TuneBOHB(ray.tune.search.bohb.TuneBOHB):
     def model_based(self) -> int:
         """How many of the suggestions came from the model."""
         return sum(s["model_based"] for s in self.suggested.values())
+
+    def get_state(self) -> dict[str, Any]:
+        """All that the next suggestion depends on; to be pickled before anything else happens."""
+        return {name: getattr(self, name) for name in ("bohber", "suggested", "observations", "trial_to_params", "paused", "running")}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state. What was running counts as running: the scheduler will resume it first."""
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._restored = True
+
+    def set_search_properties(self, metric, mode, config, **spec) -> bool:
+        """As in Ray's class, but the model of a restored state stays."""
+        state = self.get_state() if self._restored else None
+        done = super().set_search_properties(metric, mode, config, **spec)
+        if state:
+            self.set_state(state)
+        return done
 
     def suggest(self, trial_id: str) -> dict | None:
         """The configuration of a new trial, in plain Python types; None while max_concurrent trials are under way."""
@@ -283,6 +302,25 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         self._active: list[Bracket] = []  # those that still have trials: decisions look at no others
         self._bracket_of: dict[str, Bracket] = {}
         self._trials: dict[str, Trial] = {}  # live ones
+        self.draining = False  # set before a planned stop: pause each trial at its next checkpoint, start none
+
+    def get_state(self) -> dict[str, Any]:
+        """The brackets; to be pickled before anything else happens."""
+        return {"brackets": self.brackets}
+
+    def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
+        """Goes on from a state. Live trials come back by on_trial_add, paused but for those `waiting` for a first slot."""
+        self.brackets = state["brackets"]
+        self._active = [b for b in self.brackets if b.members or not b.full]
+        for bracket in self._active:
+            for trial_id in bracket.members:
+                self._bracket_of[trial_id] = bracket
+                if trial_id not in bracket.scores and trial_id not in waiting:
+                    bracket.promoted.add(trial_id)  # it was running, or about to
+
+    def in_race(self, trial_id: str) -> bool:
+        """Whether a trial has rungs before it."""
+        return trial_id in self._bracket_of and trial_id in self._bracket_of[trial_id].members
 
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
@@ -307,6 +345,11 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         if self._time_attr not in result:
             logger.warning("Trial %s: a report without %r decides nothing.", trial.trial_id, self._time_attr)
             return TrialScheduler.CONTINUE
+        decision = self._decide(tune_controller, trial, result)
+        can_pause = SHOULD_CHECKPOINT in result and trial.trial_id in self._trials
+        return TrialScheduler.PAUSE if self.draining and can_pause and decision == TrialScheduler.CONTINUE else decision
+
+    def _decide(self, tune_controller, trial: Trial, result: dict) -> str:
         bracket = self._bracket_of[trial.trial_id]
         bracket.promoted.discard(trial.trial_id)
         if trial.trial_id not in bracket.members:  # is past its last rung
@@ -349,18 +392,20 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
 
     def choose_trial_to_run(self, tune_controller) -> Trial | None:
         """A promoted trial, oldest bracket first, else a new one; none beyond max_concurrent."""
+        if self.draining:
+            return None
         searcher = self._searcher(tune_controller)
         for bracket in list(self._active):
             self._halve_if_through(tune_controller, bracket)
         self._active = [b for b in self._active if b.members or (b is self.brackets[-1] and not b.full)]
         limit = searcher._max_concurrent if searcher._max_concurrent > 0 else math.inf
-        if len(searcher.running) < limit:
-            for bracket in self._active:
-                for trial_id in bracket.members:
-                    if trial_id in bracket.promoted and self._trials[trial_id].status == Trial.PAUSED:
-                        bracket.promoted.discard(trial_id)
-                        searcher.on_unpause(trial_id)
-                        return self._trials[trial_id]
+        for bracket in self._active:
+            for trial_id in bracket.members if bracket.promoted else ():
+                room = len(searcher.running) < limit or trial_id in searcher.running  # was running when the state was saved
+                if room and trial_id in bracket.promoted and self._trials[trial_id].status == Trial.PAUSED:
+                    bracket.promoted.discard(trial_id)
+                    searcher.on_unpause(trial_id)
+                    return self._trials[trial_id]
         for bracket in self._active:
             for trial_id in bracket.members:
                 if self._trials[trial_id].status == Trial.PENDING:

@@ -43,6 +43,26 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
     Returns:
         The DeepSpeed configuration, and (training, validation) examples where the data set is a folder, else None.
     """
+    args.run_name = args.run_name or f"bloom_bohb-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
+    if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
+        raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
+    check_search_space(search_space)
+    try:
+        run_dir = Path(args.output_dir).absolute() / args.run_name
+        # Slurm has started the job again, after its time limit or the loss of its node
+        args.resume |= int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir / "run.json").exists()
+        if args.resume:
+            load_arguments(args, run_dir, describe(search_space))
+        elif not args.prefetch:
+            check_output(run_dir)
+        check_values(args)
+        return check_files(args)
+    except OSError as error:  # no permission, a loop of links, a name too long
+        raise BadInput(f"{error.filename}: {error.strerror}") from None
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """The part of `check` that looks at numbers."""
     for name, least in {
         "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
         "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0,
@@ -54,16 +74,11 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.num_train_epochs < math.inf:
         raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
-    check_search_space(search_space)
     if not args.prefetch:  # on a login node
         check_resources(args)
-    try:
-        return check_paths(args)
-    except OSError as error:  # no permission, a loop of links, a name too long
-        raise BadInput(f"{error.filename}: {error.strerror}") from None
 
 
-def check_paths(args: argparse.Namespace) -> tuple[dict, tuple | None]:
+def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
     """The part of `check` that looks at files."""
     for name in ("model", "dataset"):
         value = getattr(args, name)
@@ -71,11 +86,6 @@ def check_paths(args: argparse.Namespace) -> tuple[dict, tuple | None]:
             raise BadInput(f"--{name} {value}: neither a folder nor the name of a repository on the hub")
     if Path(args.model).is_dir():
         check_model_folder(Path(args.model))
-    args.run_name = args.run_name or f"bloom_bohb-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
-    if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
-        raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
-    if not args.prefetch:
-        check_output(Path(args.output_dir).absolute() / args.run_name)
     ds_config = read_ds_config(Path(args.deepspeed))
     return ds_config, load_examples(args.dataset) if Path(args.dataset).is_dir() else None
 
@@ -165,6 +175,30 @@ def check_model_folder(path: Path) -> None:
         raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
     if not (path / "tokenizer_config.json").exists():
         raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
+
+
+def describe(space: dict) -> dict[str, str]:
+    """The search space as text."""
+    searched = space["train_loop_config"].items()
+    return {name: f"{d.sampler or ''}{d.domain_str}" if isinstance(d, Domain) else repr(d) for name, d in searched}
+
+
+def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str]) -> None:
+    """With --resume: takes the arguments of the run; those given again, and the search space, must be the same."""
+    try:
+        run = json.loads((run_dir / "run.json").read_text())
+        earlier, earlier_space = run["arguments"], run["search_space"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None
+    other = [f"--{n} {getattr(args, n)} (the run has {earlier[n]})" for n in sorted(args.given & set(earlier)) if getattr(args, n) != earlier[n]]
+    other = [o for o in other if not o.startswith(("--run_name ", "--output_dir "))]
+    if other:
+        raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
+    for name in space | earlier_space:
+        if space.get(name) != earlier_space.get(name):
+            raise BadInput(f"--resume: search space: {name} is {space.get(name)} now, and {earlier_space.get(name)} in the run")
+    for name in set(earlier) - {"run_name", "output_dir"}:
+        setattr(args, name, earlier[name])
 
 
 def check_output(run_dir: Path) -> None:

@@ -9,9 +9,11 @@ Read from top to bottom: search space and knobs · EM and F1 · one trial · the
 
 import argparse
 import copy
+import fcntl
 import functools
 import gc
 import importlib
+import json
 import math
 import os
 import shutil
@@ -26,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: else anyone on the network may run code in it
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's new progress output cannot be silenced; report.Record prints instead
 from ray import tune
+from ray.tune.experiment import Trial
 
 import inputs
 
@@ -67,8 +70,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42)
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
+    add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    parser.set_defaults(**dict.fromkeys(vars(args)))
+    args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    return args
 
 
 if __name__ == "__main__":  # before the slow imports: bad input is told within seconds
@@ -86,6 +93,7 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import report
+import resume
 import simulate
 import squad
 from bohb import HyperBandForBOHB, TuneBOHB, band_size, rungs
@@ -191,10 +199,14 @@ class Iterations(transformers.TrainerCallback):
         self.every_score = run["metric"] != "eval_loss"
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.started_at = time.time()
+        self.started_at = self.looked_at = time.time()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step not in self.last_steps[1:]:
+            if self.stopping():
+                done = sum(step <= state.global_step for step in self.last_steps[1:])
+                self.metrics = {"training_iteration": done, "partial": True}
+                control.should_save = True
             return
         iteration = self.last_steps.index(state.global_step, 1)
         selection = self.run["selection"]
@@ -203,10 +215,17 @@ class Iterations(transformers.TrainerCallback):
         if iteration in self.rungs or self.every_score:
             self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"]))
         model.train()
-        if iteration in self.rungs:
+        if iteration in self.rungs or self.stopping():
             control.should_save = True  # and report with the checkpoint
         else:
             self.report()
+
+    def stopping(self) -> bool:
+        """Whether the search is about to be stopped; looks once a second."""
+        if time.time() < self.looked_at + 1:
+            return False
+        self.looked_at = time.time()
+        return os.path.exists(self.run["stop_file"])
 
     def on_save(self, args, state, control, **kwargs):
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
@@ -318,8 +337,17 @@ def train(config: dict, run: dict) -> None:
 # the search
 
 
-def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.Record, TuneBOHB]:
-    """Runs all trials; returns what was recorded and the searcher."""
+class Drained(Exception):
+    """All trials are saved and paused, before a planned stop."""
+
+
+def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None) -> tuple[report.Record, TuneBOHB]:
+    """Runs all trials, or those that are left of an earlier run; returns what was recorded and the searcher.
+
+    Raises:
+        Drained: after SIGUSR1, once each running trial has saved a checkpoint.
+        KeyboardInterrupt: after SIGINT.
+    """
     searcher = TuneBOHB(seed=args.seed, max_concurrent=args.max_concurrent_trials)
     scheduler = HyperBandForBOHB(
         time_attr="training_iteration",
@@ -327,7 +355,20 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
         reduction_factor=args.reduction_factor,
         stop_last_trials=False,
     )
-    record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial)
+
+    def save_state(record: dict, live: list[dict]):
+        live = [trial for trial in live if scheduler.in_race(trial["trial_id"])]
+        parts = {"searcher": searcher.get_state(), "scheduler": scheduler.get_state(), "record": record, "live": live}
+        resume.save_state(run_dir, parts)
+
+    record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, save_state)
+    algorithm = resume.ResumableSearch(searcher)
+    if state:
+        searcher.set_state(state["searcher"])
+        scheduler.set_state(state["scheduler"], {t["trial_id"] for t in state["live"] if t["status"] == Trial.PENDING})
+        record.set_state(state["record"])
+        algorithm = resume.ResumableSearch(searcher, state["live"], created=len(searcher.suggested))
+    record.tidy([trial["checkpoint"] for trial in state["live"]] if state else [])
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
     script = __name__
 
@@ -336,6 +377,26 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
         # is free, and ends the new one, so that with slow imports and short rungs a slot might never come up.
         importlib.import_module(script).train(config, run)
 
+    class Drain(tune.Callback):
+        """On SIGUSR1: no new trials; the running ones save at their next step, and are paused."""
+
+        asked = False
+
+        def setup(self, **info):  # after Tune has set its own handler, which would drop what runs
+            signal.signal(signal.SIGUSR1, self.ask)
+
+        def ask(self, *_):
+            self.asked = True
+
+        def on_step_end(self, iteration, trials, **info):
+            if self.asked and not scheduler.draining:
+                print("the time is nearly up: saving all running trials", flush=True)
+                scheduler.draining = algorithm.draining = True
+                Path(run["stop_file"]).touch()
+            if scheduler.draining and not any(t.status == Trial.RUNNING for t in trials):
+                record.write(trials)
+                raise Drained
+
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, run=run), resources),
         param_space=SEARCH_SPACE,
@@ -343,7 +404,7 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
             metric=args.metric,
             mode=MODES[args.metric],
             num_samples=args.num_samples,
-            search_alg=searcher,
+            search_alg=algorithm,
             scheduler=scheduler,
             reuse_actors=True,  # a trial that starts in a warm process skips imports, CUDA and reading the model
             trial_dirname_creator=lambda trial: trial.trial_id,
@@ -351,15 +412,15 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path) -> tuple[report.R
         run_config=tune.RunConfig(
             name="ray",
             storage_path=str(run_dir),
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            callbacks=[record],
+            callbacks=[record, Drain()],
             verbose=0,
         ),
     )
     try:
-        tuner.fit()
+        if record.unfinished():
+            tuner.fit()
     finally:
-        record.write()
+        record.write_tables()
     if record.unfinished():  # Tune returns as after a good end
         raise KeyboardInterrupt
     return record, searcher
@@ -437,8 +498,12 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
     return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial")}
 
 
-def announce(args: argparse.Namespace, run: dict, run_dir: Path) -> None:
+def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None) -> None:
     """Says what is about to run."""
+    if state:
+        rows = state["record"]["trials"].values()
+        ended = sum(row["status"] in report.ENDED for row in rows)
+        print(f"going on with a search: {ended} trials have ended, {len(state['live'])} go on, {len(state['record']['iterations'])} iterations are done")
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     print(f"run folder: {run_dir}")
     print(f"questions: {len(run['train'])} to train on, {len(run['selection'])} of other {run['held_out']} to select on;")
@@ -455,14 +520,12 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path) -> None:
     sys.stdout.flush()
 
 
-def save_best_model(trial, run: dict, path: Path) -> None:
-    """Writes the best trial's model and tokenizer whole, in the form that from_pretrained takes."""
+def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
+    """Writes a checkpoint's model and tokenizer whole, in the form that from_pretrained takes."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with trial.checkpoint.as_directory() as checkpoint:
-        transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained(temporary)
+    transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained(temporary)
     load_tokenizer(run["model"]).save_pretrained(temporary)
     temporary.rename(path)
-    report.delete_checkpoints(trial)
 
 
 def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] | None) -> None:
@@ -474,48 +537,62 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
     run = prepare(args, examples, folder, ds_config)
     run_dir = Path(args.output_dir).absolute() / args.run_name
-    try:
-        run_dir.mkdir(parents=True)
-    except FileExistsError:
-        raise inputs.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
+    run["stop_file"] = str(run_dir / ".stop")
     facts = {
         "status": "running",
-        "arguments": vars(args),
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("given", "resume", "prefetch")},
+        "search_space": inputs.describe(SEARCH_SPACE),
         "seed": args.seed,
         "questions": {part: len(run[part]) for part in ("train", "selection", "test")},
         "versions": report.versions(),
         "git_commit": report.git_commit(Path(__file__).parent),
     }
+    if not args.resume:
+        try:
+            run_dir.mkdir(parents=True)
+        except FileExistsError:
+            raise inputs.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
+    lock = open(run_dir / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise inputs.BadInput(f"--run_name {args.run_name}: a process is at work on {run_dir}") from None
+    if args.resume and json.loads((run_dir / "run.json").read_text())["status"] == "done":
+        print(f"{run_dir} is done already; python report.py {run_dir} shows it")
+        return
+    state = resume.load_state(run_dir) if args.resume else None
+    Path(run["stop_file"]).unlink(missing_ok=True)
     report.write_json(run_dir / "run.json", facts)
-    announce(args, run, run_dir)
+    announce(args, run, run_dir, state)
     folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700
     short = None if len(tempfile.gettempdir()) < 40 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
     with folder_of_its_own(dir=short) as temp_dir, folder_of_its_own() as trials_dir:
         try:
             start_ray(args, temp_dir, trials_dir)
-            started = time.time()
             tested = run.pop("test")
-            record, searcher = search(args, run, run_dir)
-            facts |= record.bill(time.time() - started, int(ray.cluster_resources().get("GPU", 0)))
+            record, searcher = search(args, run, run_dir, state)
+            facts |= record.bill(int(ray.cluster_resources().get("GPU", 0)))
             facts["model_based_suggestions"] = {"k": searcher.model_based, "n": len(searcher.suggested)}
             if record.best is None:
                 raise RuntimeError("no trial came to its first rung with a number; the reasons are above")
-            best = record.trials[record.best.trial_id]
-            result = {name: best[name] for name in report.METRICS}
-            result["config"] = {"train_loop_config": record.best.config["train_loop_config"]}
+            result = {name: record.trials[record.best][name] for name in report.METRICS}
+            result["config"] = {"train_loop_config": record.configs[record.best]}
             report.write_json(run_dir / "best_result.json", result)
-            save_best_model(record.best, run, run_dir / "best_model")
+            if not (run_dir / "best_model").exists():  # made before an interruption
+                save_best_model(record.checkpoints(record.best)[-1], run, run_dir / "best_model")
+            record.tidy([])
             print(f"best model: {run_dir / 'best_model'}; testing it", flush=True)
             resources = {"num_cpus": args.cpus_per_trial, "num_gpus": args.gpus_per_trial}
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
         except BaseException as error:
-            status = "failed" if isinstance(error, Exception) else "interrupted"
+            status = "interrupted" if isinstance(error, Drained) or not isinstance(error, Exception) else "failed"
             report.write_json(run_dir / "run.json", facts | {"status": status})
             raise
         finally:
             ray.shutdown()
     report.write_json(run_dir / "run.json", facts | {"status": "done"})
+    resume.delete_state(run_dir)
     print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
     print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))
@@ -532,7 +609,9 @@ if __name__ == "__main__":
     except inputs.BadInput as error:
         inputs.refuse(error)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, script.Drained):
             traceback.print_exc()
-        print(f"raytune_bayesian.py: the search ended early; what was saved is in {ARGS.output_dir}/{ARGS.run_name}", file=sys.stderr)
+        where = f"{ARGS.output_dir}/{ARGS.run_name}"
+        how = f"--resume --run_name {ARGS.run_name} --output_dir {ARGS.output_dir}"
+        print(f"raytune_bayesian.py: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)
         sys.exit(1)

@@ -24,6 +24,7 @@ TRIAL_FIELDS = ["trial_id", *COLUMNS.values(), "eval_loss", "exact_match", "f1",
                 "model_based", "resumes", "gpu_minutes"]  # fmt: skip
 ITERATION_FIELDS = ["trial_id", "training_iteration", "eval_loss", "exact_match", "f1", "started_at", "ended_at", "node"]
 METRICS = ["eval_loss", "exact_match", "f1"]
+ENDED = ("stopped", "completed", "failed")  # a trial's status, else pending, running or paused
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
@@ -153,16 +154,34 @@ class Record(Callback):
         run_dir: the run's folder.
         searcher: its `suggested` tells which configurations came from the model.
         metric, num_samples, gpus_per_trial: as in the arguments of the run.
+        save_state: called with the record's own state and the live trials, see `write`, whenever something has changed.
     """
 
-    def __init__(self, run_dir: Path, searcher, metric: str, num_samples: int, gpus_per_trial: int):
-        self.run_dir, self.searcher, self.metric = run_dir, searcher, metric
+    def __init__(self, run_dir: Path, searcher, metric: str, num_samples: int, gpus_per_trial: int, save_state=lambda **state: None):
+        self.run_dir, self.searcher, self.metric, self.save_state = run_dir, searcher, metric, save_state
         self.num_samples, self.gpus_per_trial = num_samples, gpus_per_trial
         self.trials: dict[str, dict] = {}  # rows of trials.csv
         self.iterations: list[dict] = []  # rows of iterations.csv
-        self.best = None  # the Tune trial with the best result so far, its checkpoint is kept
+        self.configs: dict[str, dict] = {}  # train_loop_config of each trial
+        self.best: str | None = None  # the trial with the best result so far, its checkpoint is kept
+        self.doomed: set[str] = set()  # ended trials whose checkpoints go with the next save
+        self.referenced: dict[str, str] = {}  # checkpoints that the last saved state needs
         self.started_at = self.written_at = time.time()
         self.changed = False
+        self.pace = 0.0  # seconds between two saves, at least
+
+    def get_state(self) -> dict:
+        kept = {name: getattr(self, name) for name in ("trials", "iterations", "configs", "best", "doomed", "referenced")}
+        return kept | {"seconds": time.time() - self.started_at}
+
+    def set_state(self, state: dict) -> None:
+        """Goes on from a state: what it shows as running has been interrupted, and its time goes on."""
+        state = dict(state)
+        self.started_at = time.time() - state.pop("seconds")
+        for name, value in state.items():
+            setattr(self, name, value)
+        for row in self.trials.values():
+            row["status"] = "paused" if row["status"] == "running" else row["status"]
 
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
@@ -174,7 +193,7 @@ class Record(Callback):
     def row(self, trial) -> dict:
         """The trial's row of trials.csv. Metrics and training_iteration are those of the last rung that it came to."""
         if trial.trial_id not in self.trials:
-            searched = trial.config["train_loop_config"]
+            searched = self.configs[trial.trial_id] = trial.config["train_loop_config"]
             self.trials[trial.trial_id] = {
                 "trial_id": trial.trial_id,
                 **{COLUMNS.get(name, name): value for name, value in searched.items()},
@@ -191,26 +210,27 @@ class Record(Callback):
         row, done = self.row(trial), result["training_iteration"]
         metrics = {name: result.get(name) for name in METRICS}
         row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
+        self.changed = True
+        if result.get("partial"):  # saved on the way, before a planned stop
+            row["status"] = "paused"
+            return
         times = {key: result[key] for key in ("started_at", "ended_at", "node")}
         self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **times})
         rungs = trial.config["rungs"]
         if done in rungs:
             row.update(metrics, training_iteration=done, status="paused" if done < rungs[-1] else "completed")
-            if self.best is None or self._rank(row) < self._rank(self.row(self.best)):
+            if self.best is None or self._rank(row) < self._rank(self.trials[self.best]):
                 if math.isfinite(badness(row, self.metric)):
-                    old, self.best = self.best, trial
-                    if old is not None and old is not trial and old.is_finished():
-                        delete_checkpoints(old)
+                    if self.best and self.trials[self.best]["status"] in ENDED:
+                        self.doomed.add(self.best)
+                    self.best = trial.trial_id
             self.say(f"{self._describe(row)} at {done}/{rungs[-1]}")
-        self.changed = True
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         row = self.row(trial)
         if row["status"] != "completed":
             row["status"] = "stopped"
-        if trial is not self.best:
-            delete_checkpoints(trial)
-        self.changed = True
+        self._end(trial)
 
     def on_trial_error(self, iteration, trials, trial, **info):
         row = self.row(trial)
@@ -219,35 +239,76 @@ class Record(Callback):
         reason = f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started"
         done = (trial.last_result or {}).get("training_iteration", 0)
         self.say(f"{self._describe(row)} failed after {done} iterations: {reason}")
-        if trial is not self.best:
-            delete_checkpoints(trial)
+        self._end(trial)
+
+    def _end(self, trial):
+        if trial.trial_id != self.best:
+            self.doomed.add(trial.trial_id)
         self.changed = True
 
-    def on_step_end(self, iteration, trials, **info):  # several times a second
-        if self.changed and time.time() - self.written_at > 1:
-            self.write()
+    def on_step_end(self, iteration, trials, **info):  # several times a second, between two events
+        if self.changed and time.time() - self.written_at > self.pace:
+            self.write(trials)
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def write(self) -> None:
-        """Writes both tables."""
+    def write(self, trials: list) -> None:
+        """Saves the state of the search, then removes the checkpoints that neither it nor the one before needs, then both tables."""
+        begun = time.time()
+        live = [
+            {
+                "trial_id": trial.trial_id,
+                "config": trial.config,
+                "status": trial.status,
+                "checkpoint": trial.checkpoint.path if trial.checkpoint else None,
+                "training_iteration": (trial.last_result or {}).get("training_iteration", 0),
+            }
+            for trial in trials
+            if not trial.is_finished()
+        ]
+        before, self.referenced = self.referenced, {t["trial_id"]: t["checkpoint"] for t in live if t["checkpoint"]}
+        doomed, self.doomed = self.doomed, set()
+        self.save_state(record=self.get_state(), live=live)
+        for trial_id in doomed - {self.best}:
+            for folder in self.checkpoints(trial_id):
+                shutil.rmtree(folder, ignore_errors=True)
+        for trial_id, path in self.referenced.items():
+            for folder in self.checkpoints(trial_id):
+                if folder.name < Path(path).name and str(folder) != before.get(trial_id):
+                    shutil.rmtree(folder, ignore_errors=True)
+        self.write_tables()
+        self.changed, self.written_at = False, time.time()
+        self.pace = 4 * (self.written_at - begun)  # a search of thousands of trials must not spend its time on it
+
+    def checkpoints(self, trial_id: str) -> list[Path]:
+        """The checkpoints of a trial on disk, oldest first."""
+        return sorted((self.run_dir / "ray" / trial_id).glob("checkpoint_*"))
+
+    def tidy(self, needed: list[str | None]) -> None:
+        """Removes all checkpoints but those needed and, before best_model is there, the best trial's."""
+        for folder in self.run_dir.glob("ray/*/checkpoint_*"):
+            best = folder.parent.name == self.best and not (self.run_dir / "best_model").exists()
+            if not best and str(folder) not in needed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def write_tables(self) -> None:
         write_csv(self.run_dir / "trials.csv", TRIAL_FIELDS, list(self.trials.values()))
         write_csv(self.run_dir / "iterations.csv", ITERATION_FIELDS, self.iterations)
-        self.changed, self.written_at = False, time.time()
 
     def unfinished(self) -> bool:
         """Whether trials are missing or not at their end, as after an interruption."""
-        ended = sum(row["status"] in ("stopped", "completed", "failed") for row in self.trials.values())
+        ended = sum(row["status"] in ENDED for row in self.trials.values())
         return ended < self.num_samples
 
-    def bill(self, seconds: float, gpus: int) -> dict:
-        """Where the search ran, and GPU-minutes allocated, busy with iterations, and idle."""
+    def bill(self, gpus: int) -> dict:
+        """How long the search took, parts of an interrupted one added up, where the search ran, and GPU-minutes allocated, busy with iterations, and idle."""
+        seconds = time.time() - self.started_at
         allocated, busy = gpus * seconds / 60, sum(row["gpu_minutes"] for row in self.trials.values())
         minutes = {"allocated": allocated, "busy": busy, "idle": allocated - busy}
         return {"seconds": seconds, "nodes": sorted({row["node"] for row in self.iterations}), "gpu_minutes": minutes}
 
     def say(self, what: str) -> None:
-        counts = {status: 0 for status in ("pending", "running", "paused", "stopped", "completed", "failed")}
+        counts = dict.fromkeys(("pending", "running", "paused", *ENDED), 0)
         for row in self.trials.values():
             counts[row["status"]] += 1
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
@@ -262,12 +323,6 @@ class Record(Callback):
         config = " ".join(f"{key} {_show(key, row[key])}" for key in names)
         scores = " ".join(f"{key} {_show(key, row[key])}" for key in METRICS if row[key] is not None)
         return f"trial {row['trial_id']} ({config}, {source}) {scores}"
-
-
-def delete_checkpoints(trial) -> None:
-    """Removes what a trial that will not go on has left on the disk."""
-    for folder in Path(trial.storage.trial_fs_path).glob("checkpoint_*"):
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def last_line(path: Path) -> str:

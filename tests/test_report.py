@@ -17,8 +17,10 @@ class SomeTrial:
     def __init__(self, trial_id, folder):
         self.trial_id, self.last_result, self.error_file, self.finished = trial_id, {}, None, False
         self.config = {"train_loop_config": {"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "rungs": [3, 12, 50]}
-        self.storage = types.SimpleNamespace(trial_fs_path=str(folder / trial_id))
-        (folder / trial_id / "checkpoint_000000").mkdir(parents=True)
+        self.storage = types.SimpleNamespace(trial_fs_path=str(folder / "ray" / trial_id))
+        (folder / "ray" / trial_id / "checkpoint_000000").mkdir(parents=True)
+
+        self.status, self.checkpoint = "RUNNING", None
 
     def is_finished(self):
         return self.finished
@@ -51,11 +53,13 @@ def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(re
     tell(record, a, 12, 1.0, 0.3)
     tell(record, a, 13, 5.0)
     fail(record, a)
+    record.write([a, b])
     row = record.trials["a"]
     assert [row[k] for k in ("training_iteration", "eval_loss", "exact_match", "status")] == [12, 1.0, 0.3, "failed"]
-    assert record.best is a and a.has_checkpoint()
+    assert record.best == "a" and a.has_checkpoint()
     tell(record, b, 12, 0.5, 0.6)
-    assert record.best is b and not a.has_checkpoint()
+    record.write([a, b])
+    assert record.best == "b" and not a.has_checkpoint()
     assert [t["trial_id"] for t in report.ranked(list(record.trials.values()), "eval_loss")] == ["b", "a"]
     assert [i["training_iteration"] for i in record.iterations] == [12, 13, 12]
     assert row["gpu_minutes"] == 2.0
@@ -64,6 +68,7 @@ def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(re
 def test_a_trial_whose_process_never_started(record, tmp_path):
     trial = SomeTrial("c", tmp_path)
     fail(record, trial)
+    record.write([trial])
     assert record.trials["c"]["status"] == "failed" and record.best is None and not trial.has_checkpoint()
 
 
@@ -109,6 +114,6 @@ def test_tables_survive_a_round_trip(record, tmp_path):
     trial = SomeTrial("a", tmp_path)
     record.on_trial_start(0, [], trial)
     tell(record, trial, 3, 0.1 + 0.2, 0.25)
-    record.write()
+    record.write([trial])
     assert report.read_csv(tmp_path / "trials.csv") == list(record.trials.values())
     assert report.read_csv(tmp_path / "iterations.csv") == record.iterations

@@ -1,0 +1,94 @@
+"""Going on with a search: its state in one file, and a search algorithm that hands out its unfinished trials again.
+
+Ray Tune's own restore knows neither the scheduler's brackets nor the losers of a rung, and hangs (ray#39900). Here the state
+of searcher, scheduler and record is saved as one piece, between two events, so that its parts always agree; on resume Tune
+starts anew and gets the live trials back as paused ones, each with its id, hyperparameters and last checkpoint.
+"""
+
+import copy
+import hashlib
+import os
+import pickle
+from pathlib import Path
+
+from ray.train._internal.session import _TrainingResult
+from ray.tune import Checkpoint
+from ray.tune.experiment import Trial
+from ray.tune.experiment.config_parser import _create_trial_from_spec
+from ray.tune.search import SearchGenerator
+from ray.tune.utils import flatten_dict, merge_dicts
+
+FILE = "state.pkl"
+
+
+def save_state(run_dir: Path, state: dict) -> None:
+    """Writes the state, checksum first; the one before it stays beside it as state.pkl.1."""
+    body = pickle.dumps(state)
+    temporary, path = run_dir / f".{FILE}.tmp", run_dir / FILE
+    with open(temporary, "wb") as file:
+        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.flush()
+        os.fsync(file.fileno())
+    if path.exists():
+        os.replace(path, run_dir / f"{FILE}.1")
+    os.replace(temporary, path)
+
+
+def load_state(run_dir: Path) -> dict | None:
+    """The newest whole state of a run; None where there is none. Only for files that save_state wrote: it unpickles."""
+    for name in (FILE, f"{FILE}.1"):
+        try:
+            checksum, body = (run_dir / name).read_bytes().split(b"\n", 1)
+        except (OSError, ValueError):
+            continue
+        if hashlib.sha256(body).hexdigest().encode() == checksum:
+            return pickle.loads(body)
+        print(f"{run_dir / name} is damaged; using the state before it", flush=True)
+    return None
+
+
+def delete_state(run_dir: Path) -> None:
+    """Of a search that is done: there is nothing to go on with."""
+    for name in (FILE, f"{FILE}.1"):
+        (run_dir / name).unlink(missing_ok=True)
+
+
+class ResumableSearch(SearchGenerator):
+    """Tune's SearchGenerator around a searcher, which first hands out the live trials of an earlier run.
+
+    One that was running or paused comes back paused: the scheduler resumes it. One that waited for a slot waits again, so
+    that no suggestion is drawn earlier than it would have been.
+
+    Args:
+        searcher: with its state restored.
+        live: their {"trial_id", "config", "status", "checkpoint" (path or None), "training_iteration"}, oldest first.
+        created: how many trials the earlier run had made.
+    """
+
+    def __init__(self, searcher, live: list[dict] = (), created: int = 0):
+        super().__init__(searcher)
+        self.live, self.draining = list(live), False
+        self._counter = created
+
+    def is_finished(self) -> bool:
+        return not self.live and super().is_finished()
+
+    def next_trial(self) -> Trial | None:
+        if self.live:
+            return self._again(**self.live.pop(0))
+        return None if self.draining else super().next_trial()
+
+    def _again(self, trial_id: str, config: dict, status: str, checkpoint: str | None, training_iteration: int) -> Trial:
+        spec = copy.deepcopy(self._experiment.spec)
+        spec["config"] = merge_dicts(spec["config"], config)
+        trial = _create_trial_from_spec(
+            spec, self._parser, evaluated_params=flatten_dict(config), experiment_tag=trial_id, trial_id=trial_id
+        )
+        trial.init_local_path()  # a loser is stopped without ever being started here
+        if checkpoint:
+            metrics = {"training_iteration": training_iteration}
+            trial.on_checkpoint(_TrainingResult(Checkpoint(checkpoint), metrics))
+            trial.storage.current_checkpoint_index = int(checkpoint.rsplit("_", 1)[1])
+            trial.run_metadata.last_result = {**metrics, "config": trial.config}
+        trial.set_status(Trial.PENDING if status == Trial.PENDING else Trial.PAUSED)
+        return trial
