@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 # lie close together pull every later suggestion onto one point (the same lr to three digits, dozens of times).
 MIN_BANDWIDTH = 0.03
 
+FAILED = "failed"  # key of a result: why the trial cannot go on
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the plan: brackets and rungs
@@ -341,7 +343,10 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         trial.config = {**(trial.config or {}), "rungs": [budget for _, budget in bracket.rungs]}
 
     def on_trial_result(self, tune_controller, trial: Trial, result: dict) -> str:
-        """CONTINUE below the rung; at the rung the result goes to the model, whatever is decided then."""
+        """CONTINUE below the rung; at the rung the result goes to the model, whatever is decided then.
+
+        A result with the key "failed" is the end of a trial that cannot go on, and a bad result at its next rung.
+        """
         if self._time_attr not in result:
             logger.warning("Trial %s: a report without %r decides nothing.", trial.trial_id, self._time_attr)
             return TrialScheduler.CONTINUE
@@ -352,6 +357,9 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
     def _decide(self, tune_controller, trial: Trial, result: dict) -> str:
         bracket = self._bracket_of[trial.trial_id]
         bracket.promoted.discard(trial.trial_id)
+        if FAILED in result:
+            self._fail(tune_controller, trial.trial_id)
+            return TrialScheduler.STOP
         if trial.trial_id not in bracket.members:  # is past its last rung
             return TrialScheduler.STOP if self._stop_last_trials else TrialScheduler.CONTINUE
         if result[self._time_attr] < bracket.budget:
@@ -377,10 +385,13 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         """A crashed trial is a bad result at its rung, unless Tune is about to start it again."""
         if trial.status == Trial.ERROR:  # set before this call only when the trial is to be retried
             return
-        bracket = self._bracket_of[trial.trial_id]
-        if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
-            self._record(tune_controller, trial.trial_id, -math.inf)
-        self._leave(trial.trial_id)
+        self._fail(tune_controller, trial.trial_id)
+
+    def _fail(self, tune_controller, trial_id: str) -> None:
+        bracket = self._bracket_of[trial_id]
+        if trial_id in bracket.members and trial_id not in bracket.scores:
+            self._record(tune_controller, trial_id, -math.inf)
+        self._leave(trial_id)
 
     def on_trial_complete(self, tune_controller, trial: Trial, result: dict) -> None:
         """A trial that ended by itself leaves its bracket; what it did not earn is not made up."""
@@ -399,13 +410,14 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
             self._halve_if_through(tune_controller, bracket)
         self._active = [b for b in self._active if b.members or (b is self.brackets[-1] and not b.full)]
         limit = searcher._max_concurrent if searcher._max_concurrent > 0 else math.inf
-        for bracket in self._active:
-            for trial_id in bracket.members if bracket.promoted else ():
-                room = len(searcher.running) < limit or trial_id in searcher.running  # was running when the state was saved
-                if room and trial_id in bracket.promoted and self._trials[trial_id].status == Trial.PAUSED:
-                    bracket.promoted.discard(trial_id)
-                    searcher.on_unpause(trial_id)
-                    return self._trials[trial_id]
+        promoted = [(b, t) for b in self._active if b.promoted for t in b.members if t in b.promoted]
+        promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # first those that ran when a state was saved
+        for bracket, trial_id in promoted:
+            room = len(searcher.running) < limit or trial_id in searcher.running
+            if room and self._trials[trial_id].status == Trial.PAUSED:
+                bracket.promoted.discard(trial_id)
+                searcher.on_unpause(trial_id)
+                return self._trials[trial_id]
         for bracket in self._active:
             for trial_id in bracket.members:
                 if self._trials[trial_id].status == Trial.PENDING:

@@ -48,6 +48,7 @@ SELECTION_SIZE = 1000  # questions held out of the training set, to compare tria
 EVAL_BATCH_SIZE = 32  # sequences of like length
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
+MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
 
@@ -205,12 +206,14 @@ class Iterations(transformers.TrainerCallback):
         if state.global_step not in self.last_steps[1:]:
             if self.stopping():
                 done = sum(step <= state.global_step for step in self.last_steps[1:])
-                self.metrics = {"training_iteration": done, "partial": True}
+                self.metrics = {"training_iteration": done, self.run["metric"]: math.nan, "partial": True}
                 control.should_save = True
             return
         iteration = self.last_steps.index(state.global_step, 1)
         selection = self.run["selection"]
         loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
         self.metrics = {"training_iteration": iteration, "eval_loss": loss}
         if iteration in self.rungs or self.every_score:
             self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"]))
@@ -225,7 +228,7 @@ class Iterations(transformers.TrainerCallback):
         if time.time() < self.looked_at + 1:
             return False
         self.looked_at = time.time()
-        return os.path.exists(self.run["stop_file"])
+        return stop_file(self.run).exists()
 
     def on_save(self, args, state, control, **kwargs):
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
@@ -238,6 +241,11 @@ class Iterations(transformers.TrainerCallback):
         times = {"started_at": self.started_at, "ended_at": time.time(), "node": socket.gethostname()}
         tune.report({**self.metrics, **times}, checkpoint=checkpoint)  # does not return where Tune pauses the trial
         self.started_at = time.time()
+
+
+def stop_file(run: dict) -> Path:
+    """Its presence asks the trials, on whatever node, to save and be paused."""
+    return Path(run["run_dir"]) / ".stop"
 
 
 PRETRAINED: dict[str, torch.nn.Module] = {}  # of this process: the next trial does not read it from disk again
@@ -361,7 +369,8 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         parts = {"searcher": searcher.get_state(), "scheduler": scheduler.get_state(), "record": record, "live": live}
         resume.save_state(run_dir, parts)
 
-    record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, save_state)
+    first_rung = min(args.num_samples, rungs(args.max_t, args.reduction_factor)[0][0][0])
+    record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
     algorithm = resume.ResumableSearch(searcher)
     if state:
         searcher.set_state(state["searcher"])
@@ -375,7 +384,15 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
     def trial(config, run):
         # Imported here, not with the process: Tune gives a trial whose process is still starting the first warm one that
         # is free, and ends the new one, so that with slow imports and short rungs a slot might never come up.
-        importlib.import_module(script).train(config, run)
+        module = importlib.import_module(script)
+        try:
+            module.train(config, run)
+        except Exception as error:  # would come again with the same hyperparameters, so it is a result; a lost process is not
+            file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(traceback.format_exc())
+            reason = " ".join([type(error).__name__, *str(error).split()])[:300]
+            tune.report({"training_iteration": 0, run["metric"]: math.nan, "failed": f"{reason} ({file})"})
 
     class Drain(tune.Callback):
         """On SIGUSR1: no new trials; the running ones save at their next step, and are paused."""
@@ -392,7 +409,7 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
             if self.asked and not scheduler.draining:
                 print("the time is nearly up: saving all running trials", flush=True)
                 scheduler.draining = algorithm.draining = True
-                Path(run["stop_file"]).touch()
+                stop_file(run).touch()
             if scheduler.draining and not any(t.status == Trial.RUNNING for t in trials):
                 record.write(trials)
                 raise Drained
@@ -413,6 +430,7 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
             name="ray",
             storage_path=str(run_dir),
             callbacks=[record, Drain()],
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),
     )
@@ -537,7 +555,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
     run = prepare(args, examples, folder, ds_config)
     run_dir = Path(args.output_dir).absolute() / args.run_name
-    run["stop_file"] = str(run_dir / ".stop")
+    run["run_dir"] = str(run_dir)
     facts = {
         "status": "running",
         "arguments": {name: value for name, value in vars(args).items() if name not in ("given", "resume", "prefetch")},
@@ -561,7 +579,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         print(f"{run_dir} is done already; python report.py {run_dir} shows it")
         return
     state = resume.load_state(run_dir) if args.resume else None
-    Path(run["stop_file"]).unlink(missing_ok=True)
+    stop_file(run).unlink(missing_ok=True)
     report.write_json(run_dir / "run.json", facts)
     announce(args, run, run_dir, state)
     folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700

@@ -154,12 +154,14 @@ class Record(Callback):
         run_dir: the run's folder.
         searcher: its `suggested` tells which configurations came from the model.
         metric, num_samples, gpus_per_trial: as in the arguments of the run.
+        first_rung: when so many trials have failed and no other has been started, the search is given up.
         save_state: called with the record's own state and the live trials, see `write`, whenever something has changed.
     """
 
-    def __init__(self, run_dir: Path, searcher, metric: str, num_samples: int, gpus_per_trial: int, save_state=lambda **state: None):
+    def __init__(self, run_dir: Path, searcher, metric, num_samples, gpus_per_trial, first_rung=10**9, save_state=lambda **state: None):
         self.run_dir, self.searcher, self.metric, self.save_state = run_dir, searcher, metric, save_state
-        self.num_samples, self.gpus_per_trial = num_samples, gpus_per_trial
+        self.num_samples, self.gpus_per_trial, self.first_rung = num_samples, gpus_per_trial, first_rung
+        self.reached: dict[str, int] = {}  # last iteration that a trial reported
         self.trials: dict[str, dict] = {}  # rows of trials.csv
         self.iterations: list[dict] = []  # rows of iterations.csv
         self.configs: dict[str, dict] = {}  # train_loop_config of each trial
@@ -187,8 +189,8 @@ class Record(Callback):
 
     def on_trial_start(self, iteration, trials, trial, **info):
         row = self.row(trial)
-        row["resumes"] += row["status"] != "pending"
-        row["status"] = "running"
+        row["resumes"] += row["gpu_minutes"] > 0 or row["status"] != "pending"
+        row["status"], self.changed = "running", True
 
     def row(self, trial) -> dict:
         """The trial's row of trials.csv. Metrics and training_iteration are those of the last rung that it came to."""
@@ -209,11 +211,15 @@ class Record(Callback):
     def on_trial_result(self, iteration, trials, trial, result, **info):
         row, done = self.row(trial), result["training_iteration"]
         metrics = {name: result.get(name) for name in METRICS}
-        row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
         self.changed = True
+        if result.get("failed"):
+            self._failed(row, result["failed"])
+            return
+        row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
         if result.get("partial"):  # saved on the way, before a planned stop
             row["status"] = "paused"
             return
+        self.reached[trial.trial_id] = done
         times = {key: result[key] for key in ("started_at", "ended_at", "node")}
         self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **times})
         rungs = trial.config["rungs"]
@@ -228,18 +234,27 @@ class Record(Callback):
 
     def on_trial_complete(self, iteration, trials, trial, **info):
         row = self.row(trial)
-        if row["status"] != "completed":
+        if row["status"] not in ("completed", "failed"):
             row["status"] = "stopped"
         self._end(trial)
 
-    def on_trial_error(self, iteration, trials, trial, **info):
+    def on_trial_recover(self, iteration, trials, trial, **info):
         row = self.row(trial)
-        row["status"] = "failed"
+        row["status"] = "pending"
+        reason = last_line(Path(trial.error_file)) if trial.error_file else "its process has ended"
+        self.say(f"{self._describe(row)} goes on from iteration {row['training_iteration']}: {reason}")
+        self.changed = True
+
+    def on_trial_error(self, iteration, trials, trial, **info):
         file = trial.error_file and Path(trial.error_file)
-        reason = f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started"
-        done = (trial.last_result or {}).get("training_iteration", 0)
-        self.say(f"{self._describe(row)} failed after {done} iterations: {reason}")
+        self._failed(self.row(trial), f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started")
         self._end(trial)
+
+    def _failed(self, row: dict, reason: str):
+        row["status"], self.changed = "failed", True
+        self.say(f"{self._describe(row)} failed after {self.reached.get(row['trial_id'], 0)} iterations: {reason}")
+        if len(self.trials) >= self.first_rung and all(r["status"] == "failed" for r in self.trials.values()):
+            raise RuntimeError(f"all {len(self.trials)} trials of the first rung failed, the last one: {reason}")
 
     def _end(self, trial):
         if trial.trial_id != self.best:

@@ -11,8 +11,10 @@ same order: one suggestion ahead of time, the scheduler asked before each start,
 when the decision is not STOP. It takes Ray's own classes too, so that both can be compared.
 """
 
+import copy
 import heapq
 import itertools
+import pickle
 import random
 from collections.abc import Callable
 from typing import Any
@@ -101,16 +103,39 @@ class Simulation:
             searcher.on_trial_complete(trial.trial_id, result=trial.last_result)
         trial.status = Trial.TERMINATED
 
+    def restart(self, searcher, scheduler, saved: bool) -> "Simulation":
+        """The same search in new objects that take over the state, as --resume does it.
+
+        What runs is lost since its last checkpoint, unless all has been `saved` before a planned stop.
+        """
+        state = pickle.loads(pickle.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
+        live = [t for t in self.trials if self.scheduler.in_race(t.trial_id)]
+        new = copy.copy(self)
+        new.search_alg = SearchAlgorithm(searcher, self.search_alg.num_samples)
+        new.search_alg.created = self.search_alg.created
+        new.scheduler, new.trials, new._events = scheduler, [], []
+        searcher.set_state(state[0])
+        scheduler.set_state(state[1], {t.trial_id for t in live if t.status == Trial.PENDING})
+        for old in live:
+            trial = SimulatedTrial(old.trial_id, old.config)
+            trial.iteration = old.iteration if saved else self._checkpoints.get(old.trial_id, 0)
+            trial.status = Trial.PENDING if old.status == Trial.PENDING else Trial.PAUSED
+            new.trials.append(trial)
+            scheduler.on_trial_add(new, trial)
+        return new
+
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self, max_reports: int = 1_000_000) -> None:
-        """Runs to the end; raises RuntimeError when nothing can run although trials are left (a hang)."""
+        """Runs to the end, or to so many reports; RuntimeError when nothing can run although trials are left (a hang)."""
         while len(self.reports) < max_reports:
             progress = self._start_trials()
             if self._events:
                 self._report(*heapq.heappop(self._events))
             elif not progress:
                 break
+        else:
+            return
         left = [t for t in self.trials if t.status not in (Trial.TERMINATED, Trial.ERROR)]
         if left or not self.search_alg.is_finished():
             raise RuntimeError(f"the search hangs: {self.search_alg.created} trials made, {left} left")

@@ -487,6 +487,73 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
         assert trial.status in (Trial.TERMINATED, Trial.ERROR)
 
 
+@given(
+    num_samples=st.integers(1, 60),
+    max_t=st.integers(1, 50),
+    reduction_factor=st.integers(2, 5),
+    slots=st.integers(1, 10),
+    max_concurrent=st.integers(0, 5),
+    seed=st.integers(0, 10**6),
+    faulty=st.booleans(),
+)
+@settings(deadline=None, max_examples=300)
+def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
+    """As above, with the whole search stopped at random moments, planned or not, and taken up by new objects from its state.
+
+    No trial is lost, and only what was not saved is run again: less than a rung of the trials that ran.
+    """
+    chance = random.Random(seed)
+    options = {"max_t": max_t, "reduction_factor": reduction_factor, "seed": seed, "max_concurrent": max_concurrent}
+
+    def fault(trial_id, iteration):
+        return chance.choices([None, "crash", "retry"], [20, 1, 1])[0] if faulty else None
+
+    search_alg, scheduler = pair(OURS, **options)
+    simulation = Simulation(search_alg, scheduler, num_samples, loss, slots=slots, max_t=max_t, fault=fault)
+    may_repeat = 0
+    for _ in range(chance.randint(0, 8)):
+        simulation.run(len(simulation.reports) + chance.randint(1, 60))
+        saved = chance.random() < 0.5
+        if not saved:
+            running = [t for t in simulation.trials if t.status == Trial.RUNNING]
+            may_repeat += sum(t.iteration - simulation._checkpoints.get(t.trial_id, 0) for t in running)
+        simulation = simulation.restart(*pair(OURS, **options), saved)
+    simulation.run()
+    search_alg, scheduler = simulation.search_alg.searcher, simulation.scheduler
+    assert len(search_alg.suggested) == num_samples and not scheduler._trials and not search_alg.running
+    told_of = Counter((o["trial_id"], o["budget"]) for o in search_alg.observations)
+    assert set(told_of.values()) <= {1} and told(search_alg).total() == len(search_alg.observations)
+    assert {o["trial_id"] for o in search_alg.observations} == set(search_alg.suggested)  # each came to a rung, or failed before
+    repeats = len(simulation.reports) - len({(trial_id, t) for _, _, trial_id, t, _ in simulation.reports})
+    assert repeats <= may_repeat if not faulty else True
+    for bracket in scheduler.brackets:
+        for size, budget in bracket.rungs:
+            mine = {o["trial_id"] for o in search_alg.observations if o["budget"] == budget and scheduler_knows(scheduler, o, bracket)}
+            assert len(mine) <= size
+
+
+def scheduler_knows(scheduler, observation, bracket) -> bool:
+    return scheduler._bracket_of.get(observation["trial_id"]) is bracket
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 2))
+@settings(deadline=None, max_examples=60)
+def test_one_slot_a_planned_stop_changes_nothing(seed, stops, max_concurrent):
+    """Same suggestions, same results in the same order as a search that ran through."""
+    options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}
+    search_alg, scheduler = pair(OURS, **options)
+    through = Simulation(search_alg, scheduler, 25, loss, max_t=16)
+    through.run()
+    simulation = Simulation(*pair(OURS, **options), 25, loss, max_t=16)
+    for more in stops:
+        simulation.run(len(simulation.reports) + more)
+        simulation = simulation.restart(*pair(OURS, **options), saved=True)
+    simulation.run()
+    assert simulation.search_alg.searcher.suggested == search_alg.suggested
+    assert simulation.search_alg.searcher.observations == search_alg.observations
+    assert [r[2:] for r in simulation.reports] == [r[2:] for r in through.reports]
+
+
 def test_cost_of_a_decision_grows_slowly():
     """Counts calls rather than time: a decision looks at live brackets only."""
     search_alg, scheduler, simulation = simulate(OURS, num_samples=3400, max_t=4, slots=4, train=lambda c, t: loss(c, t))

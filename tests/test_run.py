@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -129,7 +130,7 @@ def test_run_json(band):
 def test_nothing_is_left_but_the_results(band):
     folder, _, processes, most_checkpoints = band
     assert not processes
-    assert {p.name for p in folder.iterdir()} == {"run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "ray"}
+    assert {p.name for p in folder.iterdir()} == {".lock", "run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "ray"}
     assert not list(folder.glob("ray/*/checkpoint_*"))
     assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
 
@@ -172,8 +173,6 @@ def test_same_seed_one_slot_same_search(band, tmp_path, tiny_model, tiny_squad):
 
 def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):
     """Both end with their own results; the score is computed after each iteration where trials are compared by it."""
-    from concurrent.futures import ThreadPoolExecutor
-
     def run(name, metric):
         return run_script(
             "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", name, "--max_t", 4,
@@ -229,9 +228,111 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
     assert "Best Trial Result" not in out and "Traceback" not in err
     assert (how == signal.SIGTERM) or f"what was saved is in {tmp_path}/x" in err
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "interrupted"
-    assert {p.name for p in (tmp_path / "x").iterdir()} == {"run.json", "trials.csv", "iterations.csv", "ray"}
+    assert "state.pkl" in {p.name for p in (tmp_path / "x").iterdir()}  # to go on with
     assert len(report.read_csv(tmp_path / "x" / "trials.csv")) >= 1
     assert not list((tmp_path / "tmp").iterdir()) and not ours() - before
+
+
+# -- going on with a search -------------------------------------------------------------------------------------------
+
+KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "exact_match", "training_iteration", "status", "model_based"]
+
+
+def cut(arguments, after, how):
+    """Starts the script and sends a signal when so many lines about trials were printed; (exit code, output)."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    lines = []
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if sum("] trial " in line for line in lines) == after:
+                break
+        (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
+        lines.append(process.communicate(timeout=60)[0])
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, "".join(lines)
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGUSR1, 1), (signal.SIGKILL, -9)])
+def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_model, tiny_squad, how, code):
+    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through."""
+    whole, *_ = band
+    name = ["--output_dir", tmp_path, "--run_name", "x"]
+    first = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, *name]
+    done, out = cut(first, 9, how)
+    assert done == code and "Best Trial Result" not in out, out
+    done, out = cut([*name, "--resume"], 12, how)
+    assert done == code and "going on with a search" in out, out
+    if how == signal.SIGKILL:  # and a file that was only half written
+        state = tmp_path / "x" / "state.pkl"
+        state.write_bytes(state.read_bytes()[:-100])
+    process = run_script(*name, "--resume")
+    assert process.returncode == 0, process.stderr
+    assert ("is damaged; using the state before it" in process.stdout) == (how == signal.SIGKILL)
+    rows, expected = ([[t[k] for k in KEYS] for t in report.read_csv(f / "trials.csv")] for f in (tmp_path / "x", whole))
+    assert rows == expected
+    results = [json.loads((f / "best_result.json").read_text()) for f in (tmp_path / "x", whole)]
+    assert results[0] == results[1]
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(tmp_path / "x" / "iterations.csv")]
+    again = len(pairs) - len(set(pairs))
+    assert again == 0 if how == signal.SIGUSR1 else again <= 2 * (16 - 4)  # a kill costs the work since the last rung
+    assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.pkl").exists()
+
+    again = run_script(*name, "--resume")
+    assert again.returncode == 0 and "is done already" in again.stdout
+    other = run_script(*name, "--resume", "--max_t", 50, "--seed", 1)
+    assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
+    assert "other arguments than the run's: --max_t 50 (the run has 16), --seed 1 (the run has 42)" in other.stderr
+
+
+def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, tiny_squad):
+    """Saved at the next optimizer step, not at the next evaluation, and resumed bit for bit."""
+    one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 10, "--max_eval_samples", 10,
+           "--num_samples", 1, "--output_dir", tmp_path]  # fmt: skip
+    through = run_script(*one, "--run_name", "through")
+    assert through.returncode == 0, through.stderr
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, one), "--run_name", "x"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        while not (tmp_path / "x" / "trials.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(6)  # the trial's process loads, and trains for some seconds
+        process.send_signal(signal.SIGUSR1)
+        out = process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 1 and "] trial " not in out, out
+    checkpoint = next((tmp_path / "x").glob("ray/*/checkpoint_*"))
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert 0 < step < 950  # of 1900: within the first iteration
+    process = run_script("--output_dir", tmp_path, "--run_name", "x", "--resume")
+    assert process.returncode == 0, process.stderr
+    losses = [[i["eval_loss"] for i in report.read_csv(tmp_path / name / "iterations.csv")] for name in ("through", "x")]
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+def test_resume_of_what_is_no_run_and_of_one_at_work(tmp_path, tiny_model, tiny_squad):
+    name = ["--output_dir", tmp_path, "--run_name", "x"]
+    process = run_script(*name, "--resume", "--model", tiny_model, "--dataset", tiny_squad)
+    assert process.returncode == 2 and "is not the folder of a run" in process.stderr and not (tmp_path / "x").exists()
+    with ThreadPoolExecutor(1) as pool:
+        small = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 3]
+        running = pool.submit(run_script, *name, "--model", tiny_model, "--dataset", tiny_squad, *small)
+        while not (tmp_path / "x" / "run.json").exists():
+            assert not running.done()
+            time.sleep(0.1)
+        second = run_script(*name, "--resume")
+        assert second.returncode == 2 and "a process is at work on" in second.stderr
+        assert running.result().returncode == 0
 
 
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
@@ -239,12 +340,12 @@ def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
     broken = shutil.copytree(tiny_model, tmp_path / "model")
     (broken / "model.safetensors").write_bytes(b"no weights")
     process = run_script(
-        "--model", broken, "--dataset", tiny_squad, *SMALL, "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x"
+        "--model", broken, "--dataset", tiny_squad, *SMALL, "--output_dir", tmp_path, "--run_name", "x", "--max_concurrent_trials", 1
     )
     assert process.returncode == 1
-    assert process.stdout.count("failed after 0 iterations") == 2 and process.stdout.count("error.txt)") == 2
-    assert "no trial came to its first rung" in process.stderr and f"{tmp_path}/x" in process.stderr
-    assert [t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 2
+    assert process.stdout.count("failed after 0 iterations") == 16 and process.stdout.count("error.txt)") == 16
+    assert "all 16 trials of the first rung failed, the last one: SafetensorError" in process.stderr and f"{tmp_path}/x" in process.stderr
+    assert [t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 16
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
 
 

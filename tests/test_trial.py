@@ -29,6 +29,7 @@ def prepare(model, dataset, *more):
     ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
     run = raytune_bayesian.prepare(args, examples, inputs.model_folder(args.model), ds_config)
     run.pop("test")
+    run["run_dir"] = "/nonexistent"  # where a planned stop would be asked for
     return run
 
 
