@@ -253,6 +253,55 @@ def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
         shutil.rmtree(path)
 
 
+# -- what happens to clusters ------------------------------------------------------------------------------------------
+
+KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration", "status"]
+
+
+def test_time_limit_requeue_and_the_same_search(project, tiny):
+    """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 12, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    through = project.submit(*slow, "--run_name", "through")
+    assert project.wait_for_end(through, 300) == ("COMPLETED", "0:0"), project.log(through)
+    job = project.submit(*slow, options=["--time=1", "--signal=B:USR1@25"])
+    project.wait_for("the requeue", lambda: project.cluster.job(job).get("Restarts") == "1", 90)
+    project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm waits two minutes otherwise
+    project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "timelimit=20")
+    assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
+    log = project.log(job)
+    assert "the time is nearly up: saving all running trials" in log and "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
+    assert "going on with a search" in log and log.count("Best Trial Result:") == 1
+    folders = [project.folder / "results" / name for name in ("through", f"bloom_bohb-{job}")]
+    rows = [[[t[k] for k in KEYS] for t in report.read_csv(f / "trials.csv")] for f in folders]
+    assert rows[0] == rows[1] and len(rows[0]) == 6
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(folders[1] / "iterations.csv")]
+    assert len(pairs) == len(set(pairs))
+    assert project.left_over() == {}
+
+
+def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
+    """kill -9 of all of Ray on a node: each trial is accounted for, and comes to the rung that it would have come to."""
+    job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 4, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
+    rows = project.folder / "results" / "x" / "iterations.csv"
+    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
+    for pid, command in project.cluster.processes("node2").items():
+        if "ray" in command:
+            try:
+                os.kill(pid, 9)
+            except ProcessLookupError:
+                pass
+    assert project.wait_for_end(job, 400) == ("COMPLETED", "0:0"), project.log(job)
+    log = project.log(job)
+    assert re.search(r"has ended: replaced by \d+ \(1 of at most 10\)", log), log
+    trials = report.read_csv(rows.parent / "trials.csv")
+    assert len(trials) == 25 and {t["status"] for t in trials} == {"stopped", "completed"}, log
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
+    assert "goes on from iteration" in log
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(rows)]
+    print(f"iterations run again: {len(pairs) - len(set(pairs))}")
+    assert project.left_over() == {}
+
+
 # -- 5. ports -----------------------------------------------------------------------------------------------------------
 
 
