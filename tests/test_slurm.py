@@ -319,7 +319,7 @@ def test_a_port_taken_before_ray_binds_it(project, tiny):
     finally:
         hijacker.kill()
         taken = hijacker.communicate()[0].split()
-    assert taken == ["start", "start"]
+    assert set(taken) == {"start"} and len(taken) >= 2, taken  # both starts were seen, and no port to take
     assert "Ray's head did not start (try 1)" in project.log(job)
     closing_block(project.log(job))
 
