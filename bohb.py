@@ -410,7 +410,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
             self._halve_if_through(tune_controller, bracket)
         self._active = [b for b in self._active if b.members or (b is self.brackets[-1] and not b.full)]
         limit = searcher._max_concurrent if searcher._max_concurrent > 0 else math.inf
-        promoted = [(b, t) for b in self._active if b.promoted for t in b.members if t in b.promoted]
+        promoted = [(b, t) for b in self._active if b.promoted for t in b.members if t in b.promoted and t in self._trials]
         promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # first those that ran when a state was saved
         for bracket, trial_id in promoted:
             room = len(searcher.running) < limit or trial_id in searcher.running
@@ -420,7 +420,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
                 return self._trials[trial_id]
         for bracket in self._active:
             for trial_id in bracket.members:
-                if self._trials[trial_id].status == Trial.PENDING:
+                if trial_id in self._trials and self._trials[trial_id].status == Trial.PENDING:
                     return self._trials[trial_id]
         return None
 
@@ -469,6 +469,8 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         if not bracket.full and not tune_controller.search_alg.is_finished():
             return
         if bracket.last_rung or not bracket.members or any(t not in bracket.scores for t in bracket.members):
+            return
+        if any(t not in self._trials for t in bracket.members):  # after a restart, before all have come back
             return
         next_size = math.ceil(bracket.added / self._eta ** (bracket.rung + 1) - 1e-9)
         ranked = sorted(bracket.members, key=lambda t: -bracket.scores[t])  # stable: ties go to the older trial

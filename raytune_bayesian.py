@@ -8,6 +8,7 @@ Read from top to bottom: search space and knobs · EM and F1 · one trial · the
 """
 
 import argparse
+import atexit
 import copy
 import fcntl
 import functools
@@ -365,7 +366,7 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
     )
 
     def save_state(record: dict, live: list[dict]):
-        live = [trial for trial in live if scheduler.in_race(trial["trial_id"])]
+        live = [trial for trial in live if scheduler.in_race(trial["trial_id"])] + algorithm.live
         parts = {"searcher": searcher.get_state(), "scheduler": scheduler.get_state(), "record": record, "live": live}
         resume.save_state(run_dir, parts)
 
@@ -387,7 +388,11 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         module = importlib.import_module(script)
         try:
             module.train(config, run)
-        except Exception as error:  # would come again with the same hyperparameters, so it is a result; a lost process is not
+        except Exception as error:
+            # What would come again with the same hyperparameters is a result. A lost process, a file system that fails and
+            # a GPU that fails (its process is of no more use) are not: Tune starts the trial again in a new process.
+            if isinstance(error, OSError) or ("CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)):
+                raise
             file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(traceback.format_exc())
@@ -546,6 +551,25 @@ def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
     temporary.rename(path)
 
 
+def take_lock(run_dir: Path, patience: float):
+    """An open file that is locked: two processes must not write one run. After a node was lost its lock may outlive it a while.
+
+    Raises BadInput when another process holds it for `patience` seconds.
+    """
+    lock, deadline = open(run_dir / ".lock", "w"), time.time() + patience
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            if time.time() > deadline:
+                raise inputs.BadInput(f"--run_name {run_dir.name}: a process is at work on {run_dir}") from None
+            time.sleep(1)
+        except OSError as error:
+            print(f"WARNING: this file system has no locks ({error.strerror}): start no second process on {run_dir}")
+            return lock
+
+
 def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] | None) -> None:
     folder = inputs.model_folder(args.model, args.prefetch)
     examples = examples or inputs.load_examples(args.dataset, args.prefetch)
@@ -570,11 +594,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             run_dir.mkdir(parents=True)
         except FileExistsError:
             raise inputs.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
-    lock = open(run_dir / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise inputs.BadInput(f"--run_name {args.run_name}: a process is at work on {run_dir}") from None
+    atexit.register(take_lock(run_dir, 120 if "SLURM_RESTART_COUNT" in os.environ else 0).close)
     if args.resume and json.loads((run_dir / "run.json").read_text())["status"] == "done":
         print(f"{run_dir} is done already; python report.py {run_dir} shows it")
         return

@@ -161,6 +161,7 @@ class Record(Callback):
     def __init__(self, run_dir: Path, searcher, metric, num_samples, gpus_per_trial, first_rung=10**9, save_state=lambda **state: None):
         self.run_dir, self.searcher, self.metric, self.save_state = run_dir, searcher, metric, save_state
         self.num_samples, self.gpus_per_trial, self.first_rung = num_samples, gpus_per_trial, first_rung
+        self.started: set[str] = set()
         self.reached: dict[str, int] = {}  # last iteration that a trial reported
         self.trials: dict[str, dict] = {}  # rows of trials.csv
         self.iterations: list[dict] = []  # rows of iterations.csv
@@ -182,6 +183,7 @@ class Record(Callback):
         self.started_at = time.time() - state.pop("seconds")
         for name, value in state.items():
             setattr(self, name, value)
+        self.started = set(self.trials)
         for row in self.trials.values():
             row["status"] = "paused" if row["status"] == "running" else row["status"]
 
@@ -189,7 +191,8 @@ class Record(Callback):
 
     def on_trial_start(self, iteration, trials, trial, **info):
         row = self.row(trial)
-        row["resumes"] += row["gpu_minutes"] > 0 or row["status"] != "pending"
+        row["resumes"] += trial.trial_id in self.started
+        self.started.add(trial.trial_id)
         row["status"], self.changed = "running", True
 
     def row(self, trial) -> dict:

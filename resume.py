@@ -35,15 +35,20 @@ def save_state(run_dir: Path, state: dict) -> None:
 
 
 def load_state(run_dir: Path) -> dict | None:
-    """The newest whole state of a run; None where there is none. Only for files that save_state wrote: it unpickles."""
-    for name in (FILE, f"{FILE}.1"):
-        try:
-            checksum, body = (run_dir / name).read_bytes().split(b"\n", 1)
-        except (OSError, ValueError):
-            continue
+    """The newest whole state of a run; None where none was ever saved. Only for files that save_state wrote: it unpickles.
+
+    Raises:
+        OSError: a file is there and cannot be read.
+        RuntimeError: there are files, and none is whole.
+    """
+    found = [run_dir / name for name in (FILE, f"{FILE}.1") if (run_dir / name).exists()]
+    for path in found:
+        checksum, _, body = path.read_bytes().partition(b"\n")
         if hashlib.sha256(body).hexdigest().encode() == checksum:
             return pickle.loads(body)
-        print(f"{run_dir / name} is damaged; using the state before it", flush=True)
+        print(f"{path} is damaged; using the state before it", flush=True)
+    if found:
+        raise RuntimeError(f"no whole state of the search in {run_dir}; its tables and checkpoints are untouched")
     return None
 
 
@@ -67,7 +72,8 @@ class ResumableSearch(SearchGenerator):
 
     def __init__(self, searcher, live: list[dict] = (), created: int = 0):
         super().__init__(searcher)
-        self.live, self.draining = list(live), False
+        # Tune takes one at a time of those that wait for a slot: the others first.
+        self.live, self.draining = sorted(live, key=lambda trial: trial["status"] == Trial.PENDING), False
         self._counter = created
 
     def is_finished(self) -> bool:
@@ -85,7 +91,7 @@ class ResumableSearch(SearchGenerator):
             spec, self._parser, evaluated_params=flatten_dict(config), experiment_tag=trial_id, trial_id=trial_id
         )
         trial.init_local_path()  # a loser is stopped without ever being started here
-        if checkpoint:
+        if checkpoint and Path(checkpoint).exists():
             metrics = {"training_iteration": training_iteration}
             trial.on_checkpoint(_TrainingResult(Checkpoint(checkpoint), metrics))
             trial.storage.current_checkpoint_index = int(checkpoint.rsplit("_", 1)[1])

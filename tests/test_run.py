@@ -277,7 +277,8 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     results = [json.loads((f / "best_result.json").read_text()) for f in (tmp_path / "x", whole)]
     assert results[0] == results[1]
     pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(tmp_path / "x" / "iterations.csv")]
-    assert len(pairs) - len(set(pairs)) <= 16 - 4  # the planned stop cost none, the kill the work since the last rung
+    # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole trial.
+    assert len(pairs) - len(set(pairs)) <= 16
     assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.pkl").exists()
 
     again = run_script(*name, "--resume")

@@ -158,8 +158,8 @@ def test_nobody_else_gets_in(project, tiny):
     wrong = project.temporary / "wrong"
     wrong.write_text("0" * 64)
     for environment in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}):
-        for node in ("node1", "node3"):
-            outcome = connect(node, "pass", **environment)
+        for node, user in [("node1", "pass"), ("node1", "os.setgid(65534); os.setuid(65534)"), ("node3", "pass")]:
+            outcome = connect(node, user, **environment)
             assert outcome.returncode != 0 and "IN" not in outcome.stdout
             assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[-2000:]
     wrong.unlink()
@@ -179,7 +179,8 @@ def test_nobody_else_gets_in(project, tiny):
     listening = sh("ip netns exec node1 ss -Hltn").splitlines()
     assert [line.split()[3] for line in listening if line.split()[3].endswith(f":{dashboard}")] == [f"127.0.0.1:{dashboard}"]
     post = "curl -s -m 5 -o /dev/null -w '%{http_code}' -X POST -H 'Content-Type: application/json' -d '{\"entrypoint\": \"id\"}'"
-    assert project.cluster.run("node1", "sh", "-c", f"{post} http://127.0.0.1:{dashboard}/api/jobs/") in ("401", "403")
+    other_user = "setpriv --reuid=65534 --regid=65534 --clear-groups"
+    assert project.cluster.run("node1", "sh", "-c", f"{other_user} {post} http://127.0.0.1:{dashboard}/api/jobs/") in ("401", "403")
     answers = {}
     for port in open_ports - {6818}:
         url = f"http://{project.cluster.address('node1')}:{port}/api/jobs/"
@@ -292,7 +293,7 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
                 pass
     assert project.wait_for_end(job, 400) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
-    assert re.search(r"has ended: replaced by \d+ \(1 of at most 10\)", log), log
+    assert re.search(r"worker job \d+ replaces it \(1 of at most 10\)", log), log
     trials = report.read_csv(rows.parent / "trials.csv")
     assert len(trials) == 25 and {t["status"] for t in trials} == {"stopped", "completed"}, log
     assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
