@@ -150,7 +150,8 @@ def test_nobody_else_gets_in(project, tiny):
         script = "\n".join(["import contextlib, os, ray", *before, init, "print('IN')"])
         command = project.cluster.command(node, sys.executable, "-c", script)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY")} | environment
-        return subprocess.run(command, capture_output=True, text=True, timeout=90, env=environment)
+        limited = ["timeout", "40", *command]  # a refused client may try for minutes
+        return subprocess.run(limited, capture_output=True, text=True, timeout=90, env=environment)
 
     with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     assert "IN" in connect("node1", **with_token).stdout  # the owner can: the others fail for want of the token
@@ -160,9 +161,7 @@ def test_nobody_else_gets_in(project, tiny):
     without, with_wrong = {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}
     # Another user, who may not be able to read the packages here: a first attempt loads all of them, as root.
     another = [f"with contextlib.suppress(BaseException): ray.init('{address}')", "os.setgid(65534); os.setuid(65534)"]
-    for node, environment, before in [
-        ("node1", without, []), ("node3", without, []), ("node1", with_wrong, []), ("node3", with_wrong, []), ("node1", without, another),
-    ]:  # fmt: skip
+    for node, environment, before in [("node1", with_wrong, []), ("node3", without, []), ("node1", without, another)]:
         outcome = connect(node, *before, **environment)
         assert outcome.returncode != 0 and "IN" not in outcome.stdout
         assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[-2000:]
