@@ -16,7 +16,7 @@ from test_run import closing_block
 
 import report
 
-LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # goes on until it is cancelled
+LONG = ["--max_t", 50, "--num_train_epochs", 100, "--max_eval_samples", 20]  # goes on until it is cancelled
 SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
 
 
