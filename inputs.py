@@ -21,7 +21,10 @@ import squad
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message says what and where."""
+    """What the user gave cannot be used; the message, one line, says what and where."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())
 
 
 def refuse(error: BadInput) -> NoReturn:
@@ -70,6 +73,8 @@ def check_values(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise BadInput(f"--{name} {value}: must be at least {least}")
+    if args.trial_timeout is not None and not 0 < args.trial_timeout < math.inf:
+        raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.num_train_epochs < math.inf:
@@ -187,7 +192,12 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
     """With --resume: takes the arguments of the run; those given again, and the search space, must be the same."""
     try:
         run = json.loads((run_dir / "run.json").read_text())
-        earlier, earlier_space = run["arguments"], run["search_space"]
+        earlier, earlier_space = dict(run["arguments"]), dict(run["search_space"])
+        for name, value in vars(args).items():
+            if name not in ("given", "resume", "prefetch", "run_name"):
+                kind = (int, float, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)
+                if not isinstance(earlier[name], kind):
+                    raise ValueError(name)
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None
     other = [f"--{n} {getattr(args, n)} (the run has {earlier[n]})" for n in sorted(args.given & set(earlier)) if getattr(args, n) != earlier[n]]

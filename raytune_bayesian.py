@@ -72,6 +72,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42)
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
+    add("--trial_timeout", type=float, help="seconds without a report until a trial counts as hung (default: 10 slowest iterations)")
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
     args = parser.parse_args(argv)
@@ -346,15 +347,11 @@ def train(config: dict, run: dict) -> None:
 # the search
 
 
-class Drained(Exception):
-    """All trials are saved and paused, before a planned stop."""
-
-
 def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None) -> tuple[report.Record, TuneBOHB]:
     """Runs all trials, or those that are left of an earlier run; returns what was recorded and the searcher.
 
     Raises:
-        Drained: after SIGUSR1, once each running trial has saved a checkpoint.
+        resume.Drained: after SIGUSR1, once each running trial has saved a checkpoint.
         KeyboardInterrupt: after SIGINT.
     """
     searcher = TuneBOHB(seed=args.seed, max_concurrent=args.max_concurrent_trials)
@@ -389,35 +386,17 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         try:
             module.train(config, run)
         except Exception as error:
-            # What would come again with the same hyperparameters is a result. A lost process, a file system that fails and
-            # a GPU that fails (its process is of no more use) are not: Tune starts the trial again in a new process.
-            if isinstance(error, OSError) or ("CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)):
-                raise
-            file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(traceback.format_exc())
             reason = " ".join([type(error).__name__, *str(error).split()])[:300]
-            tune.report({"training_iteration": 0, run["metric"]: math.nan, "failed": f"{reason} ({file})"})
-
-    class Drain(tune.Callback):
-        """On SIGUSR1: no new trials; the running ones save at their next step, and are paused."""
-
-        asked = False
-
-        def setup(self, **info):  # after Tune has set its own handler, which would drop what runs
-            signal.signal(signal.SIGUSR1, self.ask)
-
-        def ask(self, *_):
-            self.asked = True
-
-        def on_step_end(self, iteration, trials, **info):
-            if self.asked and not scheduler.draining:
-                print("the time is nearly up: saving all running trials", flush=True)
-                scheduler.draining = algorithm.draining = True
-                stop_file(run).touch()
-            if scheduler.draining and not any(t.status == Trial.RUNNING for t in trials):
-                record.write(trials)
-                raise Drained
+            nothing = {"training_iteration": 0, run["metric"]: math.nan}
+            if isinstance(error, OSError):  # a full disk says nothing about the hyperparameters: the search stops
+                tune.report({**nothing, "storage": f"{reason} (on {socket.gethostname()})"})
+            elif "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise  # the GPU fails, and this process is of no more use: Tune starts the trial again in another
+            else:  # would come again with the same hyperparameters, so it is a result
+                file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(traceback.format_exc())
+                tune.report({**nothing, "failed": f"{reason} ({file})"})
 
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, run=run), resources),
@@ -434,7 +413,11 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         run_config=tune.RunConfig(
             name="ray",
             storage_path=str(run_dir),
-            callbacks=[record, Drain()],
+            callbacks=[
+                record,
+                resume.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
+                resume.Watchdog(args.trial_timeout, record.say),
+            ],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
         ),
@@ -624,7 +607,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
         except BaseException as error:
-            status = "interrupted" if isinstance(error, Drained) or not isinstance(error, Exception) else "failed"
+            status = "interrupted" if isinstance(error, resume.Drained) or not isinstance(error, Exception) else "failed"
             report.write_json(run_dir / "run.json", facts | {"status": status})
             raise
         finally:
@@ -647,7 +630,9 @@ if __name__ == "__main__":
     except inputs.BadInput as error:
         inputs.refuse(error)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, Exception) and not isinstance(error, script.Drained):
+        if isinstance(error, OSError):
+            print(f"raytune_bayesian.py: storage: {error}", file=sys.stderr)
+        elif isinstance(error, Exception) and not isinstance(error, script.resume.Drained):
             traceback.print_exc()
         where = f"{ARGS.output_dir}/{ARGS.run_name}"
         how = f"--resume --run_name {ARGS.run_name} --output_dir {ARGS.output_dir}"

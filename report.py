@@ -218,6 +218,8 @@ class Record(Callback):
         if result.get("failed"):
             self._failed(row, result["failed"])
             return
+        if result.get("storage"):
+            raise OSError(result["storage"])
         row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
         if result.get("partial"):  # saved on the way, before a planned stop
             row["status"] = "paused"

@@ -7,12 +7,16 @@ starts anew and gets the live trials back as paused ones, each with its id, hype
 
 import copy
 import hashlib
+import math
 import os
 import pickle
+import signal
+import time
 from pathlib import Path
 
+import ray
 from ray.train._internal.session import _TrainingResult
-from ray.tune import Checkpoint
+from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec
 from ray.tune.search import SearchGenerator
@@ -98,3 +102,70 @@ class ResumableSearch(SearchGenerator):
             trial.run_metadata.last_result = {**metrics, "config": trial.config}
         trial.set_status(Trial.PENDING if status == Trial.PENDING else Trial.PAUSED)
         return trial
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# while it runs
+
+
+class Drained(Exception):
+    """All trials are saved and paused, before a planned stop."""
+
+
+class Drain(Callback):
+    """On SIGUSR1: no new trials; the running ones save at their next step and are paused; then Drained is raised.
+
+    Args:
+        scheduler, algorithm: their `draining` is set.
+        stop_file: made to ask the trials, on whatever node, to save.
+        finish: called with Tune's trials when all is saved.
+    """
+
+    def __init__(self, scheduler, algorithm: ResumableSearch, stop_file: Path, finish):
+        self.scheduler, self.algorithm, self.stop_file, self.finish = scheduler, algorithm, stop_file, finish
+        self.asked = False
+
+    def setup(self, **info):  # after Tune has set its own handler, which would drop what runs
+        signal.signal(signal.SIGUSR1, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def on_step_end(self, iteration, trials, **info):
+        if self.asked and not self.scheduler.draining:
+            print("the time is nearly up: saving all running trials", flush=True)
+            self.scheduler.draining = self.algorithm.draining = True
+            self.stop_file.touch()
+        if self.scheduler.draining and not any(t.status == Trial.RUNNING for t in trials):
+            self.finish(trials)
+            raise Drained
+
+
+class Watchdog(Callback):
+    """Ends the process of a trial that has not reported for too long: Tune then starts the trial again elsewhere.
+
+    Too long is `timeout` seconds; by default 10 times the slowest iteration so far, at least 10 minutes, and before the first
+    iteration 2 hours.
+    """
+
+    def __init__(self, timeout: float | None, say):
+        self.timeout, self.say = timeout, say
+        self.heard: dict[str, float] = {}  # when each trial started or reported last
+        self.slowest: float | None = None  # iteration so far, seconds
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.heard[trial.trial_id] = time.time()
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        self.heard[trial.trial_id] = time.time()
+        if "ended_at" in result:
+            self.slowest = max(self.slowest or 0, result["ended_at"] - result["started_at"])
+
+    def on_step_end(self, iteration, trials, **info):
+        limit = self.timeout or (7200 if self.slowest is None else max(600, 10 * self.slowest))
+        for trial in trials:
+            silent = time.time() - self.heard.get(trial.trial_id, math.inf)
+            if trial.status == Trial.RUNNING and silent > limit:
+                self.say(f"trial {trial.trial_id} has not reported for {silent:.0f} s: its process is ended")
+                self.heard[trial.trial_id] = time.time()
+                ray.kill(trial.temporary_state.ray_actor)

@@ -13,6 +13,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -331,6 +332,60 @@ def test_resume_of_what_is_no_run_and_of_one_at_work(tmp_path, tiny_model, tiny_
         second = run_script(*name, "--resume")
         assert second.returncode == 2 and "a process is at work on" in second.stderr
         assert running.result().returncode == 0
+
+
+def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
+    """One trial's process is stopped (SIGSTOP): it is ended, and the trial goes on from its checkpoint in another."""
+    command = [sys.executable, str(ROOT / "raytune_bayesian.py"), "--model", tiny_model, "--dataset", tiny_squad, *SMALL,
+               "--num_train_epochs", 6, "--max_concurrent_trials", 1, "--num_samples", 16, "--trial_timeout", 15, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if sum("at 4/16" in line for line in lines) == 1:  # a promoted trial is running
+                break
+        mine = []
+        while not mine and process.poll() is None:  # an iteration takes half a second and more: it is at work when it is stopped
+            children = psutil.Process(process.pid).children(recursive=True)
+            mine = [p for p in children if p.is_running() and "ray::ImplicitFunc.train" in p.cmdline()]
+        mine[0].suspend()
+        lines.append(process.communicate(timeout=240)[0])
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    out = "".join(lines)
+    assert process.returncode == 0, out
+    assert "has not reported for 1" in out, out
+    assert "goes on from iteration" in out, out
+    trials = report.read_csv(tmp_path / "x" / "trials.csv")
+    assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 16
+
+
+def test_full_disk(tmp_path, tiny_model, tiny_squad):
+    """On a small file system: the message, and the search goes on once there is room."""
+    if os.getuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", disk], check=True)
+    try:
+        name = ["--output_dir", disk, "--run_name", "x"]
+        small = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16]
+        process = run_script(*small, *name)
+        assert process.returncode == 1 and "Best Trial Result" not in process.stdout
+        assert "raytune_bayesian.py: storage: " in process.stderr and "o space left on device" in process.stderr, process.stderr
+        assert "Traceback" not in process.stderr and "--resume --run_name x" in process.stderr
+        subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+        process = run_script(*name, "--resume")
+        assert process.returncode == 0, process.stderr
+        assert "going on with a search" in process.stdout
+        trials = report.read_csv(disk / "x" / "trials.csv")
+        assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 16
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
