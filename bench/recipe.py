@@ -101,9 +101,9 @@ def textbook(folder: Path) -> tuple[float, int]:
         def on_trial_result(self, iteration, trials, trial, result, **info):
             executed.append(trial.trial_id)
 
-    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:
+    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
         started = time.time()
-        raytune_bayesian.start_ray(args, temp_dir)
+        raytune_bayesian.start_ray(args, temp_dir, trials_dir)
         results = tune.Tuner(
             tune.with_resources(tune.with_parameters(textbook_trial, run=run), {"cpu": 1, "gpu": args.gpus_per_trial}),
             param_space=raytune_bayesian.SEARCH_SPACE,
