@@ -235,6 +235,8 @@ class Record(Callback):
                     if self.best and self.trials[self.best]["status"] in ENDED:
                         self.doomed.add(self.best)
                     self.best = trial.trial_id
+            if row["status"] == "completed" and self.best != trial.trial_id:
+                self.doomed.add(trial.trial_id)
             self.say(f"{self._describe(row)} at {done}/{rungs[-1]}")
 
     def on_trial_complete(self, iteration, trials, trial, **info):

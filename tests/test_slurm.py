@@ -67,8 +67,9 @@ def test_search_on_two_nodes(project, demo_model):
     """Four trials at a time on two nodes of two GPUs, never two on one; the log ends with the result; nothing is left."""
     script = project.folder / "raytune_bayesian.py"
     text = script.read_text()
-    assert text.count("socket.gethostname()") == 1
-    script.write_text(text.replace("socket.gethostname()", "socket.gethostname() + ' GPU ' + os.environ['CUDA_VISIBLE_DEVICES']"))
+    assert text.count('"node": socket.gethostname()') == 1
+    with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
+    script.write_text(text.replace('"node": socket.gethostname()', with_gpu))
     job = project.submit(
         "--model", demo_model, "--dataset", demo_model.parent / "squad", "--max_t", 16, "--num_train_epochs", 0.2,
         "--max_eval_samples", 50, "--run_name", "whole", NUM_WORKERS="2",
@@ -263,11 +264,11 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
-    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 12, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 28, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
     through = project.submit(*slow, "--run_name", "through")
     assert project.wait_for_end(through, 300) == ("COMPLETED", "0:0"), project.log(through)
-    job = project.submit(*slow, options=["--time=1", "--signal=B:USR1@25"])
-    project.wait_for("the requeue", lambda: project.cluster.job(job).get("Restarts") == "1", 90)
+    job = project.submit(*slow, options=["--time=2", "--signal=B:USR1@25"])  # Slurm may send it a minute earlier
+    project.wait_for("the requeue", lambda: project.cluster.job(job).get("Restarts") == "1", 150)
     project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "starttime=now")  # Slurm waits two minutes otherwise
     project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "timelimit=20")
     assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
