@@ -38,8 +38,6 @@ logger = logging.getLogger(__name__)
 # lie close together pull every later suggestion onto one point (the same lr to three digits, dozens of times).
 MIN_BANDWIDTH = 0.03
 
-FAILED = "failed"  # key of a result: why the trial cannot go on
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # the plan: brackets and rungs
@@ -66,20 +64,6 @@ def rungs(max_t: int, reduction_factor: float) -> list[list[tuple[int, int]]]:
 def band_size(max_t: int, reduction_factor: float) -> int:
     """Number of trials that fill every bracket once."""
     return sum(bracket[0][0] for bracket in rungs(max_t, reduction_factor))
-
-
-def results_per_budget(num_samples: int, max_t: int, reduction_factor: float) -> dict[int, int]:
-    """How many results each budget will hold when num_samples trials have run without a failure."""
-    counts: dict[int, int] = {}
-    left = num_samples
-    while left > 0:
-        for bracket in rungs(max_t, reduction_factor):
-            n = min(left, bracket[0][0])
-            left -= n
-            for i, (_, budget) in enumerate(bracket):
-                if n:
-                    counts[budget] = counts.get(budget, 0) + math.ceil(n / reduction_factor**i - 1e-9)
-    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,7 +341,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
     def _decide(self, tune_controller, trial: Trial, result: dict) -> str:
         bracket = self._bracket_of[trial.trial_id]
         bracket.promoted.discard(trial.trial_id)
-        if FAILED in result:
+        if "failed" in result:
             self._fail(tune_controller, trial.trial_id)
             return TrialScheduler.STOP
         if trial.trial_id not in bracket.members:  # is past its last rung

@@ -200,15 +200,16 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
                     raise ValueError(name)
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None
-    other = [f"--{n} {getattr(args, n)} (the run has {earlier[n]})" for n in sorted(args.given & set(earlier)) if getattr(args, n) != earlier[n]]
-    other = [o for o in other if not o.startswith(("--run_name ", "--output_dir "))]
+    earlier = {name: value for name, value in earlier.items() if name not in ("run_name", "output_dir")}  # say which run
+    given = {name: getattr(args, name) for name in sorted(args.given & set(earlier))}
+    other = [f"--{name} {value} (the run has {earlier[name]})" for name, value in given.items() if value != earlier[name]]
     if other:
         raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
     for name in space | earlier_space:
         if space.get(name) != earlier_space.get(name):
             raise BadInput(f"--resume: search space: {name} is {space.get(name)} now, and {earlier_space.get(name)} in the run")
-    for name in set(earlier) - {"run_name", "output_dir"}:
-        setattr(args, name, earlier[name])
+    for name, value in earlier.items():
+        setattr(args, name, value)
 
 
 def check_output(run_dir: Path) -> None:

@@ -174,7 +174,7 @@ class Record(Callback):
         self.pace = 0.0  # seconds between two saves, at least
 
     def get_state(self) -> dict:
-        kept = {name: getattr(self, name) for name in ("trials", "iterations", "configs", "best", "doomed", "referenced")}
+        kept = {name: getattr(self, name) for name in ("trials", "iterations", "configs", "best", "referenced")}
         return kept | {"seconds": time.time() - self.started_at}
 
     def set_state(self, state: dict) -> None:
