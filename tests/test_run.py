@@ -18,6 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, make_model, run_script
+from slurm_cluster import wait_for
 
 import report
 import squad
@@ -293,17 +294,18 @@ def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, 
     """Saved at the next optimizer step, not at the next evaluation, and resumed bit for bit."""
     one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 30, "--max_eval_samples", 10,
            "--num_samples", 1, "--output_dir", tmp_path]  # fmt: skip
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     through = run_script(*one, "--run_name", "through")
     assert through.returncode == 0, through.stderr
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, one), "--run_name", "x"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
     )  # fmt: skip
     try:
-        while not (tmp_path / "x" / "trials.csv").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
-        time.sleep(6)  # the trial's process loads, and trains for some seconds
+        # The Trainer's folder, in the folder that the run gives its trials: the first steps are a moment away.
+        wait_for("the training's start", lambda: list(temporary.glob("bohb-*/tmp*")), 60)
         process.send_signal(signal.SIGUSR1)
         out = process.communicate(timeout=60)[0]
     finally:
@@ -326,9 +328,7 @@ def test_resume_of_what_is_no_run_and_of_one_at_work(tmp_path, tiny_model, tiny_
     with ThreadPoolExecutor(1) as pool:
         small = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 3]
         running = pool.submit(run_script, *name, "--model", tiny_model, "--dataset", tiny_squad, *small)
-        while not (tmp_path / "x" / "run.json").exists():
-            assert not running.done()
-            time.sleep(0.1)
+        wait_for("the run's folder", (tmp_path / "x" / "run.json").exists, 60)
         second = run_script(*name, "--resume")
         assert second.returncode == 2 and "a process is at work on" in second.stderr
         assert running.result().returncode == 0
@@ -347,11 +347,12 @@ def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
             lines.append(line)
             if sum("at 4/16" in line for line in lines) == 1:  # a promoted trial is running
                 break
-        mine = []
-        while not mine and process.poll() is None:  # an iteration takes half a second and more: it is at work when it is stopped
+
+        def training():  # an iteration takes half a second and more: it is at work when it is stopped
             children = psutil.Process(process.pid).children(recursive=True)
-            mine = [p for p in children if p.is_running() and "ray::ImplicitFunc.train" in p.cmdline()]
-        mine[0].suspend()
+            return [p for p in children if p.is_running() and "ray::ImplicitFunc.train" in p.cmdline()]
+
+        wait_for("a training process", training, 60)[0].suspend()
         lines.append(process.communicate(timeout=240)[0])
     finally:
         if process.poll() is None:
