@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import inputs
@@ -131,6 +131,7 @@ VALUES = st.text(max_size=12) | st.integers().map(str) | st.floats().map(str) | 
 
 
 @given(pairs=st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=4), more=st.lists(VALUES, max_size=2))
+@example(pairs=[("--run_name", "a\nb")], more=[])
 @FUZZ
 def test_flags(pairs, more, tiny_model, tiny_squad):
     argv = ["--model", str(tiny_model), "--dataset", str(tiny_squad)]

@@ -65,6 +65,17 @@ def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(re
     assert row["gpu_minutes"] == 2.0
 
 
+def test_the_checkpoint_of_a_trial_that_is_through_and_not_the_best_goes_at_once(record, tmp_path):
+    """With the very save that shows it as completed, not only when its process has ended."""
+    a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
+    for trial, loss in ((a, 0.5), (b, 1.0)):
+        record.on_trial_start(0, [], trial)
+        tell(record, trial, 50, loss, 0.5)
+    record.write([a, b])
+    assert record.best == "a" and a.has_checkpoint() and not b.has_checkpoint()
+    assert [t["status"] for t in report.read_csv(tmp_path / "trials.csv")] == ["completed"] * 2
+
+
 def test_a_trial_whose_process_never_started(record, tmp_path):
     trial = SomeTrial("c", tmp_path)
     fail(record, trial)
