@@ -9,6 +9,7 @@ Read from top to bottom: search space and knobs · EM and F1 · one trial · the
 
 import argparse
 import atexit
+import contextlib
 import copy
 import fcntl
 import functools
@@ -452,7 +453,8 @@ def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
         environment["TMPDIR"] = trials_dir  # so that nothing of theirs is left behind, however they end
         options |= {"_temp_dir": temp_dir, "include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
     os.environ.update(environment)
-    ray.init(**options, runtime_env={"env_vars": environment})
+    with contextlib.chdir(Path(__file__).parent):  # its processes look for modules there first, not in a folder with another copy
+        ray.init(**options, runtime_env={"env_vars": environment})
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after Ray has set its own, so that all is put away
 
 

@@ -15,6 +15,9 @@ import time
 from pathlib import Path
 
 import ray
+import ray.tune.execution.tune_controller
+import ray.tune.tune
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
@@ -106,6 +109,46 @@ class ResumableSearch(SearchGenerator):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # while it runs
+
+
+class NodeOutOfMemory(RayActorError):
+    """Ray has ended a process because its node ran out of memory."""
+
+
+class TuneController(ray.tune.execution.tune_controller.TuneController):
+    """Tune's own, corrected where a process is lost. docs/upstream.md has this as a patch.
+
+    Tune's own ends the search when Ray ends a process for its memory; here that trial has failed, and is not tried again, as it
+    would need as much again. A process that is lost while it changes over to its next trial Tune's own reports twice, and takes
+    the trial for failed, or never starts it; here the trial is started again in another process.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        task_failed = self._actor_manager._actor_task_failed
+
+        def _actor_task_failed(tracked_actor_task, exception: Exception) -> None:
+            if isinstance(exception, OutOfMemoryError):
+                exception = NodeOutOfMemory(error_msg=f"out of memory: {str(exception).splitlines()[0]}")
+            task_failed(tracked_actor_task, exception)
+
+        self._actor_manager._actor_task_failed = _actor_task_failed
+
+    def _actor_failed(self, tracked_actor, exception: Exception) -> None:
+        self._resetting_trials.discard(self._actor_to_trial.get(tracked_actor))
+        super()._actor_failed(tracked_actor, exception)
+
+    def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
+        if trial.status == Trial.RUNNING or not isinstance(exception, RayActorError):  # else _actor_failed has dealt with it
+            super()._trial_task_failure(trial, exception)
+
+    def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
+        if isinstance(exception, NodeOutOfMemory):
+            trial.max_failures = 0
+        super()._process_trial_failure(trial, exception)
+
+
+ray.tune.tune.TuneController = TuneController  # what Tuner.fit() makes
 
 
 class Drained(Exception):

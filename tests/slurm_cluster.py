@@ -101,6 +101,7 @@ SlurmctldHost=controller({self.address("controller")})
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+AuthInfo=cred_expire=15
 StateSaveLocation={f}/state
 SlurmdSpoolDir={f}/spool-%n
 SlurmctldPidFile={f}/slurmctld.pid
@@ -235,8 +236,9 @@ class Project:
         try:
             return wait_for(what, condition, timeout)
         except RuntimeError as error:
+            slurm = "".join(self.cluster.run("node1", "scontrol", "show", what, check=False) for what in ("nodes", "jobs"))
             logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
-            raise RuntimeError(f"{error}\n{logs}") from None
+            raise RuntimeError(f"{error}\n{logs}\n{slurm}") from None
 
     def wait_for_end(self, job_id: str, timeout=200):
         """Waits until the head job is out of the queue; (state, exit code), as Slurm keeps them."""

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import ROOT, make_model, run_script
-from slurm_cluster import wait_for
+from slurm_cluster import FILES, wait_for
 
 import report
 import squad
@@ -387,6 +388,72 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
         assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 16
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+FAULTS = """
+honest_train = train
+
+
+def train(config, run):
+    faults = ["nan", "data", "gpu memory", "memory", "lost while it changes over", None]
+    for i, fault in enumerate(faults):  # each once, by the first trials in their order
+        mark = Path(run["run_dir"]) / f".fault-{i}"
+        if not mark.exists():
+            mark.write_text(tune.get_context().get_trial_id())
+            break
+    if fault == "nan":
+        config = {**config, "train_loop_config": {**config["train_loop_config"], "lr": 1e30}}
+    elif fault == "data":
+        run = {**run, "train": Unreadable(run["train"])}
+    elif fault == "gpu memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")  # no GPU here
+    elif fault == "memory":
+        held = [b"x" * 2**27 for _ in range(64)]  # 8 GiB
+        time.sleep(60)
+    elif fault:
+        from ray.train._internal.session import _TrainSession
+
+        _TrainSession.reset = lambda *args, **kwargs: os._exit(9)
+    honest_train(config, run)
+
+
+class Unreadable:
+    def __init__(self, data):
+        self.lengths = data.lengths
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        raise ValueError("cannot read question 7")
+
+
+if __name__ == "__main__":"""
+
+
+def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
+    """NaN, broken data, out of memory: failed with the reason, not tried again, bad at their rung. A lost process: tried again."""
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path)
+    script = tmp_path / "raytune_bayesian.py"
+    script.write_text(script.read_text().replace('if __name__ == "__main__":\n    # by the name', FAULTS + '\n    # by the name'))
+    total, used = psutil.virtual_memory().total, psutil.virtual_memory().used
+    process = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16, "--output_dir", tmp_path,
+        "--run_name", "x", script=script, PYTHONPATH=str(tmp_path), RAY_memory_usage_threshold=str((used + 4 * 2**30) / total),
+    )  # fmt: skip
+    out = process.stdout
+    assert process.returncode == 0, out + process.stderr
+    trials = {t["trial_id"]: t for t in report.read_csv(tmp_path / "x" / "trials.csv")}
+    hit = [(tmp_path / "x" / f".fault-{i}").read_text() for i in range(6)]
+    reasons = ["FloatingPointError eval_loss is nan", "ValueError cannot read question 7", "OutOfMemoryError CUDA out of memory", ".*out of memory: .*running low on memory"]
+    for trial, reason in zip(hit, reasons):
+        lines = [line for line in out.splitlines() if f"trial {trial} " in line]
+        assert len(lines) == 1 and re.search(f"failed after 0 iterations: {reason}", lines[0]), lines
+        assert (trials[trial]["status"], trials[trial]["training_iteration"]) == ("failed", 0)
+    assert len(set(hit)) == 6 and Counter(t["status"] for t in trials.values()) == {"failed": 4, "stopped": 11, "completed": 1}
+    lost = [line for line in out.splitlines() if "goes on from iteration 0: " in line]
+    assert len(lost) == 1 and trials[re.search("trial (\\w+)", lost[0]).group(1)]["status"] != "failed", lost
 
 
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
