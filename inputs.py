@@ -8,12 +8,14 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NoReturn
 
+import safetensors
 import torch
 from ray.tune.search.sample import Categorical, Domain, Quantized
 
@@ -180,6 +182,22 @@ def check_model_folder(path: Path) -> None:
         raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
     if not (path / "tokenizer_config.json").exists():
         raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
+
+
+def parameters(folder: Path) -> int:
+    """How many parameters a model folder's weights have."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+    return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
+
+
+def check_disk(output_dir: Path, needed: int) -> None:
+    """Raises BadInput when there is less free than the run needs at its peak, in bytes."""
+    free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.parents) if p.exists())).free
+    if free < needed:
+        raise BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free / 1e9:.3g} GB are free")
 
 
 def describe(space: dict) -> dict[str, str]:

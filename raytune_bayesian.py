@@ -50,6 +50,7 @@ SELECTION_SIZE = 1000  # questions held out of the training set, to compare tria
 EVAL_BATCH_SIZE = 32  # sequences of like length
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
+CHECKPOINT_BYTES = 18  # a parameter, at most: AdamW's state, weights as DeepSpeed and as the Trainer save them, tied ones twice
 MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
@@ -506,8 +507,8 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
     return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial")}
 
 
-def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None) -> None:
-    """Says what is about to run."""
+def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast, disk: int) -> None:
+    """Says what is about to run; disk is in bytes."""
     if state:
         rows = state["record"]["trials"].values()
         ended = sum(row["status"] in report.ENDED for row in rows)
@@ -518,11 +519,10 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | N
     print(f"  to test the best model on once, at the end: {whole} {len(run['test'])} of the validation set")
     if not args.gpus_per_trial:
         print("no GPU: training in fp32 on the CPU instead of fp16")
-    slots = inputs.slots(args)
-    print(f"search: {args.num_samples} trials on {slots} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
-    able = simulate.model_based(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, slots)
-    print(f"of {args.num_samples} suggestions {able} come after the model has enough results; a third of them stays random")
-    if able == 0:
+    print(f"search: {args.num_samples} trials on {inputs.slots(args)} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
+    print(f"disk: up to {disk / 1e9:.3g} GB in {args.output_dir}, for {expected.checkpoints} checkpoints and the best model")
+    print(f"of {args.num_samples} suggestions {expected.model_based} come after the model has enough results; a third of them stays random")
+    if expected.model_based == 0:
         print(f"WARNING: this is random search; one band is {band_size(args.max_t, args.reduction_factor)} trials (--num_samples): take")
         print("  more trials or fewer at a time (--max_concurrent_trials), so that the first are through before the last are drawn")
     sys.stdout.flush()
@@ -574,7 +574,10 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         "versions": report.versions(),
         "git_commit": report.git_commit(Path(__file__).parent),
     }
+    expected = simulate.forecast(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, inputs.slots(args))
+    disk = (inputs.parameters(folder) * CHECKPOINT_BYTES + 10**6) * (expected.checkpoints + 1)
     if not args.resume:
+        inputs.check_disk(run_dir.parent, disk)
         try:
             run_dir.mkdir(parents=True)
         except FileExistsError:
@@ -586,7 +589,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     state = resume.load_state(run_dir) if args.resume else None
     stop_file(run).unlink(missing_ok=True)
     report.write_json(run_dir / "run.json", facts)
-    announce(args, run, run_dir, state)
+    announce(args, run, run_dir, state, expected, disk)
     folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700
     short = None if len(tempfile.gettempdir()) < 40 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
     with folder_of_its_own(dir=short) as temp_dir, folder_of_its_own() as trials_dir:

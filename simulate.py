@@ -4,7 +4,7 @@
     simulation.run()
     simulation.reports   # [(start, end, trial_id, iteration, loss)], in simulated seconds
 
-    model_based(space, num_samples=34, max_t=50, reduction_factor=4, slots=4)   # suggestions that can come from the model
+    forecast(space, num_samples=34, max_t=50, reduction_factor=4, slots=4)   # what to expect of a search
 
 It does what ray.tune.execution.tune_controller.TuneController does around a search algorithm and a scheduler, in the
 same order: one suggestion ahead of time, the scheduler asked before each start, the searcher told of a result only
@@ -17,6 +17,7 @@ import itertools
 import pickle
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -87,6 +88,10 @@ class Simulation:
         self._events: list[tuple] = []  # heap of (end, order, start, trial)
         self._order = itertools.count()
         self._checkpoints: dict[str, int] = {}
+
+    def checkpoints(self) -> int:
+        """How many live trials have one."""
+        return sum(t.trial_id in self._checkpoints for t in self.trials if t.status not in (Trial.TERMINATED, Trial.ERROR))
 
     # -- what schedulers call -----------------------------------------------------------------------------------------
 
@@ -206,10 +211,18 @@ class Simulation:
             self._schedule(trial)
 
 
-def model_based(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> int:
-    """How many suggestions can come from the model, when all iterations take equally long: those made once it exists.
+@dataclass
+class Forecast:
+    """What the plan of a search says before it runs, when all iterations take equally long."""
 
-    With many slots most suggestions are made before the first rung is through; BOHB draws a third of the rest at random.
+    model_based: int  # suggestions made once the model exists; BOHB still draws a third of them at random
+    checkpoints: int  # most on disk at a time
+
+
+def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
+    """Runs the searcher and the scheduler of a search on random losses.
+
+    With many slots most suggestions are made before the first rung is through, so few can be the model's.
     """
     rng = random.Random(0)
     searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0})
@@ -217,6 +230,14 @@ def model_based(space: dict, num_samples: int, max_t: int, reduction_factor: int
     scheduler = HyperBandForBOHB(
         time_attr="training_iteration", metric="loss", mode="min", max_t=max_t, reduction_factor=reduction_factor
     )
-    simulation = Simulation(searcher, scheduler, num_samples, lambda config, t: rng.random(), slots=slots, max_t=max_t)
+    most = 0
+
+    def train(config: dict, t: int) -> float:
+        nonlocal most
+        most = max(most, simulation.checkpoints())
+        return rng.random()
+
+    simulation = Simulation(searcher, scheduler, num_samples, train, slots=slots, max_t=max_t)
     simulation.run()
-    return searcher.model_based
+    # Besides: the best trial's; and where a trial has written a new one, the old one stays until the state is saved twice.
+    return Forecast(searcher.model_based, most + 1 + 2 * min(slots, num_samples))

@@ -1,16 +1,19 @@
 """What each fault costs, on a real Slurm cluster of three nodes on this machine (as root): real kills, signals and cut links.
 
-    python bench/faults.py        # a quarter of an hour; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
+    python bench/faults.py            # 20 minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
+    python bench/faults.py link hung  # these rows only
 
 Each row is a search of its own, of 22 trials on two worker nodes of two GPUs, hit in its middle. Run again: iterations that were
 reported twice. Lost: trials that did not come to the rung that the plan has for them. Seconds to go on: from the fault to the
-next report of a trial that it hit, or of any where it hit all; a job's waiting time in the queue is left out where Slurm
-imposes one (two minutes after a requeue).
+next report of a trial that it hit, or of any where it hit all; how long Slurm holds a requeued job is part of it: 15 s here, 2
+minutes by default.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -25,7 +28,7 @@ from bohb import rungs
 from slurm_cluster import Project, SlurmCluster, sh
 
 ARGUMENTS = ["--model", ROOT / "demo" / "model", "--dataset", ROOT / "demo" / "squad", "--max_t", 16, "--num_train_epochs", 0.5,
-             "--max_eval_samples", 40, "--num_samples", 22, "--run_name", "x"]  # fmt: skip
+             "--max_eval_samples", 40, "--num_samples", 22, "--trial_timeout", 40]  # fmt: skip
 HIT_AFTER = 20  # reports: the second rung is on its way
 
 
@@ -39,27 +42,29 @@ def planned() -> Counter:
 
 
 class Run:
-    def __init__(self, cluster: SlurmCluster, folder: Path):
-        (folder / "tmp").mkdir(parents=True)
-        self.cluster, self.project = cluster, Project(cluster, folder, folder / "tmp")
-        self.rows = folder / "results" / "x" / "iterations.csv"
-        self.job = self.submit()
-        self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER)
+    """A search on the cluster, its results in `output`, once it is in its middle."""
 
-    def submit(self, *more) -> str:
-        return self.project.submit(*(more or ARGUMENTS), NUM_WORKERS="2")
+    def __init__(self, cluster: SlurmCluster, folder: Path, output: Path):
+        (folder / "tmp").mkdir(parents=True)
+        self.cluster, self.project, self.output = cluster, Project(cluster, folder, folder / "tmp"), output
+        self.rows = output / "x" / "iterations.csv"
+        self.job = self.submit(*ARGUMENTS)
+        self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER, 240)
+
+    def submit(self, *arguments) -> str:
+        return self.project.submit(*arguments, "--run_name", "x", "--output_dir", self.output, NUM_WORKERS="2")
 
     def iterations(self) -> list[dict]:
         return report.read_csv(self.rows) if self.rows.exists() else []
 
-    def kill(self, node: str, pattern: str) -> None:
-        """kill -9 of the processes of jobs on a node whose command line matches; RuntimeError where none does."""
+    def kill(self, node: str, pattern: str, how=signal.SIGKILL) -> None:
+        """Sends a signal to the processes of jobs on a node whose command line matches; RuntimeError where none does."""
         found = [pid for pid, command in self.cluster.processes(node).items() if re.search(pattern, command)]
         if not found:
             raise RuntimeError(f"no process {pattern} on {node}: {self.cluster.processes(node)}")
         for pid in found:
             try:
-                os.kill(pid, 9)
+                os.kill(pid, how)
             except ProcessLookupError:
                 pass
 
@@ -68,13 +73,12 @@ class Run:
         self.project.wait_for("the end of the job", lambda: self.job not in self.cluster.queue())
         shutil.rmtree(self.project.temporary)  # of a killed head, on its own node
         self.project.temporary.mkdir()
-        self.job = self.submit("--resume", "--run_name", "x")
+        self.job = self.submit("--resume")
 
 
 def time_limit(run: Run) -> list[str]:
     run.cluster.run("node1", "scancel", "--batch", "--signal=USR1", run.job)
     run.project.wait_for("the requeue", lambda: run.cluster.job(run.job).get("Restarts") == "1")
-    run.cluster.run("node1", "scontrol", "update", f"jobid={run.job}", "starttime=now")
     return []
 
 
@@ -119,41 +123,67 @@ def link(run: Run) -> list[str]:
     return ["node2"]
 
 
+def hung(run: Run) -> list[str]:
+    run.kill("node2", r"ray::ImplicitFunc", signal.SIGSTOP)
+    return ["node2"]
+
+
+def disk(run: Run) -> list[str]:
+    """On a file system of its own, see main."""
+    filler = run.output / "filler"
+    sh(f"cat /dev/zero > {filler}", check=False)
+    run.project.wait_for("the end of the job", lambda: run.job not in run.cluster.queue())
+    if "storage: " not in run.project.log(run.job):
+        raise RuntimeError(run.project.log(run.job))
+    filler.unlink()
+    run.resume()
+    return []
+
+
 FAULTS = {
-    "time limit, requeue": ("head job", time_limit),
-    "scancel, --resume": ("head job", scancel),
-    "kill -9, --resume": ("the script", driver),
-    "kill -9 of all, --resume": ("head's node", head_node),
-    "kill -9": ("raylet of a worker", raylet),
-    "kill -9 ": ("processes of two trials", trial_process),
-    "scancel": ("worker job", worker_job),
-    "link down for 60 s": ("worker's node", link),
+    time_limit: ("time limit, requeue", "head job"),
+    scancel: ("scancel, --resume", "head job"),
+    driver: ("kill -9, --resume", "the script"),
+    head_node: ("kill -9 of all, --resume", "head's node"),
+    raylet: ("kill -9", "raylet of a worker"),
+    trial_process: ("kill -9", "processes of two trials"),
+    worker_job: ("scancel", "worker job"),
+    link: ("link down for 60 s", "worker's node"),
+    hung: ("SIGSTOP, 40 s timeout", "processes of two trials"),
+    disk: ("disk full, --resume", "results"),
 }
 
 
 def main() -> None:
-    plan = planned()
+    chosen = [fault for fault in FAULTS if fault.__name__ in sys.argv[1:] or len(sys.argv) == 1]
+    plan, lost_in_all = planned(), 0
     print(f"{'fault':26} {'where':24} {'run again':>10} {'lost':>6} {'seconds to go on':>18}")
-    lost_in_all = 0
-    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder, SlurmCluster(Path(folder)) as cluster:
-        for i, (fault, (where, inject)) in enumerate(FAULTS.items()):
-            run = Run(cluster, Path(folder) / str(i))
-            before = run.iterations()
-            hit_at = time.time()
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder, contextlib.ExitStack() as stack:
+        small = Path(folder) / "small"
+        small.mkdir()
+        sh(f"mount -t tmpfs -o size=400m tmpfs {small}")  # before the nodes start, so that they see it
+        stack.callback(sh, f"umount {small}")
+        cluster = stack.enter_context(SlurmCluster(Path(folder)))
+        for inject in chosen:
+            here = Path(folder) / inject.__name__
+            run = Run(cluster, here, small if inject is disk else here / "results")
+            before, hit_at = run.iterations(), time.time()
             nodes = inject(run)
             last_node = {row["trial_id"]: row["node"] for row in before}
-            hit = {t for t, node in last_node.items() if node in nodes} if nodes else None
-            run.project.wait_for_end(run.job, 400)
+            hit = {trial for trial, node in last_node.items() if node in nodes or not nodes}
+            state = run.project.wait_for_end(run.job, 400)
+            if state != ("COMPLETED", "0:0"):
+                raise RuntimeError(f"{state}\n{run.project.log(run.job)}")
             rows = run.iterations()
             ended = Counter(t["training_iteration"] for t in report.read_csv(run.rows.with_name("trials.csv")) if t["status"] != "failed")
             again = len(rows) - len({(r["trial_id"], r["training_iteration"]) for r in rows})
             lost = sum((plan - ended).values())
-            later = [r["ended_at"] - hit_at for r in rows if r["ended_at"] > hit_at and (hit is None or r["trial_id"] in hit)]
+            later = [r["ended_at"] - hit_at for r in rows if r["ended_at"] > hit_at and (r["trial_id"] in hit or not nodes)]
             lost_in_all += lost
+            fault, where = FAULTS[inject]
             print(f"{fault:26} {where:24} {again:10} {lost:6} {min(later, default=float('nan')):18.0f}", flush=True)
-            project = run.project
-            project.wait_for("nothing left", lambda: not cluster.queue(), 60)
-            shutil.rmtree(project.folder)
+            run.project.wait_for("nothing left", lambda: not cluster.queue(), 60)
+            shutil.rmtree(here)
     if lost_in_all:
         raise SystemExit(f"{lost_in_all} trials were lost")
 

@@ -236,7 +236,7 @@ class Project:
         try:
             return wait_for(what, condition, timeout)
         except RuntimeError as error:
-            slurm = "".join(self.cluster.run("node1", "scontrol", "show", what, check=False) for what in ("nodes", "jobs"))
+            slurm = "".join(self.cluster.run("node1", *what, check=False) for what in (["sinfo", "-N", "-l"], ["squeue", "-l"]))
             logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
             raise RuntimeError(f"{error}\n{logs}\n{slurm}") from None
 

@@ -1,5 +1,6 @@
 """Whole runs through the command line, on real Ray with the real DeepSpeed engine, at a small size."""
 
+import contextlib
 import http.server
 import json
 import os
@@ -35,13 +36,13 @@ def ours():
 
 @pytest.fixture(scope="module")
 def band(tmp_path_factory, tiny_squad, tiny_model):
-    """One whole band, one slot: (folder of the run, output, processes left behind, checkpoints of ended trials)."""
+    """One whole band, one slot: (folder, output, processes left behind, most checkpoints of ended trials, most bytes on disk)."""
     output_dir = tmp_path_factory.mktemp("results")
     before = ours()
-    most, stop = [0], threading.Event()
+    most, most_bytes, stop = [0], [0], threading.Event()
 
     def watch():
-        """Most trials at a time that have ended, by the table, and still have a checkpoint."""
+        """Most trials at a time that have ended, by the table, and still have a checkpoint; most bytes of all files."""
         while not stop.is_set():
             try:
                 rows = report.read_csv(output_dir / "band" / "trials.csv")
@@ -49,6 +50,8 @@ def band(tmp_path_factory, tiny_squad, tiny_model):
                 rows = []
             ended = [row["trial_id"] for row in rows if row["status"] in ("stopped", "completed", "failed")]
             most[0] = max(most[0], sum(any((output_dir / "band" / "ray" / t).glob("checkpoint_*")) for t in ended))
+            with contextlib.suppress(FileNotFoundError):
+                most_bytes[0] = max(most_bytes[0], sum(p.stat().st_size for p in output_dir.rglob("*") if p.is_file()))
             time.sleep(0.05)
 
     watcher = threading.Thread(target=watch)
@@ -60,7 +63,7 @@ def band(tmp_path_factory, tiny_squad, tiny_model):
     stop.set()
     watcher.join()
     assert process.returncode == 0, process.stdout + process.stderr
-    return output_dir / "band", process, ours() - before, most[0]
+    return output_dir / "band", process, ours() - before, most[0], most_bytes[0]
 
 
 def closing_block(text):
@@ -131,11 +134,17 @@ def test_run_json(band):
 
 
 def test_nothing_is_left_but_the_results(band):
-    folder, _, processes, most_checkpoints = band
+    folder, _, processes, most_checkpoints, _ = band
     assert not processes
     assert {p.name for p in folder.iterdir()} == {".lock", "run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "ray"}
     assert not list(folder.glob("ray/*/checkpoint_*"))
     assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
+
+
+def test_disk_forecast(band):
+    _, process, *_, most_bytes = band
+    forecast = float(re.search(r"disk: up to ([\d.e-]+) GB in ", process.stdout).group(1)) * 1e9
+    assert forecast / 3 < most_bytes < forecast
 
 
 def test_best_model_loads_and_scores_the_same(band, tiny_squad):
@@ -242,7 +251,7 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "exact_match
 
 
 def cut(arguments, after, how):
-    """Starts the script and sends a signal when so many lines about trials were printed; (exit code, output)."""
+    """Starts the script and sends a signal (or calls a function) when so many lines about trials were printed; (exit code, output)."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
@@ -253,7 +262,10 @@ def cut(arguments, after, how):
             lines.append(line)
             if sum("] trial " in line for line in lines) == after:
                 break
-        (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
+        if callable(how):
+            how()
+        else:
+            (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
         lines.append(process.communicate(timeout=60)[0])
     finally:
         if process.poll() is None:
@@ -367,20 +379,30 @@ def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
 
 
 def test_full_disk(tmp_path, tiny_model, tiny_squad):
-    """On a small file system: the message, and the search goes on once there is room."""
+    """Too little from the start is refused; a disk that fills up stops the search, which goes on once there is room."""
     if os.getuid() != 0:
         pytest.skip("only root can mount a small file system")
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
     try:
         name = ["--output_dir", disk, "--run_name", "x"]
         small = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16]
         process = run_script(*small, *name)
-        assert process.returncode == 1 and "Best Trial Result" not in process.stdout
-        assert "raytune_bayesian.py: storage: " in process.stderr and "o space left on device" in process.stderr, process.stderr
-        assert "Traceback" not in process.stderr and "--resume --run_name x" in process.stderr
+        assert process.returncode == 2 and not list(disk.iterdir())
+        assert re.fullmatch(f".*--output_dir {disk}: the run needs up to 0.0[0-9]+ GB there, and 0.00[0-9]+ GB are free\n", process.stderr)
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+
+        def fill():
+            with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * 4096)
+
+        done, out = cut([*small, *name], 3, fill)
+        assert done == 1 and "Best Trial Result" not in out
+        assert "raytune_bayesian.py: storage: " in out and "o space left on device" in out, out
+        assert "Traceback" not in out and "--resume --run_name x" in out
+        (disk / "filler").unlink()
         process = run_script(*name, "--resume")
         assert process.returncode == 0, process.stderr
         assert "going on with a search" in process.stdout
