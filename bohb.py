@@ -304,6 +304,10 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
                 if trial_id not in bracket.scores and trial_id not in waiting:
                     bracket.promoted.add(trial_id)  # it was running, or about to
 
+    def bracket_of(self, trial_id: str) -> Bracket | None:
+        """The bracket that a trial came into."""
+        return self._bracket_of.get(trial_id)
+
     def in_race(self, trial_id: str) -> bool:
         """Whether a trial has rungs before it."""
         return trial_id in self._bracket_of and trial_id in self._bracket_of[trial_id].members

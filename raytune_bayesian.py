@@ -371,12 +371,12 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
 
     first_rung = min(args.num_samples, rungs(args.max_t, args.reduction_factor)[0][0][0])
     record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
-    algorithm = resume.ResumableSearch(searcher)
+    algorithm = resume.ResumableSearch(searcher, run_dir)
     if state:
         searcher.set_state(state["searcher"])
         scheduler.set_state(state["scheduler"], {t["trial_id"] for t in state["live"] if t["status"] == Trial.PENDING})
         record.set_state(state["record"])
-        algorithm = resume.ResumableSearch(searcher, state["live"], created=len(searcher.suggested))
+        algorithm = resume.ResumableSearch(searcher, run_dir, state["live"], created=len(searcher.suggested))
     record.tidy([trial["checkpoint"] for trial in state["live"]] if state else [])
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
     script = __name__
@@ -569,6 +569,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         "status": "running",
         "arguments": {name: value for name, value in vars(args).items() if name not in ("given", "resume", "prefetch")},
         "search_space": inputs.describe(SEARCH_SPACE),
+        "ds_config": ds_config,
         "seed": args.seed,
         "questions": {part: len(run[part]) for part in ("train", "selection", "test")},
         "versions": report.versions(),
@@ -583,15 +584,20 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         except FileExistsError:
             raise inputs.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
     atexit.register(take_lock(run_dir, 120 if "SLURM_RESTART_COUNT" in os.environ else 0).close)
-    if args.resume and json.loads((run_dir / "run.json").read_text())["status"] == "done":
-        print(f"{run_dir} is done already; python report.py {run_dir} shows it")
-        return
+    if args.resume:
+        earlier = json.loads((run_dir / "run.json").read_text())
+        if earlier["status"] == "done":
+            print(f"{run_dir} is done already; python report.py {run_dir} shows it")
+            return
+        for name in ("ds_config", "questions"):
+            if earlier.get(name) != facts[name]:
+                raise inputs.BadInput(f"--resume: {name} {facts[name]} is not that of the run, {earlier.get(name)}")
     state = resume.load_state(run_dir) if args.resume else None
     stop_file(run).unlink(missing_ok=True)
     report.write_json(run_dir / "run.json", facts)
     announce(args, run, run_dir, state, expected, disk)
     folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700
-    short = None if len(tempfile.gettempdir()) < 40 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
+    short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
     with folder_of_its_own(dir=short) as temp_dir, folder_of_its_own() as trials_dir:
         try:
             start_ray(args, temp_dir, trials_dir)

@@ -282,7 +282,7 @@ class Record(Callback):
                 "trial_id": trial.trial_id,
                 "config": trial.config,
                 "status": trial.status,
-                "checkpoint": trial.checkpoint.path if trial.checkpoint else None,
+                "checkpoint": os.path.relpath(trial.checkpoint.path, self.run_dir) if trial.checkpoint else None,
                 "training_iteration": (trial.last_result or {}).get("training_iteration", 0),
             }
             for trial in trials
@@ -296,7 +296,7 @@ class Record(Callback):
                 shutil.rmtree(folder, ignore_errors=True)
         for trial_id, path in self.referenced.items():
             for folder in self.checkpoints(trial_id):
-                if folder.name < Path(path).name and str(folder) != before.get(trial_id):
+                if folder.name < Path(path).name and str(folder.relative_to(self.run_dir)) != before.get(trial_id):
                     shutil.rmtree(folder, ignore_errors=True)
         self.write_tables()
         self.changed, self.written_at = False, time.time()
@@ -307,10 +307,10 @@ class Record(Callback):
         return sorted((self.run_dir / "ray" / trial_id).glob("checkpoint_*"))
 
     def tidy(self, needed: list[str | None]) -> None:
-        """Removes all checkpoints but those needed and, before best_model is there, the best trial's."""
+        """Removes all checkpoints but those needed (paths in the run's folder) and, before best_model is there, the best trial's."""
         for folder in self.run_dir.glob("ray/*/checkpoint_*"):
             best = folder.parent.name == self.best and not (self.run_dir / "best_model").exists()
-            if not best and str(folder) not in needed:
+            if not best and str(folder.relative_to(self.run_dir)) not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def write_tables(self) -> None:

@@ -73,12 +73,14 @@ class ResumableSearch(SearchGenerator):
 
     Args:
         searcher: with its state restored.
-        live: their {"trial_id", "config", "status", "checkpoint" (path or None), "training_iteration"}, oldest first.
+        run_dir: the run's folder; it may have been moved.
+        live: their {"trial_id", "config", "status", "checkpoint" (path in run_dir, or None), "training_iteration"}, oldest first.
         created: how many trials the earlier run had made.
     """
 
-    def __init__(self, searcher, live: list[dict] = (), created: int = 0):
+    def __init__(self, searcher, run_dir: Path, live: list[dict] = (), created: int = 0):
         super().__init__(searcher)
+        self.run_dir = run_dir
         # Tune takes one at a time of those that wait for a slot: the others first.
         self.live, self.draining = sorted(live, key=lambda trial: trial["status"] == Trial.PENDING), False
         self._counter = created
@@ -98,9 +100,9 @@ class ResumableSearch(SearchGenerator):
             spec, self._parser, evaluated_params=flatten_dict(config), experiment_tag=trial_id, trial_id=trial_id
         )
         trial.init_local_path()  # a loser is stopped without ever being started here
-        if checkpoint and Path(checkpoint).exists():
+        if checkpoint and (self.run_dir / checkpoint).exists():
             metrics = {"training_iteration": training_iteration}
-            trial.on_checkpoint(_TrainingResult(Checkpoint(checkpoint), metrics))
+            trial.on_checkpoint(_TrainingResult(Checkpoint(self.run_dir / checkpoint), metrics))
             trial.storage.current_checkpoint_index = int(checkpoint.rsplit("_", 1)[1])
             trial.run_metadata.last_result = {**metrics, "config": trial.config}
         trial.set_status(Trial.PENDING if status == Trial.PENDING else Trial.PAUSED)

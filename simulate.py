@@ -211,12 +211,21 @@ class Simulation:
             self._schedule(trial)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the plan of a search
+
+
 @dataclass
 class Forecast:
-    """What the plan of a search says before it runs, when all iterations take equally long."""
+    """What to expect of a search whose iterations all take equally long."""
 
-    model_based: int  # suggestions made once the model exists; BOHB still draws a third of them at random
+    rungs: list[tuple[int, int, int, int]]  # (bracket, rung at iteration, trials that come to it, iterations run for it)
+    suggested: int  # trials suggested before there is a model
+    model_based: int  # suggestions made once there is one; BOHB still draws a third of them at random
     checkpoints: int  # most on disk at a time
+    iterations: int  # in all
+    time: float  # of the whole search, in iterations
+    busy: list[float]  # share of the slots' time that is spent on iterations, in each tenth of the time
 
 
 def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
@@ -239,5 +248,25 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
 
     simulation = Simulation(searcher, scheduler, num_samples, train, slots=slots, max_t=max_t)
     simulation.run()
-    # Besides: the best trial's; and where a trial has written a new one, the old one stays until the state is saved twice.
-    return Forecast(searcher.model_based, most + 1 + 2 * min(slots, num_samples))
+    rungs = []
+    for number, bracket in enumerate(scheduler.brackets, 1):
+        below = 0
+        for _, budget in bracket.rungs:
+            came = sum(o["budget"] == budget and scheduler.bracket_of(o["trial_id"]) is bracket for o in searcher.observations)
+            rungs.append((number, budget, came, came * (budget - below)))
+            below = budget
+    tenth = simulation.now / 10
+    busy = [
+        sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end, *_ in simulation.reports) / tenth / slots
+        for i in range(10)
+    ]
+    return Forecast(
+        rungs,
+        next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), num_samples),
+        searcher.model_based,
+        # Besides: the best trial's; and where a trial has written a new one, the old one stays until the state is saved twice.
+        most + 1 + 2 * min(slots, num_samples),
+        len(simulation.reports),
+        simulation.now,
+        busy,
+    )

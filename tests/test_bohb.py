@@ -493,7 +493,7 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
     assert set(Counter((o["trial_id"], o["budget"]) for o in search_alg.observations).values()) <= {1}
     assert told(search_alg).total() == len(search_alg.observations)
     assert not search_alg.running and not search_alg.paused and not scheduler._trials
-    through = Counter((id(scheduler._bracket_of[o["trial_id"]]), o["budget"]) for o in search_alg.observations)
+    through = Counter((id(scheduler.bracket_of(o["trial_id"])), o["budget"]) for o in search_alg.observations)
     for bracket in scheduler.brackets:
         for size, budget in bracket.rungs:
             assert through[id(bracket), budget] <= size
@@ -542,12 +542,8 @@ def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, 
     assert faulty or repeats <= may_repeat
     for bracket in scheduler.brackets:
         for size, budget in bracket.rungs:
-            mine = {o["trial_id"] for o in search_alg.observations if o["budget"] == budget and scheduler_knows(scheduler, o, bracket)}
+            mine = {o["trial_id"] for o in search_alg.observations if o["budget"] == budget and scheduler.bracket_of(o["trial_id"]) is bracket}
             assert len(mine) <= size
-
-
-def scheduler_knows(scheduler, observation, bracket) -> bool:
-    return scheduler._bracket_of.get(observation["trial_id"]) is bracket
 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 2))

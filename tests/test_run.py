@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -184,16 +185,23 @@ def test_same_seed_one_slot_same_search(band, tmp_path, tiny_model, tiny_squad):
 
 
 def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):
-    """Both end with their own results; the score is computed after each iteration where trials are compared by it."""
+    """Both end with their own results; the score is computed after each iteration where trials are compared by it.
+
+    Their temporary folders have the longest name that leaves room for Ray's sockets, and one that leaves none.
+    """
+
     def run(name, metric):
+        temporary = Path(tempfile.mkdtemp(prefix="t" * (12 if name == "one" else 13), dir="/tmp"))  # 25 and 26 characters
         return run_script(
             "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", name, "--max_t", 4,
             "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--num_samples", 5, "--metric", metric, "--seed", 7,
-        )  # fmt: skip
+            TMPDIR=str(temporary),
+        ), temporary  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
         processes = list(pool.map(run, ["one", "two"], ["f1", "eval_loss"]))
-    for name, process in zip(["one", "two"], processes):
+    for name, (process, temporary) in zip(["one", "two"], processes):
+        temporary.rmdir()  # nothing is left in it
         assert process.returncode == 0, process.stderr
         result, rows = closing_block(process.stdout)
         assert len(rows) == 2 + 5
@@ -274,14 +282,24 @@ def cut(arguments, after, how):
 
 
 def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_model, tiny_squad):
-    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through."""
+    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through, in a folder that moved."""
     whole, *_ = band
     name = ["--output_dir", tmp_path, "--run_name", "x"]
-    first = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, *name]
+    ds_config = tmp_path / "ds.json"
+    shutil.copy(ROOT / "ds_config.json", ds_config)
+    first = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--deepspeed", ds_config, *name]
     done, out = cut(first, 9, signal.SIGUSR1)
     assert done == 1 and "the time is nearly up" in out and "Best Trial Result" not in out, out
+    ds_config.write_text(json.dumps(json.loads(ds_config.read_text()) | {"gradient_clipping": 2.0}))
+    process = run_script(*name, "--resume")
+    assert process.returncode == 2 and "--resume: ds_config" in process.stderr and len(process.stderr.splitlines()) == 1
+    shutil.copy(ROOT / "ds_config.json", ds_config)
     done, out = cut([*name, "--resume"], 12, signal.SIGKILL)
     assert done == -9 and "going on with a search" in out, out
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "x").rename(tmp_path / "moved" / "x")
+    tmp_path /= "moved"
+    name = ["--output_dir", tmp_path, "--run_name", "x"]
     state = tmp_path / "x" / "state.pkl"  # and a file that was only half written
     state.write_bytes(state.read_bytes()[:-100])
     process = run_script(*name, "--resume")

@@ -36,7 +36,8 @@ def cluster():
 
 @pytest.fixture()
 def project(cluster, tmp_path):
-    temporary = Path(tempfile.mkdtemp(prefix="t-", dir="/tmp"))
+    # with the scripts' own folder in it, the longest name that Ray's sockets have room for
+    temporary = Path(tempfile.mkdtemp(prefix="t-".ljust(13, "x"), dir="/tmp"))
     project = Project(cluster, tmp_path, temporary)
     before = user_files()
     yield project
