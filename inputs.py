@@ -4,11 +4,14 @@ Imports nothing slow, so that a wrong argument costs a few seconds. Every check 
 """
 
 import argparse
+import csv
 import json
 import math
 import os
 import re
 import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +23,10 @@ import torch
 from ray.tune.search.sample import Categorical, Domain, Quantized
 
 import squad
+
+
+MODES_OF_USE = ("resume", "prefetch", "plan", "seconds_per_iteration")  # arguments that are not the search's
+CLUSTER = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # in cluster.env
 
 
 class BadInput(Exception):
@@ -53,6 +60,9 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
         raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
     check_search_space(search_space)
     try:
+        if args.plan:
+            check_values(args)
+            return {}, None
         run_dir = Path(args.output_dir).absolute() / args.run_name
         # Slurm has started the job again, after its time limit or the loss of its node
         args.resume |= int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir / "run.json").exists()
@@ -72,9 +82,10 @@ def check_values(args: argparse.Namespace) -> None:
         "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
         "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0,
     }.items():  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise BadInput(f"--{name} {value}: must be at least {least}")
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                raise BadInput(f"--{name} {value}: must be at least {least}")
     if args.trial_timeout is not None and not 0 < args.trial_timeout < math.inf:
         raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
     if args.seed >= 2**32:
@@ -100,7 +111,7 @@ def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
 def machines() -> tuple[int, int, int]:
     """(nodes, GPUs a node, CPUs a node) for trials: this machine, or on a cluster what cluster.env says."""
     if "RAY_ADDRESS" in os.environ:
-        return tuple(int(os.environ.get(name, 1)) for name in ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE"))
+        return tuple(int(os.environ.get(name, 1)) for name in CLUSTER)
     return 1, torch.cuda.device_count(), len(os.sched_getaffinity(0))
 
 
@@ -115,6 +126,16 @@ def check_resources(args: argparse.Namespace) -> None:
             raise BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
     if args.gpus_per_trial > 1:
         raise BadInput(f"--gpus_per_trial {args.gpus_per_trial}: a trial of several GPUs is not supported")
+
+
+def use_cluster_env(folder: Path) -> None:
+    """For a plan on a login node: the machines are those of cluster.env, when Slurm is here."""
+    if shutil.which("sbatch") and (folder / "cluster.env").exists():
+        script = 'set -a; source ./cluster.env > /dev/null; env -0'
+        done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=20)
+        found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
+        if all(re.fullmatch(r"\d+", found.get(name, "")) for name in CLUSTER):
+            os.environ.update({name: found[name] for name in CLUSTER}, RAY_ADDRESS="none: this is a plan")
 
 
 def slots(args: argparse.Namespace) -> int:
@@ -200,6 +221,41 @@ def check_disk(output_dir: Path, needed: int) -> None:
         raise BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free / 1e9:.3g} GB are free")
 
 
+def seconds_per_iteration(value: str) -> float:
+    """The value of --seconds_per_iteration: a number, or the file iterations.csv of an earlier run, whose mean it is."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            with open(value, newline="") as file:
+                seconds = statistics.mean(float(row["ended_at"]) - float(row["started_at"]) for row in csv.DictReader(file))
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:  # StatisticsError is a ValueError
+            raise BadInput(f"--seconds_per_iteration {value}: neither a number nor the iterations.csv of a run ({error})") from None
+    if not 0 < seconds < math.inf:
+        raise BadInput(f"--seconds_per_iteration {value}: must be above 0")
+    return seconds
+
+
+def seconds_of(limit: str) -> int | None:
+    """Seconds of a time limit as Slurm writes it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", limit):
+        return None
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = (parts + [0, 0])[:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def time_limit(folder: Path) -> int | None:
+    """Seconds of the head job's time limit, as far as it is known before the job: SBATCH_TIMELIMIT, or #SBATCH --time."""
+    script = folder / "head_node.slurm"
+    written = re.search(r"^#SBATCH (?:--time=|-t )(\S+)", script.read_text() if script.exists() else "", re.MULTILINE)
+    return seconds_of(os.environ.get("SBATCH_TIMELIMIT", written.group(1) if written else ""))
+
+
 def describe(space: dict) -> dict[str, str]:
     """The search space as text."""
     searched = space["train_loop_config"].items()
@@ -212,7 +268,7 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
         run = json.loads((run_dir / "run.json").read_text())
         earlier, earlier_space = dict(run["arguments"]), dict(run["search_space"])
         for name, value in vars(args).items():
-            if name not in ("given", "resume", "prefetch", "run_name"):
+            if name not in ("given", "run_name", *MODES_OF_USE):
                 kind = (int, float, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)
                 if not isinstance(earlier[name], kind):
                     raise ValueError(name)
@@ -281,6 +337,18 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool)
             f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it; "
             f"run with --prefetch where there is a network ({reason})"
         ) from None
+
+
+def local_model(model: str) -> Path | None:
+    """The model's folder if it is on this machine; asks no network."""
+    if Path(model).is_dir():
+        return Path(model)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def model_folder(model: str, download: bool = False) -> Path:

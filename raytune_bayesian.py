@@ -15,6 +15,7 @@ import fcntl
 import functools
 import gc
 import importlib
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 import inputs
+from bohb import band_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and knobs
@@ -64,11 +66,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_eval_samples", type=int, help="select, and test, on so many questions (default: 1000, and all)")
     add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
     add("--max_t", type=int, default=50, help="a full training has so many iterations, each ends with an evaluation")
-    add("--reduction_factor", type=int, default=4, help="one in so many trials is promoted at a rung")
+    add("--reduction_factor", type=int, nargs="+", default=[4], help="one in so many trials is promoted at a rung")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
     add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs")
     add("--cpus_per_trial", type=int, default=1)
-    add("--max_concurrent_trials", type=int, default=0, help="0: as many as the machine has room for")
+    add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as the machine has room for")
     add("--metric", choices=list(MODES), default="eval_loss", help="what trials are compared by")
     add("--deepspeed", default=str(Path(__file__).with_name("ds_config.json")), help="DeepSpeed configuration")
     add("--seed", type=int, default=42)
@@ -77,16 +79,51 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--trial_timeout", type=float, help="seconds without a report until a trial counts as hung (default: 10 slowest iterations)")
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
+    add("--plan", action="store_true", help="say what the search would run and take, and end; compares several settings: --reduction_factor 3 4")
+    add("--seconds_per_iteration", help="for --plan: a number, or the iterations.csv of an earlier run")
     args = parser.parse_args(argv)
+    for name in ("reduction_factor", "max_concurrent_trials"):
+        if not args.plan:
+            if len(getattr(args, name)) > 1:
+                parser.error(f"--{name}: several values only with --plan")
+            setattr(args, name, getattr(args, name)[0])
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     return args
 
 
+def show_plan(args: argparse.Namespace) -> None:
+    """Prints the plan of the search, or compares those of several settings."""
+    import simulate
+
+    here = Path(__file__).parent
+    at_hand = inputs.slots(argparse.Namespace(**{**vars(args), "max_concurrent_trials": 0}))
+    settings = []
+    for reduction_factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
+        size = args.num_samples or band_size(args.max_t, reduction_factor)
+        setting = {"num_samples": size, "max_t": args.max_t, "reduction_factor": reduction_factor, "slots": at_a_time or at_hand}
+        settings.append(setting)
+    seconds = args.seconds_per_iteration and inputs.seconds_per_iteration(args.seconds_per_iteration)
+    folder = inputs.local_model(args.model)
+    text = simulate.plan(SEARCH_SPACE, settings, seconds, folder and checkpoint_bytes(folder), inputs.time_limit(here))
+    where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
+    print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}")
+
+
+def checkpoint_bytes(model: Path) -> int:
+    """Size of a checkpoint, at most."""
+    return inputs.parameters(model) * CHECKPOINT_BYTES + 10**6
+
+
 if __name__ == "__main__":  # before the slow imports: bad input is told within seconds
     try:
         ARGS = parse_arguments()
+        if ARGS.plan:
+            inputs.use_cluster_env(Path(__file__).parent)
         DS_CONFIG, EXAMPLES = inputs.check(ARGS, SEARCH_SPACE)
+        if ARGS.plan:
+            show_plan(ARGS)
+            sys.exit()
     except inputs.BadInput as error:
         inputs.refuse(error)
 
@@ -101,7 +138,7 @@ import report
 import resume
 import simulate
 import squad
-from bohb import HyperBandForBOHB, TuneBOHB, band_size, rungs
+from bohb import HyperBandForBOHB, TuneBOHB, rungs
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for other kinds, and warns
@@ -567,7 +604,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     run["run_dir"] = str(run_dir)
     facts = {
         "status": "running",
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("given", "resume", "prefetch")},
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("given", *inputs.MODES_OF_USE)},
         "search_space": inputs.describe(SEARCH_SPACE),
         "ds_config": ds_config,
         "seed": args.seed,
@@ -576,7 +613,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         "git_commit": report.git_commit(Path(__file__).parent),
     }
     expected = simulate.forecast(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, inputs.slots(args))
-    disk = (inputs.parameters(folder) * CHECKPOINT_BYTES + 10**6) * (expected.checkpoints + 1)
+    disk = checkpoint_bytes(folder) * (expected.checkpoints + 1)
     if not args.resume:
         inputs.check_disk(run_dir.parent, disk)
         try:

@@ -14,8 +14,10 @@ when the decision is not STOP. It takes Ray's own classes too, so that both can 
 import copy
 import heapq
 import itertools
+import math
 import pickle
 import random
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search.sample import Domain
 
 from bohb import HyperBandForBOHB, TuneBOHB
 
@@ -270,3 +273,60 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
         simulation.now,
         busy,
     )
+
+
+def plan(space: dict, settings: list[dict], seconds: float | None, checkpoint_bytes: int | None, time_limit: int | None) -> str:
+    """The plan of a search as text; of several settings, one line each.
+
+    Args:
+        space: the search space.
+        settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
+        seconds: of one iteration, if known.
+        checkpoint_bytes: size of one checkpoint, if known.
+        time_limit: of one job, in seconds, if there is one.
+    """
+    forecasts = [forecast(space, **setting) for setting in settings]
+    rows = [["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy", "iterations' time"]]
+    rows[0] += ["hours", "slot-hours"] if seconds else []
+    rows[0] += ["disk GB"] if checkpoint_bytes else []
+    for s, f in zip(settings, forecasts):
+        row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}", f.model_based]
+        row += [f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
+        row += [f"{f.time * seconds / 3600:.2f}", f"{f.time * seconds / 3600 * s['slots']:.2f}"] if seconds else []
+        row += [f"{checkpoint_bytes * (f.checkpoints + 1) / 1e9:.3g}"] if checkpoint_bytes else []
+        rows.append(row)
+    if len(settings) > 1:
+        return columns(rows)
+    (s,), (f,) = settings, forecasts
+    wide = [["bracket", "rung at iteration", "trials", "iterations", "share"]]
+    wide += [[bracket, budget, trials, run, f"{run / f.iterations:.0%}"] for bracket, budget, trials, run in f.rungs]
+    dimensions = sum(isinstance(domain, Domain) for domain in space["train_loop_config"].values())
+    lines = [
+        columns(wide),
+        "",
+        f"{s['num_samples']} trials, {f.iterations} iterations: as many as {f.iterations / s['max_t']:.1f} full trainings of {s['max_t']}",
+        f"model: it needs {2 * (dimensions + 1)} results at one rung (2 (d + 1), {dimensions} hyperparameters); on {s['slots']} slots it has them after "
+        f"{f.suggested} suggestions, so {f.model_based} can come from it; a third of these stays random",
+        f"time: that of {f.time:.0f} iterations one after another, slots {statistics.mean(f.busy):.0%} busy; by tenths of the time: "
+        + " ".join(f"{share:.0%}" for share in f.busy),
+    ]
+    if seconds:
+        hours = f.time * seconds / 3600
+        lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy")
+        if time_limit:
+            jobs = math.ceil(f.time * seconds / time_limit)
+            lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: " + ("it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"))
+    else:
+        lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
+    if checkpoint_bytes:
+        size = f"{checkpoint_bytes * (f.checkpoints + 1) / 1e9:.3g} GB, for {f.checkpoints} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and the best model"
+        lines.append(f"disk at its peak: up to {size}")
+    else:
+        lines.append("disk: known once the model is there (--prefetch)")
+    return "\n".join(lines)
+
+
+def columns(rows: list[list]) -> str:
+    """A table as text, the first row its head."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)) for row in rows)

@@ -77,6 +77,7 @@ class Run:
 
 
 def time_limit(run: Run) -> list[str]:
+    run.project.wait_for("half a minute of the job", lambda: run.cluster.job(run.job)["RunTime"] > "00:00:31")
     run.cluster.run("node1", "scancel", "--batch", "--signal=USR1", run.job)
     run.project.wait_for("the requeue", lambda: run.cluster.job(run.job).get("Restarts") == "1")
     return []

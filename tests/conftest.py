@@ -104,8 +104,8 @@ def shared_squad() -> Path:
 
 def pytest_collection_modifyitems(items):
     """Quick ones first."""
-    order = ["test_report", "test_fuzz", "test_bohb", "test_squad", "test_inputs", "test_trial", "test_run", "test_slurm", "test_demo"]
-    rank = {name: i for i, name in enumerate(order)}
+    order = ["report", "plan", "fuzz", "bohb", "squad", "inputs", "trial", "run", "slurm", "demo"]
+    rank = {f"test_{name}": i for i, name in enumerate(order)}
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
 

@@ -1,11 +1,16 @@
 """The demo, whole: the search on its model and data learns something, and finds the better hyperparameters."""
 
 import json
+import os
 import re
+import statistics
+from collections import Counter
 
 from conftest import ROOT, run_script
 
+import raytune_bayesian
 import report
+import simulate
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -35,6 +40,18 @@ def test_demo_search_learns(tmp_path):
     from_model = [first[t["trial_id"]] for t in trials[:16] if t["model_based"]]
     at_random = [first[t["trial_id"]] for t in trials[:16] if not t["model_based"]]
     assert sum(from_model) / len(from_model) < sum(at_random) / len(at_random)
+    # the plan foretold it: trials at each rung, and how long it takes, given the mean time of an iteration
+    arguments = run["arguments"]
+    slots = len(os.sched_getaffinity(0))
+    size = {name: arguments[name] for name in ("num_samples", "max_t", "reduction_factor")}
+    expected = simulate.forecast(raytune_bayesian.SEARCH_SPACE, **size, slots=slots)
+    at_rungs = Counter(i["training_iteration"] for i in iterations if i["exact_match"] is not None)
+    assert at_rungs == {r: sum(n for _, rung, n, _ in expected.rungs if rung == r) for r in (1, 4, 16)}
+    assert len(iterations) == expected.iterations
+    mean = statistics.mean(i["ended_at"] - i["started_at"] for i in iterations)
+    took = max(i["ended_at"] for i in iterations) - min(i["started_at"] for i in iterations)
+    print(f"iterations took {took:.1f} s, {expected.time * mean:.1f} s by the plan at {mean:.3f} s each, on {slots} slots")
+    assert 0.85 < took / (expected.time * mean) < 1.15
 
 
 def test_demo_set_is_sound():

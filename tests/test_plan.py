@@ -1,0 +1,77 @@
+"""--plan: what a search would run and take, told on a login node."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import inputs
+
+
+def plan(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
+    environment = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", **environment}
+    environment = {k: v for k, v in {**os.environ, **environment}.items() if k != "SBATCH_TIMELIMIT" or k in environment}
+    command = [sys.executable, ROOT / "raytune_bayesian.py", "--plan", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_plan_of_the_default_search(tmp_path):
+    """One whole band: brackets, rungs, full trainings; nothing is made and nothing is asked of a network."""
+    done = plan("--max_concurrent_trials", 4, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d", line)]
+    assert [row[:4] for row in rows] == [
+        ["1", "3", "22", "66"], ["1", "12", "6", "54"], ["1", "50", "2", "76"], ["2", "12", "8", "96"], ["2", "50", "2", "76"], ["3", "50", "4", "200"]
+    ]  # fmt: skip
+    assert "34 trials, 568 iterations: as many as 11.4 full trainings of 50" in done.stdout
+    assert "it needs 8 results at one rung" in done.stdout and "on 4 slots it has them after 12 suggestions, so 22 can come" in done.stdout
+    assert "hours: with --seconds_per_iteration" in done.stdout and "disk: known once the model is there" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_hours_and_disk(tmp_path, tiny_model):
+    (tmp_path / "iterations.csv").write_text("trial_id,started_at,ended_at\na,100,130\nb,100,150\n")
+    done = plan("--max_concurrent_trials", 1, "--seconds_per_iteration", tmp_path / "iterations.csv", "--model", tiny_model, cwd=tmp_path, SBATCH_TIMELIMIT="4:00:00")
+    assert "at 40 s an iteration: 6.31 hours, 6.31 slot-hours, 6.31 of them busy" in done.stdout, done.stdout + done.stderr
+    assert "time limit of a job, 4.00 hours: at least 2 jobs, one after another, by requeueing" in done.stdout
+    assert re.search(r"disk at its peak: up to 0.0\d+ GB, for \d+ checkpoints of 0.001\d+ GB and the best model", done.stdout)
+
+
+def test_settings_side_by_side(tmp_path):
+    done = plan("--reduction_factor", 3, 4, "--max_concurrent_trials", 4, 8, "--seconds_per_iteration", 36, cwd=tmp_path)
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d", line)]
+    assert [row[:4] for row in rows] == [["4", "3", "62", "872"], ["8", "3", "62", "872"], ["4", "4", "34", "568"], ["8", "4", "34", "568"]]
+    assert all(float(row[-1]) == pytest.approx(float(row[-2]) * int(row[0]), abs=0.05) for row in rows)  # slot-hours
+
+
+def test_slots_of_the_cluster(tmp_path):
+    """With Slurm, those of cluster.env."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sbatch").touch(mode=0o755)
+    done = plan(cwd=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", NUM_WORKERS="3", GPUS_PER_NODE="4")
+    assert done.stdout.startswith("the worker nodes of cluster.env have 12 slots"), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--max_t", 0], "--max_t 0: must be at least 1"),
+        (["--reduction_factor", 4, 1], "--reduction_factor 1: must be at least 2"),
+        (["--seconds_per_iteration", "nowhere.csv"], "--seconds_per_iteration nowhere.csv: neither a number nor"),
+        (["--seconds_per_iteration", 0], "--seconds_per_iteration 0: must be above 0"),
+    ],
+)
+def test_bad_input(tmp_path, arguments, message):
+    done = plan(*arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1 and message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, seconds",
+    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("1-00:00:01", 86401), ("UNLIMITED", None), ("", None)],
+)
+def test_slurm_s_time_limits(text, seconds):
+    assert inputs.seconds_of(text) == seconds
