@@ -197,6 +197,7 @@ class Watchdog(Callback):
         self.timeout, self.say = timeout, say
         self.heard: dict[str, float] = {}  # when each trial started or reported last
         self.slowest: float | None = None  # iteration so far, seconds
+        self.looked_at = time.time()
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self.heard[trial.trial_id] = time.time()
@@ -207,6 +208,9 @@ class Watchdog(Callback):
             self.slowest = max(self.slowest or 0, result["ended_at"] - result["started_at"])
 
     def on_step_end(self, iteration, trials, **info):
+        gap, self.looked_at = time.time() - self.looked_at, time.time()
+        if gap > 10:  # the search itself stood still, as when its file system is gone for a while, and so may the trials
+            self.heard = {trial_id: at + gap for trial_id, at in self.heard.items()}
         limit = self.timeout or (7200 if self.slowest is None else max(600, 10 * self.slowest))
         for trial in trials:
             silent = time.time() - self.heard.get(trial.trial_id, math.inf)

@@ -50,6 +50,7 @@ class Run:
         self.rows = output / "x" / "iterations.csv"
         self.job = self.submit(*ARGUMENTS)
         self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER, 240)
+        self.hit_at = time.time()
 
     def submit(self, *arguments) -> str:
         return self.project.submit(*arguments, "--run_name", "x", "--output_dir", self.output, NUM_WORKERS="2")
@@ -78,6 +79,7 @@ class Run:
 
 def time_limit(run: Run) -> list[str]:
     run.project.wait_for("half a minute of the job", lambda: run.cluster.job(run.job)["RunTime"] > "00:00:31")
+    run.hit_at = time.time()
     run.cluster.run("node1", "scancel", "--batch", "--signal=USR1", run.job)
     run.project.wait_for("the requeue", lambda: run.cluster.job(run.job).get("Restarts") == "1")
     return []
@@ -129,8 +131,15 @@ def hung(run: Run) -> list[str]:
     return ["node2"]
 
 
+def storage(run: Run) -> list[str]:
+    """As when a file server is gone: whoever reads or writes there waits."""
+    sh(f"fsfreeze --freeze {run.output}")
+    time.sleep(60)
+    sh(f"fsfreeze --unfreeze {run.output}")
+    return []
+
+
 def disk(run: Run) -> list[str]:
-    """On a file system of its own, see main."""
     filler = run.output / "filler"
     sh(f"cat /dev/zero > {filler}", check=False)
     run.project.wait_for("the end of the job", lambda: run.job not in run.cluster.queue())
@@ -151,6 +160,7 @@ FAULTS = {
     worker_job: ("scancel", "worker job"),
     link: ("link down for 60 s", "worker's node"),
     hung: ("SIGSTOP, 40 s timeout", "processes of two trials"),
+    storage: ("gone for 60 s", "results"),
     disk: ("disk full, --resume", "results"),
 }
 
@@ -160,15 +170,15 @@ def main() -> None:
     plan, lost_in_all = planned(), 0
     print(f"{'fault':26} {'where':24} {'run again':>10} {'lost':>6} {'seconds to go on':>18}")
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder, contextlib.ExitStack() as stack:
-        small = Path(folder) / "small"
+        small = Path(folder) / "small"  # a file system of its own, made before the nodes start, so that they see it
         small.mkdir()
-        sh(f"mount -t tmpfs -o size=400m tmpfs {small}")  # before the nodes start, so that they see it
-        stack.callback(sh, f"umount {small}")
+        sh(f"truncate -s 400M {small}.img && mkfs.ext4 -q {small}.img && mount -o loop {small}.img {small}")
+        stack.callback(sh, f"fsfreeze --unfreeze {small}; umount {small}", check=False)
         cluster = stack.enter_context(SlurmCluster(Path(folder)))
         for inject in chosen:
             here = Path(folder) / inject.__name__
-            run = Run(cluster, here, small if inject is disk else here / "results")
-            before, hit_at = run.iterations(), time.time()
+            run = Run(cluster, here, small if inject in (disk, storage) else here / "results")
+            before = run.iterations()
             nodes = inject(run)
             last_node = {row["trial_id"]: row["node"] for row in before}
             hit = {trial for trial, node in last_node.items() if node in nodes or not nodes}
@@ -179,12 +189,13 @@ def main() -> None:
             ended = Counter(t["training_iteration"] for t in report.read_csv(run.rows.with_name("trials.csv")) if t["status"] != "failed")
             again = len(rows) - len({(r["trial_id"], r["training_iteration"]) for r in rows})
             lost = sum((plan - ended).values())
-            later = [r["ended_at"] - hit_at for r in rows if r["ended_at"] > hit_at and (r["trial_id"] in hit or not nodes)]
+            later = [r["ended_at"] - run.hit_at for r in rows if r["ended_at"] > run.hit_at and (r["trial_id"] in hit or not nodes)]
             lost_in_all += lost
             fault, where = FAULTS[inject]
             print(f"{fault:26} {where:24} {again:10} {lost:6} {min(later, default=float('nan')):18.0f}", flush=True)
             run.project.wait_for("nothing left", lambda: not cluster.queue(), 60)
             shutil.rmtree(here)
+            shutil.rmtree(small / "x", ignore_errors=True)
     if lost_in_all:
         raise SystemExit(f"{lost_in_all} trials were lost")
 
