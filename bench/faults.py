@@ -98,8 +98,14 @@ def driver(run: Run) -> list[str]:
 
 
 def head_node(run: Run) -> list[str]:
+    """All that runs there is killed, Slurm's daemon too; Slurm sees the node down, and queues the job again."""
+    run.cluster.stop("node1", signal.SIGKILL)
     run.kill("node1", r".")
-    run.resume()
+    run.cluster.run("node2", "scontrol", "update", "node=node1", "state=down", "reason=died")  # else Slurm waits SlurmdTimeout
+    for path in run.project.temporary.iterdir():  # on the node's own disk
+        shutil.rmtree(path)
+    run.cluster.start_node("node1")
+    run.project.wait_for("the node's return", lambda: set(run.cluster.states()) == {"idle"})
     return []
 
 
@@ -154,7 +160,7 @@ FAULTS = {
     time_limit: ("time limit, requeue", "head job"),
     scancel: ("scancel, --resume", "head job"),
     driver: ("kill -9, --resume", "the script"),
-    head_node: ("kill -9 of all, --resume", "head's node"),
+    head_node: ("node dies, requeue", "head's node"),
     raylet: ("kill -9", "raylet of a worker"),
     trial_process: ("kill -9", "processes of two trials"),
     worker_job: ("scancel", "worker job"),
