@@ -203,6 +203,10 @@ def check_model_folder(path: Path) -> None:
         raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
     if not (path / "tokenizer_config.json").exists():
         raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
+    try:
+        parameters(path)
+    except Exception as error:  # SafetensorError is none of the usual kinds
+        raise BadInput(f"--model {path}: weights that cannot be read: {error}") from None
 
 
 def parameters(folder: Path) -> int:

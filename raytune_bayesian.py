@@ -662,6 +662,11 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             ray.shutdown()
     report.write_json(run_dir / "run.json", facts | {"status": "done"})
     resume.delete_state(run_dir)
+    try:
+        report.write_page(run_dir)
+        print(f"figures: {run_dir / 'report.html'}")
+    except Exception as error:  # all else is done
+        print(f"WARNING: no report.html ({error!r}); python report.py {run_dir} tries again")
     print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
     print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))

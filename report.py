@@ -1,6 +1,7 @@
 """The folder of a run: written while it runs, read back as a table.
 
-    python report.py results/<run_name>        # at any time, also while the run goes on
+    python report.py results/<run_name>        # at any time, also while the run goes on: the table, and report.html
+    python report.py results/<run_name> --png  # and the figures as PNGs
 
 trials.csv has a row a trial, iterations.csv a row a report, run.json what was run on what, best_result.json the result.
 """
@@ -121,17 +122,20 @@ def ranked(trials: list[dict], metric: str) -> list[dict]:
     return sorted(trials, key=lambda row: (-row["training_iteration"], badness(row, metric)))
 
 
-def table(trials: list[dict], metric: str) -> str:
-    """The results as text, best first."""
+def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
+    """The results as text, best first, under their names."""
     extra = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS]
-    names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1"]
     keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS]
-    rows = [names, ["-" * len(name) for name in names]]
-    for trial in ranked(trials, metric):
-        rows.append([_show(key, trial.get(key)) for key in keys])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(names))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
-    lines[1] = lines[1].replace(" ", "-").replace("|-", "|-")
+    names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1"]
+    return [names, *([_show(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
+
+
+def table(trials: list[dict], metric: str) -> str:
+    """The results as a table in Markdown, best first."""
+    names, *rows = result_rows(trials, metric)
+    widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in (names, *rows)]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
@@ -353,9 +357,51 @@ def last_line(path: Path) -> str:
     return lines[-1][:300] if lines else ""
 
 
+def write_page(run_dir: Path) -> dict:
+    """Draws report.html from what is in the run's folder, during a run or after it; its figures. The state file is not read."""
+    import figures  # slow
+
+    run = json.loads((run_dir / "run.json").read_text())
+    trials, iterations = (read_csv(run_dir / name) if (run_dir / name).exists() else [] for name in ("trials.csv", "iterations.csv"))
+    metric = run["arguments"]["metric"]
+    hyperparameters = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS or key in COLUMNS.values()]
+    drawn = figures.draw(trials, iterations, hyperparameters, metric)
+    counts = [f"{sum(row['status'] == status for row in trials)} {status}" for status in dict.fromkeys(row["status"] for row in trials)]
+    facts = [("Status", run["status"]), ("Trials", ", ".join(counts) + f" of {run['arguments']['num_samples']}")]
+    facts += [("Model-based suggestions", f"{sum(bool(row['model_based']) for row in trials)} of {len(trials)}")]
+    if trials:
+        best = ranked(trials, metric)[0]
+        facts.append(("Best trial so far", f"{best['trial_id']}: " + ", ".join(f"{name} {_show(name, best[name])}" for name in (*COLUMNS.values(), *METRICS))))
+    if "test" in run:
+        tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
+        facts.append((f"Test of the best model, on {run['test']['questions']} questions that no choice has looked at", tested))
+    if "gpu_minutes" in run:
+        minutes = ", ".join(f"{value:.1f} {name}" for name, value in run["gpu_minutes"].items())
+        facts.append(("GPU-minutes", f"{minutes}; {run['seconds'] / 60:.1f} minutes in all"))
+    facts.append(("Started with", " ".join(f"--{key} {value}" for key, value in run["arguments"].items() if value is not None)))
+    write_whole(run_dir / "report.html", figures.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn))
+    return drawn
+
+
+def main(argv: list[str]) -> int:
+    folders = [Path(argument) for argument in argv if argument != "--png"]
+    if len(folders) != 1 or not (folders[0] / "run.json").exists():
+        print("usage: python report.py results/<run_name> [--png]   (a folder with a run.json)", file=sys.stderr)
+        return 2
+    (folder,) = folders
+    drawn = write_page(folder)
+    if "--png" in argv:
+        import figures
+
+        try:
+            figures.save_pngs(drawn, folder)
+        except Exception as error:
+            print(f"report.py: no PNGs, which need kaleido and Chrome or Chromium: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            return 1
+    if (folder / "trials.csv").exists():
+        print(table(read_csv(folder / "trials.csv"), json.loads((folder / "run.json").read_text())["arguments"]["metric"]))
+    return 0
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "trials.csv").exists():
-        print("usage: python report.py results/<run_name>   (a folder with a trials.csv)", file=sys.stderr)
-        sys.exit(2)
-    folder = Path(sys.argv[1])
-    print(table(read_csv(folder / "trials.csv"), json.loads((folder / "run.json").read_text())["arguments"]["metric"]))
+    sys.exit(main(sys.argv[1:]))

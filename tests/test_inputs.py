@@ -38,6 +38,8 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     (folder / "cut" / "train.json").write_text((tiny_squad / "train.json").read_text()[:5000])
     shutil.copytree(tiny_model, folder / "no_weights")
     (folder / "no_weights" / "model.safetensors").unlink()
+    shutil.copytree(tiny_model, folder / "bad_weights")
+    (folder / "bad_weights" / "model.safetensors").write_bytes(b"no weights")
     shutil.copytree(tiny_model, folder / "bad_tokenizer")
     (folder / "bad_tokenizer" / "tokenizer.json").write_text("{}")
     (folder / "results" / "old").mkdir(parents=True)
@@ -72,6 +74,7 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "answer not at answer_start": (["--dataset", "@/moved"], r"train.json: question train-3-2: answer .* is not at answer_start"),
     "data set is a file": (["--dataset", "@/file"], r"--dataset .*file: neither a folder nor the name of a repository"),
     "model folder without config": (["--model", "@/empty"], r"--model .*empty: no config.json"),
+    "weights that are none": (["--model", "@/bad_weights"], r"--model .*bad_weights: weights that cannot be read: "),
     "model folder without weights": (["--model", "@/no_weights"], r"--model .*no_weights: no weights"),
     "model with a broken tokenizer": (["--model", "@/bad_tokenizer"], r"--model .*bad_tokenizer: no usable tokenizer"),
     "no such model folder": (["--model", "@/nowhere"], r"--model .*nowhere: neither a folder nor the name of a repository"),

@@ -137,7 +137,7 @@ def test_run_json(band):
 def test_nothing_is_left_but_the_results(band):
     folder, _, processes, most_checkpoints, _ = band
     assert not processes
-    assert {p.name for p in folder.iterdir()} == {".lock", "run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "ray"}
+    assert {p.name for p in folder.iterdir()} == {".lock", "run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "report.html", "ray"}
     assert not list(folder.glob("ray/*/checkpoint_*"))
     assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
 
@@ -499,13 +499,14 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
     """Each failure is told with its reason; exit code 1; what there is stays."""
     broken = shutil.copytree(tiny_model, tmp_path / "model")
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    wrong = json.loads((broken / "config.json").read_text()) | {"hidden_size": 64}
+    (broken / "config.json").write_text(json.dumps(wrong))  # not what the weights have
     process = run_script(
         "--model", broken, "--dataset", tiny_squad, *SMALL, "--output_dir", tmp_path, "--run_name", "x", "--max_concurrent_trials", 1
     )
     assert process.returncode == 1
     assert process.stdout.count("failed after 0 iterations") == 16 and process.stdout.count("error.txt)") == 16
-    assert "all 16 trials of the first rung failed, the last one: SafetensorError" in process.stderr and f"{tmp_path}/x" in process.stderr
+    assert "all 16 trials of the first rung failed, the last one: RuntimeError" in process.stderr and f"{tmp_path}/x" in process.stderr
     assert [t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 16
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
 
