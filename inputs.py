@@ -5,6 +5,7 @@ Imports nothing slow, so that a wrong argument costs a few seconds. Every check 
 
 import argparse
 import csv
+import errno
 import json
 import math
 import os
@@ -132,10 +133,15 @@ def use_cluster_env(folder: Path) -> None:
     """For a plan on a login node: the machines are those of cluster.env, when Slurm is here."""
     if shutil.which("sbatch") and (folder / "cluster.env").exists():
         script = 'set -a; source ./cluster.env > /dev/null; env -0'
-        done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=20)
+        try:
+            done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            raise BadInput(f"{folder}/cluster.env: not done after 60 s") from None
         found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
-        if all(re.fullmatch(r"\d+", found.get(name, "")) for name in CLUSTER):
-            os.environ.update({name: found[name] for name in CLUSTER}, RAY_ADDRESS="none: this is a plan")
+        for name in CLUSTER:
+            if not re.fullmatch(r"\d+", found.get(name, "")):
+                raise BadInput(f"{folder}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
+        os.environ.update({name: found[name] for name in CLUSTER}, RAY_ADDRESS="none: this is a plan")
 
 
 def slots(args: argparse.Namespace) -> int:
@@ -218,6 +224,16 @@ def parameters(folder: Path) -> int:
     return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
 
 
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
+
+
+def is_storage(error: Exception) -> bool:
+    """Whether an error says that a file system is full or gone. Libraries that write in C or Rust raise errors of their own."""
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        return True
+    return any(word in str(error) for word in ("No space left on device", "(os error 28)", "inline_container", "PytorchStreamWriter"))
+
+
 def check_disk(output_dir: Path, needed: int) -> None:
     """Raises BadInput when there is less free than the run needs at its peak, in bytes."""
     free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.parents) if p.exists())).free
@@ -279,6 +295,8 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None
     earlier = {name: value for name, value in earlier.items() if name not in ("run_name", "output_dir")}  # say which run
+    kept = args.trial_timeout if "trial_timeout" in args.given else earlier["trial_timeout"]  # may have been what went wrong
+    earlier.pop("trial_timeout")
     given = {name: getattr(args, name) for name in sorted(args.given & set(earlier))}
     other = [f"--{name} {value} (the run has {earlier[name]})" for name, value in given.items() if value != earlier[name]]
     if other:
@@ -286,7 +304,7 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
     for name in space | earlier_space:
         if space.get(name) != earlier_space.get(name):
             raise BadInput(f"--resume: search space: {name} is {space.get(name)} now, and {earlier_space.get(name)} in the run")
-    for name, value in earlier.items():
+    for name, value in (earlier | {"trial_timeout": kept}).items():
         setattr(args, name, value)
 
 
@@ -344,8 +362,9 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool)
 
 
 def local_model(model: str) -> Path | None:
-    """The model's folder if it is on this machine; asks no network."""
+    """The model's folder if it is on this machine; asks no network. Raises BadInput where it is no model."""
     if Path(model).is_dir():
+        check_model_folder(Path(model))
         return Path(model)
     import huggingface_hub
 

@@ -53,6 +53,7 @@ EVAL_BATCH_SIZE = 32  # sequences of like length
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
 CHECKPOINT_BYTES = 18  # a parameter, at most: AdamW's state, weights as DeepSpeed and as the Trainer save them, tied ones twice
+MAX_OVERFLOWS = 40  # optimizer steps in a row; each halves the loss scale, which starts at 2**16
 MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
@@ -106,8 +107,10 @@ def show_plan(args: argparse.Namespace) -> None:
     seconds = args.seconds_per_iteration and inputs.seconds_per_iteration(args.seconds_per_iteration)
     folder = inputs.local_model(args.model)
     text = simulate.plan(SEARCH_SPACE, settings, seconds, folder and checkpoint_bytes(folder), inputs.time_limit(here))
+    needed = folder and len(settings) == 1 and checkpoint_bytes(folder) * (simulate.forecast(SEARCH_SPACE, **settings[0]).checkpoints + 1)
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
-    print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}")
+    print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}", flush=True)
+    inputs.check_disk(Path(args.output_dir).absolute(), needed or 0)
 
 
 def checkpoint_bytes(model: Path) -> int:
@@ -235,13 +238,26 @@ class Iterations(transformers.TrainerCallback):
     F1 are computed there, or after each iteration when trials are compared by them.
     """
 
-    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer):
-        self.run, self.rungs, self.tokenizer = run, rungs, tokenizer
+    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer, engine):
+        self.run, self.rungs, self.tokenizer, self.engine = run, rungs, tokenizer, engine
         self.last_steps = [round(t * max_steps / run["max_t"]) for t in range(run["max_t"] + 1)]
         self.every_score = run["metric"] != "eval_loss"
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.started_at = self.looked_at = time.time()
+        self.seen, self.overflows = (state.global_step, self.skipped_steps()), 0
+
+    def skipped_steps(self) -> int:
+        """Optimizer steps that DeepSpeed left out, as their gradients were infinite in fp16."""
+        return getattr(self.engine(), "skipped_steps", 0)
+
+    def count_overflows(self, step: int, iteration: int) -> None:
+        """Raises FloatingPointError when the loss scale cannot fall any further: DeepSpeed would leave out steps for ever."""
+        now = step, self.skipped_steps()
+        steps, skipped = (after - before for after, before in zip(now, self.seen))
+        self.seen, self.overflows = now, self.overflows + steps if skipped == steps else 0
+        if self.overflows > MAX_OVERFLOWS:
+            raise FloatingPointError(f"fp16: no optimizer step without an overflow, {iteration} iterations long")
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step not in self.last_steps[1:]:
@@ -255,6 +271,7 @@ class Iterations(transformers.TrainerCallback):
         loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE)
         if not math.isfinite(loss):
             raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
+        self.count_overflows(state.global_step, iteration)
         self.metrics = {"training_iteration": iteration, "eval_loss": loss}
         if iteration in self.rungs or self.every_score:
             self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"]))
@@ -333,6 +350,8 @@ def train(config: dict, run: dict) -> None:
         run: what all trials share, see `main`.
     """
     hyperparameters = config["train_loop_config"]
+    if run["gpus_per_trial"] and not torch.cuda.is_available() and "FAKE_GPUS" not in os.environ:  # of the tests
+        raise RuntimeError(f"CUDA error: {socket.gethostname()} has given a GPU to this trial, and CUDA sees none")
     init_distributed()
     transformers.set_seed(run["seed"])
     torch.set_num_threads(run["cpus_per_trial"])
@@ -367,7 +386,7 @@ def train(config: dict, run: dict) -> None:
         )
         trainer.remove_callback(transformers.PrinterCallback)
         max_steps = math.ceil(len(order) / batch_size)
-        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer))
+        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, lambda: trainer.model_wrapped))
         checkpoint = tune.get_checkpoint()
         try:
             if checkpoint:
@@ -427,10 +446,10 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         except Exception as error:
             reason = " ".join([type(error).__name__, *str(error).split()])[:300]
             nothing = {"training_iteration": 0, run["metric"]: math.nan}
-            if isinstance(error, OSError):  # a full disk says nothing about the hyperparameters: the search stops
+            if inputs.is_storage(error):  # a full disk says nothing about the hyperparameters: the search stops
                 tune.report({**nothing, "storage": f"{reason} (on {socket.gethostname()})"})
-            elif "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
-                raise  # the GPU fails, and this process is of no more use: Tune starts the trial again in another
+            elif isinstance(error, OSError) or "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
+                raise  # the node or its GPU fails: Tune starts the trial again in another process
             else:  # would come again with the same hyperparameters, so it is a result
                 file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -468,6 +487,8 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         record.write_tables()
     if record.unfinished():  # Tune returns as after a good end
         raise KeyboardInterrupt
+    record.write([])  # what comes now may be interrupted too
+    resume.stop_at_once()
     return record, searcher
 
 
@@ -541,7 +562,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
         )
     run["held_out"] = "articles" if titles[0].isdisjoint(titles[1]) else "passages"
     run |= {"model": str(folder), "ds_config": ds_config, "max_new_tokens": run["train"].longest_answer}
-    return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial")}
+    return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial", "gpus_per_trial")}
 
 
 def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast, disk: int) -> None:
@@ -623,13 +644,16 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     atexit.register(take_lock(run_dir, 120 if "SLURM_RESTART_COUNT" in os.environ else 0).close)
     if args.resume:
         earlier = json.loads((run_dir / "run.json").read_text())
-        if earlier["status"] == "done":
+        if earlier.get("status") == "done":
             print(f"{run_dir} is done already; python report.py {run_dir} shows it")
             return
         for name in ("ds_config", "questions"):
             if earlier.get(name) != facts[name]:
                 raise inputs.BadInput(f"--resume: {name} {facts[name]} is not that of the run, {earlier.get(name)}")
-    state = resume.load_state(run_dir) if args.resume else None
+    try:
+        state = resume.load_state(run_dir) if args.resume else None
+    except RuntimeError as error:
+        raise inputs.BadInput(f"--resume: {error}") from None
     stop_file(run).unlink(missing_ok=True)
     report.write_json(run_dir / "run.json", facts)
     announce(args, run, run_dir, state, expected, disk)
@@ -648,7 +672,10 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             result["config"] = {"train_loop_config": record.configs[record.best]}
             report.write_json(run_dir / "best_result.json", result)
             if not (run_dir / "best_model").exists():  # made before an interruption
-                save_best_model(record.checkpoints(record.best)[-1], run, run_dir / "best_model")
+                found = record.checkpoints(record.best)
+                if not found:
+                    raise OSError(f"the checkpoint of the best trial is gone from {run_dir / 'ray' / record.best}")
+                save_best_model(found[-1], run, run_dir / "best_model")
             record.tidy([])
             print(f"best model: {run_dir / 'best_model'}; testing it", flush=True)
             resources = {"num_cpus": args.cpus_per_trial, "num_gpus": args.gpus_per_trial}

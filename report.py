@@ -158,7 +158,7 @@ class Record(Callback):
         run_dir: the run's folder.
         searcher: its `suggested` tells which configurations came from the model.
         metric, num_samples, gpus_per_trial: as in the arguments of the run.
-        first_rung: when so many trials have failed and no other has been started, the search is given up.
+        first_rung: when the first so many trials have all failed, the search is given up.
         save_state: called with the record's own state and the live trials, see `write`, whenever something has changed.
     """
 
@@ -264,8 +264,9 @@ class Record(Callback):
     def _failed(self, row: dict, reason: str):
         row["status"], self.changed = "failed", True
         self.say(f"{self._describe(row)} failed after {self.reached.get(row['trial_id'], 0)} iterations: {reason}")
-        if len(self.trials) >= self.first_rung and all(r["status"] == "failed" for r in self.trials.values()):
-            raise RuntimeError(f"all {len(self.trials)} trials of the first rung failed, the last one: {reason}")
+        first = list(self.trials.values())[: self.first_rung]
+        if len(first) == self.first_rung and all(r["status"] == "failed" for r in first):
+            raise RuntimeError(f"all {len(first)} trials of the first rung failed, the last one: {reason}")
 
     def _end(self, trial):
         if trial.trial_id != self.best:
@@ -279,7 +280,9 @@ class Record(Callback):
     # -----------------------------------------------------------------------------------------------------------------
 
     def write(self, trials: list) -> None:
-        """Saves the state of the search, then removes the checkpoints that neither it nor the one before needs, then both tables."""
+        """Saves the state of the search, then removes the checkpoints of trials that have ended, and those that a running trial needs
+        neither by this state nor by the one before, then writes both tables.
+        """
         begun = time.time()
         live = [
             {

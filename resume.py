@@ -100,7 +100,9 @@ class ResumableSearch(SearchGenerator):
             spec, self._parser, evaluated_params=flatten_dict(config), experiment_tag=trial_id, trial_id=trial_id
         )
         trial.init_local_path()  # a loser is stopped without ever being started here
-        if checkpoint and (self.run_dir / checkpoint).exists():
+        if checkpoint and not (self.run_dir / checkpoint).exists():
+            print(f"trial {trial_id} starts from zero: {self.run_dir / checkpoint} is missing", flush=True)
+        elif checkpoint:
             metrics = {"training_iteration": training_iteration}
             trial.on_checkpoint(_TrainingResult(Checkpoint(self.run_dir / checkpoint), metrics))
             trial.storage.current_checkpoint_index = int(checkpoint.rsplit("_", 1)[1])
@@ -121,8 +123,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     """Tune's own, corrected where a process is lost. docs/upstream.md has this as a patch.
 
     Tune's own ends the search when Ray ends a process for its memory; here that trial has failed, and is not tried again, as it
-    would need as much again. A process that is lost while it changes over to its next trial Tune's own reports twice, and takes
-    the trial for failed, or never starts it; here the trial is started again in another process.
+    would need as much again. A process that is lost, or fails, while it changes over to its next trial costs that trial all its
+    retries with Tune's own, or it is never started; here the trial is started again in another process.
     """
 
     def __init__(self, *args, **kwargs):
@@ -141,8 +143,18 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         super()._actor_failed(tracked_actor, exception)
 
     def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
-        if trial.status == Trial.RUNNING or not isinstance(exception, RayActorError):  # else _actor_failed has dealt with it
+        if trial.status == Trial.PENDING and trial in self._trial_to_actor:  # as _actor_failed, where the process is still there
+            self._resetting_trials.discard(trial)
+            self._unstage_trial_with_resources(trial)
+            self._set_trial_status(trial, Trial.RUNNING)
+        if trial.status == Trial.RUNNING:  # else _actor_failed has dealt with it
             super()._trial_task_failure(trial, exception)
+
+    def _on_trial_reset(self, trial: Trial, success: bool) -> None:
+        if success:
+            super()._on_trial_reset(trial, success)
+        else:
+            self._trial_task_failure(trial, RuntimeError("its process did not let go of the trial before it"))
 
     def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
         if isinstance(exception, NodeOutOfMemory):
@@ -155,6 +167,15 @@ ray.tune.tune.TuneController = TuneController  # what Tuner.fit() makes
 
 class Drained(Exception):
     """All trials are saved and paused, before a planned stop."""
+
+
+def stop_at_once() -> None:
+    """SIGUSR1 ends the program by Drained from here on: no trial is left to be saved."""
+
+    def stop(*_):
+        raise Drained
+
+    signal.signal(signal.SIGUSR1, stop)
 
 
 class Drain(Callback):
@@ -187,7 +208,8 @@ class Drain(Callback):
 
 
 class Watchdog(Callback):
-    """Ends the process of a trial that has not reported for too long: Tune then starts the trial again elsewhere.
+    """Ends the process of a trial that has not reported for too long, or not let go of the trial before it: Tune then starts the
+    trial again elsewhere.
 
     Too long is `timeout` seconds; by default 10 times the slowest iteration so far, at least 10 minutes, and before the first
     iteration 2 hours.
@@ -196,6 +218,7 @@ class Watchdog(Callback):
     def __init__(self, timeout: float | None, say):
         self.timeout, self.say = timeout, say
         self.heard: dict[str, float] = {}  # when each trial started or reported last
+        self.changing: dict[str, float] = {}  # since when a process has been changing over to a trial
         self.slowest: float | None = None  # iteration so far, seconds
         self.looked_at = time.time()
 
@@ -210,11 +233,18 @@ class Watchdog(Callback):
     def on_step_end(self, iteration, trials, **info):
         gap, self.looked_at = time.time() - self.looked_at, time.time()
         if gap > 10:  # the search itself stood still, as when its file system is gone for a while, and so may the trials
-            self.heard = {trial_id: at + gap for trial_id, at in self.heard.items()}
+            for times in (self.heard, self.changing):
+                times.update({trial_id: at + gap for trial_id, at in times.items()})
         limit = self.timeout or (7200 if self.slowest is None else max(600, 10 * self.slowest))
         for trial in trials:
-            silent = time.time() - self.heard.get(trial.trial_id, math.inf)
-            if trial.status == Trial.RUNNING and silent > limit:
+            if trial.status == Trial.RUNNING:
+                self.changing.pop(trial.trial_id, None)
+                silent = time.time() - self.heard.get(trial.trial_id, math.inf)
+            elif trial.status == Trial.PENDING and trial.temporary_state.ray_actor:
+                silent = time.time() - self.changing.setdefault(trial.trial_id, time.time())
+            else:
+                continue
+            if silent > limit:
                 self.say(f"trial {trial.trial_id} has not reported for {silent:.0f} s: its process is ended")
-                self.heard[trial.trial_id] = time.time()
+                self.heard[trial.trial_id] = self.changing[trial.trial_id] = time.time()
                 ray.kill(trial.temporary_state.ray_actor)

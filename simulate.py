@@ -314,7 +314,7 @@ def plan(space: dict, settings: list[dict], seconds: float | None, checkpoint_by
         hours = f.time * seconds / 3600
         lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy")
         if time_limit:
-            jobs = math.ceil(f.time * seconds / time_limit)
+            jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))  # it is warned 5 minutes before, and takes one to start
             lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: " + ("it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"))
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")

@@ -41,6 +41,13 @@ def planned() -> Counter:
     return ends
 
 
+def allowed(before: list[dict], hit: set[str]) -> int:
+    """Iterations since the last rung of the trials that were hit, and those that ended between the look and the fault, one a slot."""
+    reached = {row["trial_id"]: row["training_iteration"] for row in before}
+    since = [reached[trial] - max((r for r in (1, 4, 16) if r <= reached[trial]), default=0) for trial in hit]
+    return sum(since) + 4 * bool(hit)
+
+
 class Run:
     """A search on the cluster, its results in `output`, once it is in its middle."""
 
@@ -171,6 +178,9 @@ FAULTS = {
 }
 
 
+PLANNED = (time_limit, storage)  # nothing is to be run again
+
+
 def main() -> None:
     chosen = [fault for fault in FAULTS if fault.__name__ in sys.argv[1:] or len(sys.argv) == 1]
     plan, lost_in_all = planned(), 0
@@ -185,6 +195,7 @@ def main() -> None:
             here = Path(folder) / inject.__name__
             run = Run(cluster, here, small if inject in (disk, storage) else here / "results")
             before = run.iterations()
+            fault, where = FAULTS[inject]
             nodes = inject(run)
             last_node = {row["trial_id"]: row["node"] for row in before}
             hit = {trial for trial, node in last_node.items() if node in nodes or not nodes}
@@ -197,7 +208,8 @@ def main() -> None:
             lost = sum((plan - ended).values())
             later = [r["ended_at"] - run.hit_at for r in rows if r["ended_at"] > run.hit_at and (r["trial_id"] in hit or not nodes)]
             lost_in_all += lost
-            fault, where = FAULTS[inject]
+            if again > allowed(before, hit if inject not in PLANNED else set()):
+                raise RuntimeError(f"{fault}: {again} iterations were run again, more than one rung of the trials hit")
             print(f"{fault:26} {where:24} {again:10} {lost:6} {min(later, default=float('nan')):18.0f}", flush=True)
             run.project.wait_for("nothing left", lambda: not cluster.queue(), 60)
             shutil.rmtree(here)

@@ -223,7 +223,7 @@ class Project:
         """Submits the head job; its id."""
         settings = {
             "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
-            "WORKER_TIMEOUT": "120", "TMPDIR": str(self.temporary), **environment,
+            "WORKER_TIMEOUT": "120", "FAKE_GPUS": "1", "TMPDIR": str(self.temporary), **environment,
         }  # fmt: skip
         command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
         return self.cluster.run("node1", *command, cwd=self.folder, **settings).strip()

@@ -245,7 +245,7 @@ def test_5_a_pause_without_a_checkpoint_is_an_error():
         report_without_checkpoint(OURS)
 
 
-# -- 6: state that can be saved (resuming a search is not done yet) ---------------------------------------------------
+# -- 6: state that can be saved ----------------------------------------------------------------------------------------
 
 
 def test_6_brackets_and_searcher_can_be_pickled_without_trials():

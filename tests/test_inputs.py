@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -200,3 +201,24 @@ def test_defaults():
     args = raytune_bayesian.parse_arguments([])
     assert (args.model, args.dataset) == ("bigscience/bloom-560m", "rajpurkar/squad")
     assert (args.max_t, args.reduction_factor, args.metric) == (50, 4, "eval_loss")
+
+
+def test_what_a_full_disk_looks_like(tmp_path):
+    """Torch, safetensors and Python each raise their own; other errors say nothing of a disk."""
+    import torch
+    from safetensors.torch import save_file
+
+    if os.getuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", tmp_path], check=True)
+    try:
+        weights = {"w": torch.zeros(10**6)}
+        for write in (torch.save, save_file, lambda data, path: path.write_bytes(bytes(data["w"].numpy()))):
+            with pytest.raises(Exception) as caught:
+                write(weights, tmp_path / "weights")
+            assert inputs.is_storage(caught.value), caught.value
+            (tmp_path / "weights").unlink(missing_ok=True)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    for other in (ValueError("no"), FileNotFoundError(2, "No such file"), OSError(24, "Too many open files"), TimeoutError()):
+        assert not inputs.is_storage(other)

@@ -128,3 +128,15 @@ def test_tables_survive_a_round_trip(record, tmp_path):
     record.write([trial])
     assert report.read_csv(tmp_path / "trials.csv") == list(record.trials.values())
     assert report.read_csv(tmp_path / "iterations.csv") == record.iterations
+
+
+def test_the_first_rung_that_failed_whole_ends_the_search(tmp_path):
+    """Also while a later trial is on its way; not while one of the first may still come through."""
+    suggested = {name: {"config": {}, "model_based": False} for name in "abc"}
+    record = report.Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1, first_rung=2)
+    trials = {name: SomeTrial(name, tmp_path) for name in "abc"}
+    for trial in trials.values():
+        record.on_trial_start(0, [], trial)
+    fail(record, trials["b"])
+    with pytest.raises(RuntimeError, match="all 2 trials of the first rung failed"):
+        fail(record, trials["a"])

@@ -435,7 +435,7 @@ honest_train = train
 
 
 def train(config, run):
-    faults = ["nan", "data", "gpu memory", "memory", "lost while it changes over", None]
+    faults = ["nan", "data", "gpu memory", "overflow", "memory", "lost", "no change", "fails", None]
     for i, fault in enumerate(faults):  # each once, by the first trials in their order
         mark = Path(run["run_dir"]) / f".fault-{i}"
         if not mark.exists():
@@ -450,10 +450,29 @@ def train(config, run):
     elif fault == "memory":
         held = [b"x" * 2**27 for _ in range(64)]  # 8 GiB
         time.sleep(60)
-    elif fault:
+    elif fault == "overflow":  # no fp16 here
+        global MAX_OVERFLOWS
+        MAX_OVERFLOWS, honest, Iterations.skipped_steps = 10, Iterations.skipped_steps, lambda self: self.engine().global_steps
+        try:
+            return honest_train(config, run)
+        finally:
+            Iterations.skipped_steps = honest
+    elif fault:  # the next trial of this process comes to harm, once
         from ray.train._internal.session import _TrainSession
 
-        _TrainSession.reset = lambda *args, **kwargs: os._exit(9)
+        def reset(*args, **kwargs):
+            if fault == "lost":
+                os._exit(9)
+            raise RuntimeError("cannot change over")
+
+        def finish(self, timeout=0, honest=_TrainSession.finish):
+            honest(self, timeout)
+            self.training_thread.is_alive = lambda: timeout > 0
+
+        if fault == "no change":
+            _TrainSession.finish = finish
+        else:
+            _TrainSession.reset = reset
     honest_train(config, run)
 
 
@@ -485,15 +504,17 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     out = process.stdout
     assert process.returncode == 0, out + process.stderr
     trials = {t["trial_id"]: t for t in report.read_csv(tmp_path / "x" / "trials.csv")}
-    hit = [(tmp_path / "x" / f".fault-{i}").read_text() for i in range(6)]
-    reasons = ["FloatingPointError eval_loss is nan", "ValueError cannot read question 7", "OutOfMemoryError CUDA out of memory", ".*out of memory: .*running low on memory"]
+    hit = [(tmp_path / "x" / f".fault-{i}").read_text() for i in range(9)]
+    reasons = ["FloatingPointError eval_loss is nan", "ValueError cannot read question 7", "OutOfMemoryError CUDA out of memory", "FloatingPointError fp16: no optimizer step without", ".*out of memory: .*running low on memory"]
     for trial, reason in zip(hit, reasons):
         lines = [line for line in out.splitlines() if f"trial {trial} " in line]
         assert len(lines) == 1 and re.search(f"failed after 0 iterations: {reason}", lines[0]), lines
         assert (trials[trial]["status"], trials[trial]["training_iteration"]) == ("failed", 0)
-    assert len(set(hit)) == 6 and Counter(t["status"] for t in trials.values()) == {"failed": 4, "stopped": 11, "completed": 1}
+    assert len(set(hit)) == 9 and Counter(t["status"] for t in trials.values()) == {"failed": 5, "stopped": 10, "completed": 1}
     lost = [line for line in out.splitlines() if "goes on from iteration 0: " in line]
-    assert len(lost) == 1 and trials[re.search("trial (\\w+)", lost[0]).group(1)]["status"] != "failed", lost
+    assert len(lost) == 3, lost
+    for line, reason in zip(lost, ["ActorDiedError|its process", "did not let go of the trial before it", "cannot change over"]):
+        assert re.search(reason, line) and trials[re.search("trial (\\w+)", line).group(1)]["status"] != "failed", line
 
 
 def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
