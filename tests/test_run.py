@@ -513,7 +513,7 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     assert len(set(hit)) == 9 and Counter(t["status"] for t in trials.values()) == {"failed": 5, "stopped": 10, "completed": 1}
     lost = [line for line in out.splitlines() if "goes on from iteration 0: " in line]
     assert len(lost) == 3, lost
-    for line, reason in zip(lost, ["ActorDiedError|its process", "did not let go of the trial before it", "cannot change over"]):
+    for line, reason in zip(lost, ["The actor is dead", "did not let go of the trial before it", "cannot change over"]):
         assert re.search(reason, line) and trials[re.search("trial (\\w+)", line).group(1)]["status"] != "failed", line
 
 
