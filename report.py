@@ -175,6 +175,7 @@ class Record(Callback):
         self.referenced: dict[str, str] = {}  # checkpoints that the last saved state needs
         self.started_at = self.written_at = time.time()
         self.changed = False
+        self.give_up: Exception | None = None  # why the search ends
         self.pace = 0.0  # seconds between two saves, at least
 
     def get_state(self) -> dict:
@@ -223,7 +224,8 @@ class Record(Callback):
             self._failed(row, result["failed"])
             return
         if result.get("storage"):
-            raise OSError(result["storage"])
+            self.give_up = OSError(result["storage"])
+            return
         row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
         if result.get("partial"):  # saved on the way, before a planned stop
             row["status"] = "paused"
@@ -266,7 +268,7 @@ class Record(Callback):
         self.say(f"{self._describe(row)} failed after {self.reached.get(row['trial_id'], 0)} iterations: {reason}")
         first = list(self.trials.values())[: self.first_rung]
         if len(first) == self.first_rung and all(r["status"] == "failed" for r in first):
-            raise RuntimeError(f"all {len(first)} trials of the first rung failed, the last one: {reason}")
+            self.give_up = RuntimeError(f"all {len(first)} trials of the first rung failed, the last one: {reason}")
 
     def _end(self, trial):
         if trial.trial_id != self.best:
@@ -274,6 +276,9 @@ class Record(Callback):
         self.changed = True
 
     def on_step_end(self, iteration, trials, **info):  # several times a second, between two events
+        if self.give_up:  # raised in answer to an event it would come out of Tune as text in an exception of Tune's own
+            self.write(trials)
+            raise self.give_up
         if self.changed and time.time() - self.written_at > self.pace:
             self.write(trials)
 

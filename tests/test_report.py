@@ -138,5 +138,16 @@ def test_the_first_rung_that_failed_whole_ends_the_search(tmp_path):
     for trial in trials.values():
         record.on_trial_start(0, [], trial)
     fail(record, trials["b"])
+    record.on_step_end(0, [])
+    fail(record, trials["a"])
     with pytest.raises(RuntimeError, match="all 2 trials of the first rung failed"):
-        fail(record, trials["a"])
+        record.on_step_end(0, [])
+
+
+def test_a_full_disk_that_a_trial_meets_ends_the_search_between_two_events(record, tmp_path):
+    """In answer to the event it would be wrapped by Tune, and shown as a traceback."""
+    trial = SomeTrial("a", tmp_path)
+    record.on_trial_start(0, [], trial)
+    record.on_trial_result(0, [], trial, {"training_iteration": 0, "eval_loss": math.nan, "storage": "no space left"})
+    with pytest.raises(OSError, match="no space left"):
+        record.on_step_end(0, [])
