@@ -78,6 +78,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
     add("--trial_timeout", type=float, help="seconds without a report until a trial counts as hung (default: 10 slowest iterations)")
+    add("--report_to", choices=["mlflow", "tensorboard", "wandb"], help="experiment tracker for the trials; install its package")
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
     add("--plan", action="store_true", help="say what the search would run and take, and end; compares several settings: --reduction_factor 3 4")
@@ -137,10 +138,12 @@ import torch
 import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+import bill
 import report
 import resume
 import simulate
 import squad
+import trackers
 from bohb import HyperBandForBOHB, TuneBOHB, rungs
 
 if not torch.cuda.is_available():
@@ -267,7 +270,7 @@ class Iterations(transformers.TrainerCallback):
                 control.should_save = True
             return
         iteration = self.last_steps.index(state.global_step, 1)
-        selection = self.run["selection"]
+        selection, began = self.run["selection"], time.time()
         loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE)
         if not math.isfinite(loss):
             raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
@@ -275,6 +278,8 @@ class Iterations(transformers.TrainerCallback):
         self.metrics = {"training_iteration": iteration, "eval_loss": loss}
         if iteration in self.rungs or self.every_score:
             self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"]))
+        self.saving_since = time.time()
+        self.metrics["evaluation_seconds"] = self.saving_since - began
         model.train()
         if iteration in self.rungs or self.stopping():
             control.should_save = True  # and report with the checkpoint
@@ -290,6 +295,8 @@ class Iterations(transformers.TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        if "evaluation_seconds" in self.metrics:
+            self.metrics["checkpoints_seconds"] = time.time() - self.saving_since
         try:
             self.report(tune.Checkpoint.from_directory(folder))
         finally:  # Tune has made its own copy, also where it pauses the trial
@@ -405,7 +412,9 @@ def train(config: dict, run: dict) -> None:
 # the search
 
 
-def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None) -> tuple[report.Record, TuneBOHB]:
+def search(
+    args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast
+) -> tuple[report.Record, TuneBOHB]:
     """Runs all trials, or those that are left of an earlier run; returns what was recorded and the searcher.
 
     Raises:
@@ -423,19 +432,21 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
     def save_state(record: dict, live: list[dict]):
         live = [trial for trial in live if scheduler.in_race(trial["trial_id"])] + algorithm.live
         parts = {"searcher": searcher.get_state(), "scheduler": scheduler.get_state(), "record": record, "live": live}
-        resume.save_state(run_dir, parts)
+        resume.save_state(run_dir, parts | {"bill": spent.get_state()})
 
     first_rung = min(args.num_samples, rungs(args.max_t, args.reduction_factor)[0][0][0])
     record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
+    resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+    spent = bill.Bill(record, resources, args.max_concurrent_trials)
     algorithm = resume.ResumableSearch(searcher, run_dir)
     if state:
+        spent.set_state(state["bill"])
         searcher.set_state(state["searcher"])
         scheduler.set_state(state["scheduler"], {t["trial_id"] for t in state["live"] if t["status"] == Trial.PENDING})
         record.set_state(state["record"])
         algorithm = resume.ResumableSearch(searcher, run_dir, state["live"], created=len(searcher.suggested))
     record.tidy([trial["checkpoint"] for trial in state["live"]] if state else [])
-    resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
-    script = __name__
+    script, meeting = __name__, os.environ.get("MEETING")  # where head_node.slurm and its workers meet
 
     def trial(config, run):
         # Imported here, not with the process: Tune gives a trial whose process is still starting the first warm one that
@@ -473,8 +484,12 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
             storage_path=str(run_dir),
             callbacks=[
                 record,
+                spent,
+                bill.IdleRelease(spent, float(os.environ.get("IDLE_RELEASE_MINUTES", 0)), meeting and Path(meeting)),
+                report.Progress(record, scheduler, inputs.slots(args), expected.iterations, expected.time),
                 resume.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
                 resume.Watchdog(args.trial_timeout, record.say),
+                *trackers.trackers(args.report_to, run_dir),
             ],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
@@ -489,7 +504,7 @@ def search(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | Non
         raise KeyboardInterrupt
     record.write([])  # what comes now may be interrupted too
     resume.stop_at_once()
-    return record, searcher
+    return record, searcher, spent
 
 
 def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
@@ -663,8 +678,10 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         try:
             start_ray(args, temp_dir, trials_dir)
             tested = run.pop("test")
-            record, searcher = search(args, run, run_dir, state)
-            facts |= record.bill(int(ray.cluster_resources().get("GPU", 0)))
+            record, searcher, spent = search(args, run, run_dir, state, expected)
+            facts |= record.facts() | {"bill": spent.minutes()}
+            allocated, busy = facts["bill"]["allocated"] * args.gpus_per_trial, sum(row["gpu_minutes"] for row in record.trials.values())
+            facts["gpu_minutes"] = {"allocated": allocated, "busy": busy, "idle": allocated - busy}
             facts["model_based_suggestions"] = {"k": searcher.model_based, "n": len(searcher.suggested)}
             if record.best is None:
                 raise RuntimeError("no trial came to its first rung with a number; the reasons are above")
@@ -694,6 +711,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         print(f"figures: {run_dir / 'report.html'}")
     except Exception as error:  # all else is done
         print(f"WARNING: no report.html ({error!r}); python report.py {run_dir} tries again")
+    print(bill.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples))
     print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
     print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))

@@ -334,12 +334,9 @@ class Record(Callback):
         ended = sum(row["status"] in ENDED for row in self.trials.values())
         return ended < self.num_samples
 
-    def bill(self, gpus: int) -> dict:
-        """How long the search took, parts of an interrupted one added up, where the search ran, and GPU-minutes allocated, busy with iterations, and idle."""
-        seconds = time.time() - self.started_at
-        allocated, busy = gpus * seconds / 60, sum(row["gpu_minutes"] for row in self.trials.values())
-        minutes = {"allocated": allocated, "busy": busy, "idle": allocated - busy}
-        return {"seconds": seconds, "nodes": sorted({row["node"] for row in self.iterations}), "gpu_minutes": minutes}
+    def facts(self) -> dict:
+        """How long the search took, parts of an interrupted one added up, and where it ran."""
+        return {"seconds": time.time() - self.started_at, "nodes": sorted({row["node"] for row in self.iterations})}
 
     def say(self, what: str) -> None:
         counts = dict.fromkeys(("pending", "running", "paused", *ENDED), 0)
@@ -359,6 +356,59 @@ class Record(Callback):
         return f"trial {row['trial_id']} ({config}, {source}) {scores}"
 
 
+class Progress(Callback):
+    """Prints where the search is, one table, whenever a bracket has come to its next rung, and every ten minutes.
+
+    Args:
+        record: its rows are shown.
+        scheduler: its `brackets` and `bracket_of`.
+        slots: trials that can run at a time.
+        iterations: of the whole search, by the plan.
+        time: of the whole search, by the plan, in iterations one after another.
+    """
+
+    EVERY = 600  # seconds
+
+    def __init__(self, record: Record, scheduler, slots: int, iterations: int, time: float):
+        self.record, self.scheduler, self.slots, self.planned = record, scheduler, slots, (iterations, time)
+        self.rungs: list[int] = []
+        self.told_at = time.time()
+
+    def on_step_end(self, iteration, trials, **info):
+        rungs = [bracket.rung for bracket in self.scheduler.brackets]
+        moved = [rung for rung, before in zip(rungs, self.rungs) if rung != before]
+        self.rungs = rungs
+        if moved or time.time() - self.told_at > self.EVERY and self.record.iterations:
+            print(self.text(), flush=True)
+            self.told_at = time.time()
+
+    def text(self) -> str:
+        rows = [["bracket", "rung at", "running", "paused", "waiting", "done", "best so far"]]
+        trials, metric = list(self.record.trials.values()), self.record.metric
+        for number, bracket in enumerate(self.scheduler.brackets, 1):
+            mine = [row for row in trials if self.scheduler.bracket_of(row["trial_id"]) is bracket]
+            if all(row["status"] in ENDED for row in mine):
+                continue
+            count = {status: sum(row["status"] == status for row in mine) for status in ("running", "paused", "pending")}
+            best = min((badness(row, metric) for row in mine if row["training_iteration"]), default=math.inf)
+            shown = _show(metric, abs(best)) if math.isfinite(best) else ""
+            done = sum(row["status"] in ENDED for row in mine)
+            rows.append([str(number), str(bracket.budget), *(str(n) for n in count.values()), str(done), shown])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+        running = sum(row["status"] == "running" for row in trials)
+        from_model = sum(row["model_based"] for row in trials)
+        done = len({(row["trial_id"], row["training_iteration"]) for row in self.record.iterations})
+        iterations, length = self.planned
+        each = sum(row["ended_at"] - row["started_at"] for row in self.record.iterations) / max(1, len(self.record.iterations))
+        left = max(0, iterations - done) / iterations * length * each
+        lines.append(
+            f"  {running} of {self.slots} slots busy, {from_model} of {len(trials)} suggestions by the model, "
+            f"{done} of {iterations} iterations, about {left / 60:.0f} min left by the plan"
+        )
+        return "\n".join(lines)
+
+
 def last_line(path: Path) -> str:
     """The last line of a traceback that says something."""
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
@@ -367,6 +417,7 @@ def last_line(path: Path) -> str:
 
 def write_page(run_dir: Path) -> dict:
     """Draws report.html from what is in the run's folder, during a run or after it; its figures. The state file is not read."""
+    import bill
     import figures  # slow
 
     run = json.loads((run_dir / "run.json").read_text())
@@ -383,9 +434,9 @@ def write_page(run_dir: Path) -> dict:
     if "test" in run:
         tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
         facts.append((f"Test of the best model, on {run['test']['questions']} questions that no choice has looked at", tested))
-    if "gpu_minutes" in run:
-        minutes = ", ".join(f"{value:.1f} {name}" for name, value in run["gpu_minutes"].items())
-        facts.append(("GPU-minutes", f"{minutes}; {run['seconds'] / 60:.1f} minutes in all"))
+    if "bill" in run:
+        spent = bill.text(run["bill"], len(iterations), run["arguments"]["max_t"], run["arguments"]["num_samples"])
+        facts += [("Bill", spent.replace("bill: ", "").replace("\ncost:", "; cost:"))]
     facts.append(("Started with", " ".join(f"--{key} {value}" for key, value in run["arguments"].items() if value is not None)))
     write_whole(run_dir / "report.html", figures.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn))
     return drawn

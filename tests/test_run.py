@@ -16,6 +16,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import mlflow
 import psutil
 import pyarrow
 import pyarrow.parquet
@@ -92,6 +93,18 @@ def test_log_ends_with_result_and_table(band):
     assert len(process.stdout.splitlines()) < 400 and "WARNING" not in process.stdout
 
 
+def test_progress_is_told_at_each_change_of_a_rung(band):
+    """Three changes in a band of three brackets: each with what the brackets did then, and how far the search was."""
+    _, process, *_ = band
+    tables = re.findall(r"^  bracket  rung at .*\n((?:  +\d+  .*\n)*)  (\d) of 1 slots busy, (\d+) of (\d+) suggestions .*, (\d+) of 136 iterations", process.stdout, re.MULTILINE)
+    assert len(tables) == 3
+    first = tables[0]
+    assert first[0].split() == ["1", "4", *first[0].split()[2:]] and int(first[4]) == 16  # sixteen trials had come to the rung at 1
+    running, paused, waiting, done = map(int, first[0].split()[2:6])
+    assert (running + paused + waiting, done) == (4, 12)
+    assert [int(table[4]) for table in tables] == sorted(int(table[4]) for table in tables)
+
+
 def test_tables_agree_with_the_plan(band):
     """Trials a rung as planned; each iteration ran once; the best is the best of those that trained fully."""
     folder, process, *_ = band
@@ -131,6 +144,11 @@ def test_run_json(band):
     assert run["status"] == "done" and run["seed"] == 42 and run["arguments"]["max_t"] == 16
     assert set(run["versions"]) >= {"python", "ray", "torch", "transformers", "deepspeed", "hpbandster", "ConfigSpace"}
     assert set(run["gpu_minutes"]) == {"allocated", "busy", "idle"} and len(run["nodes"]) == 1
+    parts = dict(run["bill"])
+    assert parts.pop("given back") == 0 and parts.pop("allocated") == pytest.approx(sum(parts.values())) and min(parts.values()) >= 0
+    assert parts["evaluation"] > 0 and parts["checkpoints"] > 0 and parts["run again"] == 0 and parts["idle: tail"] < 0.05 * run["bill"]["allocated"]
+    assert parts["idle: not asked for"] / run["bill"]["allocated"] == pytest.approx(1 - 1 / len(os.sched_getaffinity(0)), abs=0.1)
+    assert 0.7 * run["seconds"] < run["bill"]["allocated"] * 60 / len(os.sched_getaffinity(0)) <= run["seconds"]
     assert len(run["git_commit"].removesuffix("-dirty")) == 40
 
 
@@ -195,7 +213,7 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
         return run_script(
             "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", name, "--max_t", 4,
             "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--num_samples", 5, "--metric", metric, "--seed", 7,
-            TMPDIR=str(temporary),
+            *(["--report_to", "mlflow"] if name == "one" else []), TMPDIR=str(temporary),
         ), temporary  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
@@ -208,6 +226,14 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
         assert "this is random search" in process.stdout and "model-based suggestions: 0 of 5" in process.stdout
     assert all(i["f1"] is not None for i in report.read_csv(tmp_path / "one" / "iterations.csv"))
     assert not all(i["f1"] is not None for i in report.read_csv(tmp_path / "two" / "iterations.csv"))
+    # what a tracker was told of the first, and nothing of the second
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/one/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("one").experiment_id])
+    trials = report.read_csv(tmp_path / "one" / "trials.csv")
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    rates, losses = ([(run.data.params["train_loop_config/lr"], run.data.metrics["eval_loss"]) for run in runs], [(str(t["learning_rate"]), t["eval_loss"]) for t in trials])
+    assert sorted(rates) == sorted(losses)
+    assert not (tmp_path / "two" / "mlflow.db").exists()
 
 
 def test_real_squad(tmp_path, demo_model, shared_squad):

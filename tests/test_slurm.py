@@ -88,6 +88,11 @@ def test_search_on_two_nodes(project, demo_model):
     most = {gpu: most_at_a_time([i for i in iterations if i["node"] == gpu]) for gpu in gpus}
     assert set(most.values()) == {1}, most
     assert most_at_a_time(iterations) == 4
+    run = json.loads((folder / "run.json").read_text())
+    elapsed = [project.cluster.job(worker)["RunTime"].split(":") for worker in project.workers(job)]
+    paid = sum(2 * (60 * int(h) + int(m) + int(s) / 60) for h, m, s in elapsed)  # GPU-minutes
+    print(f"GPU-minutes: {paid:.2f} by Slurm's elapsed times, {run['gpu_minutes']['allocated']:.2f} while the search ran, by the bill")
+    assert 0.6 * paid < run["gpu_minutes"]["allocated"] < paid
     for worker in project.workers(job):
         assert project.cluster.job(worker)["ExitCode"] == "0:0" and project.cluster.job(worker)["JobState"] == "COMPLETED"
         text = (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
@@ -303,6 +308,24 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     assert "goes on from iteration" in log
     pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(rows)]
     print(f"iterations run again: {len(pairs) - len(set(pairs))}")
+    assert project.left_over() == {}
+
+
+def test_idle_nodes_are_given_back(project, tiny):
+    """One trial, two nodes: the one without it goes back to Slurm, is not replaced, and the bill says what that saves."""
+    arguments = ["--max_t", 4, "--num_train_epochs", 50, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
+    job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
+    assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
+    log = project.log(job)
+    released = re.findall(r"^worker job (\d+) is given back: 1 trials are left, and 2 slots without it$", log, re.MULTILINE)
+    assert len(released) == 1 and "replaces it" not in log and "has ended" not in log, log
+    logs = {w: (project.folder / "logs" / f"ray_worker_bloom_bohb-{w}.out").read_text() for w in project.workers(job)}
+    assert {w for w, text in logs.items() if "given back: no trial needs this node any more" in text} == set(released)
+    assert all(project.cluster.job(w)["ExitCode"] == "0:0" for w in logs)
+    run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
+    assert run["bill"]["given back"] > 0.1 and "given back" in log
+    (trial,) = report.read_csv(project.folder / "results" / "x" / "trials.csv")
+    assert (trial["status"], trial["resumes"], trial["training_iteration"]) == ("completed", 0, 4)
     assert project.left_over() == {}
 
 

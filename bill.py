@@ -1,0 +1,154 @@
+"""The bill of a search: where the time of its slots went, and what it cost beside other ways to search.
+
+A slot is what one trial takes: a GPU, or on a machine without GPUs a CPU. All times here are slot-seconds, all that is printed
+slot-minutes. The time before the search (Slurm's queue, loading) and after it (the test) is not in it.
+"""
+
+import time
+from pathlib import Path
+
+import ray
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+IDLE = ("start-up", "rungs", "tail", "not asked for")
+
+
+class Bill(Callback):
+    """Adds up what the slots do, several times a second.
+
+    Idle slots are counted under what keeps them idle: *start-up*, no trial has reported yet; *rungs*, trials are paused until
+    their bracket is through; *tail*, fewer trials are left than slots; *not asked for*, above --max_concurrent_trials.
+
+    Args:
+        record: its `trials`, `iterations` and `num_samples`.
+        resources: {"cpu", "gpu"} of a trial.
+        at_a_time: --max_concurrent_trials.
+    """
+
+    EVERY = 5.0  # seconds between two looks at the cluster, whose nodes come and go
+
+    def __init__(self, record, resources: dict[str, int], at_a_time: int):
+        self.record, self.resources, self.at_a_time = record, resources, at_a_time
+        self.spent = dict.fromkeys(("running", *IDLE, "evaluation", "checkpoints", "given back"), 0.0)
+        self.slots, self.looked_at, self.added_at = 0, 0.0, None
+
+    def get_state(self) -> dict:
+        return dict(self.spent)
+
+    def set_state(self, state: dict) -> None:
+        self.spent.update(state)
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        for name in ("evaluation", "checkpoints"):
+            self.spent[name] += result.get(f"{name}_seconds", 0.0)
+
+    def on_step_end(self, iteration, trials, **info):
+        now = time.time()
+        since, self.added_at = now - (self.added_at or now), now
+        if now > self.looked_at + self.EVERY:
+            self.slots, self.looked_at = slots_of(ray.cluster_resources(), self.resources), now
+        self.add(since, trials)
+
+    def add(self, seconds: float, trials: list) -> None:
+        """Adds a time in which the slots did what the trials' states say."""
+        states = [trial.status for trial in trials]
+        running = states.count(Trial.RUNNING)
+        idle = max(0, self.slots - running)
+        usable = max(0, min(self.slots, self.at_a_time or self.slots) - running)
+        live = running + states.count(Trial.PAUSED) + states.count(Trial.PENDING)
+        if not self.record.iterations:
+            cause = "start-up"
+        elif len(self.record.trials) >= self.record.num_samples and live < self.slots:
+            cause = "tail"
+        else:
+            cause = "rungs"
+        self.spent["running"] += seconds * running
+        self.spent[cause] += seconds * usable
+        self.spent["not asked for"] += seconds * (idle - usable)
+
+    def minutes(self) -> dict[str, float]:
+        """Slot-minutes; all but `allocated` and `given back` add up to `allocated`."""
+        rows = self.record.iterations
+        seen, iterations, again = set(), 0.0, 0.0
+        for row in rows:
+            pair, took = (row["trial_id"], row["training_iteration"]), row["ended_at"] - row["started_at"]
+            iterations += took
+            again += took if pair in seen else 0.0
+            seen.add(pair)
+        spent = self.spent
+        parts = {
+            "training": iterations - again - spent["evaluation"] - spent["checkpoints"],
+            "evaluation": spent["evaluation"],
+            "checkpoints": spent["checkpoints"],
+            "run again": again,
+            "change-over": spent["running"] - iterations,
+            **{f"idle: {cause}": spent[cause] for cause in IDLE},
+        }
+        minutes = {name: seconds / 60 for name, seconds in parts.items()}
+        return {"allocated": sum(minutes.values()), **minutes, "given back": spent["given back"] / 60}
+
+
+def slots_of(have: dict[str, float], resources: dict[str, int]) -> int:
+    """How many trials a node's, or the cluster's, resources have room for."""
+    return int(min(have.get(name.upper(), 0) // n for name, n in resources.items() if n))
+
+
+class IdleRelease(Callback):
+    """At the end of a search, when trials are fewer than slots for good, gives back worker jobs whose node has been idle a while.
+
+    Asks the worker by a file in the folder where it meets the head. A node that runs a trial stays, and so do as many slots as there
+    are trials that have not ended, paused ones included.
+
+    Args:
+        bill: hears of what was given back; its record and resources are used.
+        minutes: how long a node has to be idle; 0: nothing is given back.
+        folder: where the workers look, None without Slurm.
+    """
+
+    EVERY = 5.0  # seconds
+
+    def __init__(self, bill: Bill, minutes: float, folder: Path | None):
+        self.bill, self.minutes, self.folder = bill, minutes, folder
+        self.idle_since: dict[str, float] = {}  # job: time
+        self.given_back: dict[str, int] = {}  # job: slots
+        self.looked_at = time.time()
+
+    def on_step_end(self, iteration, trials, **info):
+        since = time.time() - self.looked_at
+        if not self.minutes or self.folder is None or since < self.EVERY:
+            return
+        self.looked_at = time.time()
+        self.bill.spent["given back"] += since * sum(self.given_back.values())
+        live = [trial for trial in trials if not trial.is_finished()]
+        busy = {trial.temporary_state.location.hostname for trial in live if trial.status == Trial.RUNNING}  # an address
+        if len(self.bill.record.trials) < self.bill.record.num_samples or not all(busy):  # one has not reported yet
+            self.idle_since.clear()
+            return
+        nodes = {}  # job: (address, slots)
+        for node in ray.nodes():
+            job = next((name.removeprefix("slurm_job_") for name in node["Resources"] if name.startswith("slurm_job_")), None)
+            if node["Alive"] and job and job not in self.given_back:
+                nodes[job] = node["NodeManagerAddress"], slots_of(node["Resources"], self.bill.resources)
+        for job, (address, slots) in sorted(nodes.items()):
+            if address in busy:
+                self.idle_since.pop(job, None)
+                continue
+            idle = self.looked_at - self.idle_since.setdefault(job, self.looked_at)
+            rest = sum(n for other, (_, n) in nodes.items() if other != job and other not in self.given_back)
+            if idle >= 60 * self.minutes and rest >= len(live):
+                (self.folder / f"release-{job}").touch()
+                self.given_back[job] = slots
+                print(f"worker job {job} is given back: {len(live)} trials are left, and {rest} slots without it", flush=True)
+
+
+def text(minutes: dict[str, float], iterations: int, max_t: int, num_samples: int) -> str:
+    """The bill as lines, with the cost of other ways to search in trainings of full length: computed, they were not run."""
+    whole = minutes["allocated"] or 1.0
+    parts = [f"{name} {value:.1f} ({value / whole:.0%})" for name, value in minutes.items() if name not in ("allocated", "given back") and value / whole >= 0.005]
+    saved = f"; given back: {minutes['given back']:.1f} more" if minutes["given back"] else ""
+    return "\n".join([
+        f"bill: {minutes['allocated']:.1f} slot-minutes: " + ", ".join(parts) + saved,
+        f"cost: {iterations} iterations, as many as {iterations / max_t:.1f} full trainings; random search of the same {num_samples} trials at full "
+        f"length would run {num_samples} (computed), and a grid of 10 learning rates with 2 batch sizes and 2 weight decays 40 (computed)",
+    ])  # fmt: skip
