@@ -11,17 +11,18 @@ import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-IDLE = ("start-up", "rungs", "tail", "not asked for")
+IDLE = ("start-up", "rungs", "tail", "faults", "not asked for")
 
 
 class Bill(Callback):
     """Adds up what the slots do, several times a second.
 
-    Idle slots are counted under what keeps them idle: *start-up*, no trial has reported yet; *rungs*, trials are paused until
-    their bracket is through; *tail*, fewer trials are left than slots; *not asked for*, above --max_concurrent_trials.
+    Idle slots are counted under what keeps them idle: *start-up*, no trial has reported yet, or not since a --resume; *faults*, a trial
+    whose process was lost waits for another; *tail*, fewer trials are left than slots; *rungs*, trials are paused until their bracket
+    is through; *not asked for*, above --max_concurrent_trials.
 
     Args:
-        record: its `trials`, `iterations` and `num_samples`.
+        record: its `trials` and `num_samples`.
         resources: {"cpu", "gpu"} of a trial.
         at_a_time: --max_concurrent_trials.
     """
@@ -30,25 +31,48 @@ class Bill(Callback):
 
     def __init__(self, record, resources: dict[str, int], at_a_time: int):
         self.record, self.resources, self.at_a_time = record, resources, at_a_time
-        self.spent = dict.fromkeys(("running", *IDLE, "evaluation", "checkpoints", "given back"), 0.0)
-        self.slots, self.looked_at, self.added_at = 0, 0.0, None
+        self.spent = dict.fromkeys(("running", "training", "evaluation", "checkpoints", "run again", *IDLE, "given back"), 0.0)
+        self.seen: set[tuple[str, int]] = set()  # iterations that were reported
+        self.lost: set[str] = set()  # trials whose process was lost
+        self.heard, self.slots, self.looked_at, self.added_at = False, 0, 0.0, None
 
     def get_state(self) -> dict:
-        return dict(self.spent)
+        return {"spent": dict(self.spent), "seen": set(self.seen)}
 
     def set_state(self, state: dict) -> None:
-        self.spent.update(state)
+        self.spent, self.seen = dict(state["spent"]), set(state["seen"])
+
+    # -- what Tune calls ----------------------------------------------------------------------------------------------
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.lost.discard(trial.trial_id)
+
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        self.lost.add(trial.trial_id)
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        for name in ("evaluation", "checkpoints"):
-            self.spent[name] += result.get(f"{name}_seconds", 0.0)
+        if "ended_at" not in result:  # the end of a trial that failed
+            return
+        self.heard = True
+        took, pair = result["ended_at"] - result["started_at"], (trial.trial_id, result["training_iteration"])
+        if pair in self.seen and not result.get("partial"):
+            self.spent["run again"] += took
+            return
+        parts = {name: result.get(f"{name}_seconds", 0.0) for name in ("evaluation", "checkpoints")}
+        for name, seconds in {**parts, "training": took - sum(parts.values())}.items():
+            self.spent[name] += seconds
+        if not result.get("partial"):  # that is a piece of an iteration, saved before a planned stop
+            self.seen.add(pair)
 
     def on_step_end(self, iteration, trials, **info):
         now = time.time()
         since, self.added_at = now - (self.added_at or now), now
         if now > self.looked_at + self.EVERY:
-            self.slots, self.looked_at = slots_of(ray.cluster_resources(), self.resources), now
+            self.slots = sum(slots_of(node["Resources"], self.resources) for node in ray.nodes() if node["Alive"])
+            self.looked_at = now
         self.add(since, trials)
+
+    # -----------------------------------------------------------------------------------------------------------------
 
     def add(self, seconds: float, trials: list) -> None:
         """Adds a time in which the slots did what the trials' states say."""
@@ -57,34 +81,22 @@ class Bill(Callback):
         idle = max(0, self.slots - running)
         usable = max(0, min(self.slots, self.at_a_time or self.slots) - running)
         live = running + states.count(Trial.PAUSED) + states.count(Trial.PENDING)
-        if not self.record.iterations:
+        waiting = 0
+        if not self.heard:
             cause = "start-up"
-        elif len(self.record.trials) >= self.record.num_samples and live < self.slots:
-            cause = "tail"
         else:
-            cause = "rungs"
+            waiting = min(usable, len(self.lost))
+            cause = "tail" if len(self.record.trials) >= self.record.num_samples and live < self.slots else "rungs"
         self.spent["running"] += seconds * running
-        self.spent[cause] += seconds * usable
+        self.spent["faults"] += seconds * waiting
+        self.spent[cause] += seconds * (usable - waiting)
         self.spent["not asked for"] += seconds * (idle - usable)
 
     def minutes(self) -> dict[str, float]:
         """Slot-minutes; all but `allocated` and `given back` add up to `allocated`."""
-        rows = self.record.iterations
-        seen, iterations, again = set(), 0.0, 0.0
-        for row in rows:
-            pair, took = (row["trial_id"], row["training_iteration"]), row["ended_at"] - row["started_at"]
-            iterations += took
-            again += took if pair in seen else 0.0
-            seen.add(pair)
         spent = self.spent
-        parts = {
-            "training": iterations - again - spent["evaluation"] - spent["checkpoints"],
-            "evaluation": spent["evaluation"],
-            "checkpoints": spent["checkpoints"],
-            "run again": again,
-            "change-over": spent["running"] - iterations,
-            **{f"idle: {cause}": spent[cause] for cause in IDLE},
-        }
+        at_work = {name: spent[name] for name in ("training", "evaluation", "checkpoints", "run again")}
+        parts = at_work | {"change-over": spent["running"] - sum(at_work.values())} | {f"idle: {cause}": spent[cause] for cause in IDLE}
         minutes = {name: seconds / 60 for name, seconds in parts.items()}
         return {"allocated": sum(minutes.values()), **minutes, "given back": spent["given back"] / 60}
 
@@ -112,7 +124,14 @@ class IdleRelease(Callback):
         self.bill, self.minutes, self.folder = bill, minutes, folder
         self.idle_since: dict[str, float] = {}  # job: time
         self.given_back: dict[str, int] = {}  # job: slots
+        self.where: dict[str, str | None] = {}  # address of each trial's node, None while it has not reported since its last start
         self.looked_at = time.time()
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.where[trial.trial_id] = None
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        self.where[trial.trial_id] = result["node_ip"]
 
     def on_step_end(self, iteration, trials, **info):
         since = time.time() - self.looked_at
@@ -121,8 +140,9 @@ class IdleRelease(Callback):
         self.looked_at = time.time()
         self.bill.spent["given back"] += since * sum(self.given_back.values())
         live = [trial for trial in trials if not trial.is_finished()]
-        busy = {trial.temporary_state.location.hostname for trial in live if trial.status == Trial.RUNNING}  # an address
-        if len(self.bill.record.trials) < self.bill.record.num_samples or not all(busy):  # one has not reported yet
+        starting = any(trial.status == Trial.PENDING for trial in live)
+        busy = {self.where[trial.trial_id] for trial in live if trial.status == Trial.RUNNING}
+        if len(self.bill.record.trials) < self.bill.record.num_samples or starting or None in busy:
             self.idle_since.clear()
             return
         nodes = {}  # job: (address, slots)
@@ -142,13 +162,14 @@ class IdleRelease(Callback):
                 print(f"worker job {job} is given back: {len(live)} trials are left, and {rest} slots without it", flush=True)
 
 
-def text(minutes: dict[str, float], iterations: int, max_t: int, num_samples: int) -> str:
+def text(minutes: dict[str, float], iterations: int, max_t: int, num_samples: int, grid: int) -> str:
     """The bill as lines, with the cost of other ways to search in trainings of full length: computed, they were not run."""
     whole = minutes["allocated"] or 1.0
-    parts = [f"{name} {value:.1f} ({value / whole:.0%})" for name, value in minutes.items() if name not in ("allocated", "given back") and value / whole >= 0.005]
+    shown = {name: value for name, value in minutes.items() if name not in ("allocated", "given back") and value / whole >= 0.005}
+    parts = [f"{name} {value:.1f} ({value / whole:.0%})" for name, value in shown.items()]
     saved = f"; given back: {minutes['given back']:.1f} more" if minutes["given back"] else ""
     return "\n".join([
         f"bill: {minutes['allocated']:.1f} slot-minutes: " + ", ".join(parts) + saved,
-        f"cost: {iterations} iterations, as many as {iterations / max_t:.1f} full trainings; random search of the same {num_samples} trials at full "
-        f"length would run {num_samples} (computed), and a grid of 10 learning rates with 2 batch sizes and 2 weight decays 40 (computed)",
+        f"cost: {iterations} iterations, as many as {iterations / max_t:.1f} full trainings; computed, not run: {num_samples} for random search "
+        f"of as many trials, {grid} for a grid of all choices with 10 values of each range",
     ])  # fmt: skip

@@ -265,6 +265,9 @@ class Bracket:
     def full(self) -> bool:
         return self.added >= self.rungs[0][0]
 
+    def budgets(self) -> list[int]:
+        return [budget for _, budget in self.rungs]
+
     def drop(self, trial_id: str) -> None:
         if trial_id in self.members:
             self.members.remove(trial_id)
@@ -292,15 +295,16 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
 
     def get_state(self) -> dict[str, Any]:
         """The brackets; to be pickled before anything else happens."""
-        return {"brackets": self.brackets}
+        number = {id(bracket): i for i, bracket in enumerate(self.brackets)}
+        return {"brackets": self.brackets, "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()}}
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
         """Goes on from a state. Live trials come back by on_trial_add, paused but for those `waiting` for a first slot."""
         self.brackets = state["brackets"]
+        self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
         self._active = [b for b in self.brackets if b.members or not b.full]
         for bracket in self._active:
             for trial_id in bracket.members:
-                self._bracket_of[trial_id] = bracket
                 if trial_id not in bracket.scores and trial_id not in waiting:
                     bracket.promoted.add(trial_id)  # it was running, or about to
 
@@ -328,7 +332,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         bracket = self._bracket_of[trial.trial_id] = self.brackets[-1]
         bracket.added += 1
         bracket.members.append(trial.trial_id)
-        trial.config = {**(trial.config or {}), "rungs": [budget for _, budget in bracket.rungs]}
+        trial.config = {**(trial.config or {}), "rungs": bracket.budgets()}
 
     def on_trial_result(self, tune_controller, trial: Trial, result: dict) -> str:
         """CONTINUE below the rung; at the rung the result goes to the model, whatever is decided then.

@@ -32,7 +32,7 @@ LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 70, "r": 30
 
 def distribution(values: list) -> FloatDistribution | CategoricalDistribution:
     """What a hyperparameter was drawn from, as far as its values tell: more than ten make it a range."""
-    distinct = sorted(set(values))
+    distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
     if len(distinct) <= 10 or not all(isinstance(v, (int, float)) for v in distinct):
         return CategoricalDistribution(distinct)
     return FloatDistribution(distinct[0], distinct[-1], log=distinct[0] > 0 and distinct[-1] / distinct[0] > 10)
@@ -154,14 +154,14 @@ def draw(trials: list[dict], iterations: list[dict], hyperparameters: list[str],
     if not iterations:
         return {}
     by_rung = studies(trials, iterations, hyperparameters, metric)
-    figures = {
-        "Results in the order of the trials, by rung": history(by_rung, NAMES[metric]),
+    figures = {"Results in the order of the trials, by rung": history(by_rung, NAMES[metric])} if by_rung else {}
+    figures |= {
         "Learning curves": learning_curves(trials, iterations, by_rung, metric),
         "Trials on the slots; white is idle": timeline(iterations),
     }
-    widest = max(by_rung, key=lambda rung: (len(by_rung[rung].trials), rung))  # the rung with the most results
-    study = by_rung[widest]
-    if len(study.trials) >= 4:
+    widest = max(by_rung, key=lambda rung: (len(by_rung[rung].trials), rung), default=None)  # the rung with the most results
+    study = by_rung.get(widest)
+    if study and len(study.trials) >= 4:
         figures[f"Hyperparameters and {NAMES[metric]} at iteration {widest}"] = optuna.visualization.plot_parallel_coordinate(
             study, target_name=NAMES[metric]
         )

@@ -173,6 +173,12 @@ def check_search_space(space: dict) -> None:
         raise BadInput("search space: there is nothing to search")
 
 
+def grid_size(space: dict) -> int:
+    """Trials of a full grid: all choices, ten values of each range."""
+    domains = [domain for domain in space["train_loop_config"].values() if isinstance(domain, Domain)]
+    return math.prod(len(domain.categories) if isinstance(domain, Categorical) else 10 for domain in domains)
+
+
 def largest(domain) -> float:
     """The largest value of a domain, or the value itself where it is fixed."""
     return max(getattr(domain, "categories", None) or [getattr(domain, "upper", domain)])

@@ -642,6 +642,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         "status": "running",
         "arguments": {name: value for name, value in vars(args).items() if name not in ("given", *inputs.MODES_OF_USE)},
         "search_space": inputs.describe(SEARCH_SPACE),
+        "grid": inputs.grid_size(SEARCH_SPACE),
         "ds_config": ds_config,
         "seed": args.seed,
         "questions": {part: len(run[part]) for part in ("train", "selection", "test")},
@@ -711,7 +712,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         print(f"figures: {run_dir / 'report.html'}")
     except Exception as error:  # all else is done
         print(f"WARNING: no report.html ({error!r}); python report.py {run_dir} tries again")
-    print(bill.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples))
+    print(bill.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples, facts["grid"]))
     print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
     print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))

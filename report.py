@@ -364,13 +364,13 @@ class Progress(Callback):
         scheduler: its `brackets` and `bracket_of`.
         slots: trials that can run at a time.
         iterations: of the whole search, by the plan.
-        time: of the whole search, by the plan, in iterations one after another.
+        length: of the whole search, by the plan, in iterations one after another.
     """
 
     EVERY = 600  # seconds
 
-    def __init__(self, record: Record, scheduler, slots: int, iterations: int, time: float):
-        self.record, self.scheduler, self.slots, self.planned = record, scheduler, slots, (iterations, time)
+    def __init__(self, record: Record, scheduler, slots: int, iterations: int, length: float):
+        self.record, self.scheduler, self.slots, self.planned = record, scheduler, slots, (iterations, length)
         self.rungs: list[int] = []
         self.told_at = time.time()
 
@@ -435,7 +435,7 @@ def write_page(run_dir: Path) -> dict:
         tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
         facts.append((f"Test of the best model, on {run['test']['questions']} questions that no choice has looked at", tested))
     if "bill" in run:
-        spent = bill.text(run["bill"], len(iterations), run["arguments"]["max_t"], run["arguments"]["num_samples"])
+        spent = bill.text(run["bill"], len(iterations), run["arguments"]["max_t"], run["arguments"]["num_samples"], run["grid"])
         facts += [("Bill", spent.replace("bill: ", "").replace("\ncost:", "; cost:"))]
     facts.append(("Started with", " ".join(f"--{key} {value}" for key, value in run["arguments"].items() if value is not None)))
     write_whole(run_dir / "report.html", figures.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn))

@@ -316,6 +316,8 @@ def plan(space: dict, settings: list[dict], seconds: float | None, checkpoint_by
         if time_limit:
             jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))  # it is warned 5 minutes before, and takes one to start
             lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: " + ("it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"))
+        else:
+            lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
     if checkpoint_bytes:

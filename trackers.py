@@ -1,6 +1,7 @@
 """Experiment trackers that people already use: --report_to hands the trials to Ray Tune's own logger callbacks.
 
-    mlflow        a run a trial, in MLFLOW_TRACKING_URI, by default the file mlflow.db in the run's folder: mlflow ui --backend-store-uri …
+    mlflow        a run a trial, in MLFLOW_TRACKING_URI, by default the file mlflow.db in the run's folder: mlflow ui --backend-store-uri …;
+                  a trial that goes on after --resume has a second run there
     wandb         a run a trial, in the project WANDB_PROJECT or bloom_bohb; WANDB_MODE=offline on nodes without a network
     tensorboard   needs no flag: Tune writes its logs anyway: tensorboard --logdir results/<run_name>/ray
 """
@@ -59,5 +60,5 @@ def trackers(name: str | None, run_dir: Path) -> list[Callback]:
     if name == "wandb":
         from ray.air.integrations.wandb import WandbLoggerCallback
 
-        return [Tracker(name, WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "bloom_bohb"), group=run_dir.name))]
+        return [Tracker(name, WandbLoggerCallback(project=os.environ.get("WANDB_PROJECT", "bloom_bohb"), group=run_dir.name, resume="allow"))]
     return []

@@ -26,27 +26,29 @@ def run_dir(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("results") / "simulated", 25, 10**9)
 
 
-def make_run(folder, num_samples, max_reports):
+def make_run(folder, num_samples, max_reports, max_t=16):
     folder.mkdir()
     searcher = bohb.TuneBOHB(seed=0)
     searcher.set_search_properties("loss", "min", raytune_bayesian.SEARCH_SPACE)
-    scheduler = bohb.HyperBandForBOHB(time_attr="training_iteration", metric="loss", mode="min", max_t=16, reduction_factor=4)
+    scheduler = bohb.HyperBandForBOHB(time_attr="training_iteration", metric="loss", mode="min", max_t=max_t, reduction_factor=4)
 
     def train(config, t):
         return math.log10(config["train_loop_config"]["lr"] / 8e-5) ** 2 + 3 / t
 
-    simulation = Simulation(searcher, scheduler, num_samples, train, slots=2, max_t=16)
+    simulation = Simulation(searcher, scheduler, num_samples, train, slots=2, max_t=max_t)
     simulation.run(max_reports)
     iterations, trials = [], {}
     for start, end, trial_id, t, loss in simulation.reports:
         searched = searcher.suggested[trial_id]["config"]["train_loop_config"]
-        em = 1 / (1 + loss) if t in (1, 4, 16) else None
+        em = 1 / (1 + loss) if t in scheduler.bracket_of(trial_id).budgets() else None
         iterations.append({"trial_id": trial_id, "training_iteration": t, "eval_loss": loss, "exact_match": em, "f1": em,
                            "started_at": 1e9 + 60 * start, "ended_at": 1e9 + 60 * end, "node": "node<2>"})  # fmt: skip
-        trials[trial_id] = {
-            "trial_id": trial_id, **{report.COLUMNS[k]: v for k, v in searched.items()}, "eval_loss": loss, "exact_match": em, "f1": em,
-            "training_iteration": t, "status": "stopped", "model_based": searcher.suggested[trial_id]["model_based"], "resumes": 0, "gpu_minutes": t,
-        }  # fmt: skip
+        row = trials.setdefault(trial_id, {
+            "trial_id": trial_id, **{report.COLUMNS[k]: v for k, v in searched.items()}, "eval_loss": None, "exact_match": None, "f1": None,
+            "training_iteration": 0, "status": "stopped", "model_based": searcher.suggested[trial_id]["model_based"], "resumes": 0, "gpu_minutes": t,
+        })  # fmt: skip
+        if t in scheduler.bracket_of(trial_id).budgets():  # as in report.Record
+            row.update(eval_loss=loss, exact_match=em, f1=em, training_iteration=t)
     report.write_csv(folder / "trials.csv", report.TRIAL_FIELDS, list(trials.values()))
     report.write_csv(folder / "iterations.csv", report.ITERATION_FIELDS, iterations)
     report.write_json(folder / "run.json", {"status": "running", "arguments": {"metric": "eval_loss", "num_samples": num_samples}})
@@ -107,10 +109,10 @@ def test_pngs_for_a_paper(run_dir):
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000, picture
 
 
-@pytest.mark.parametrize("reports", [0, 1, 5, 30])
-def test_at_any_time(tmp_path, reports):
-    """Also when little has happened yet."""
-    folder = make_run(tmp_path / "x", 25, reports)
+@pytest.mark.parametrize("reports, max_t", [(0, 16), (1, 16), (2, 50), (5, 16), (30, 50)])
+def test_at_any_time(tmp_path, reports, max_t):
+    """Also when little has happened yet: with max_t 50 nothing has come to a rung after two reports."""
+    folder = make_run(tmp_path / "x", 25, reports, max_t)
     done = draw(folder)
     assert done.returncode == 0, done.stderr
     assert "</html>" in (folder / "report.html").read_text()
@@ -127,3 +129,8 @@ def test_lanes_hold_one_trial_at_a_time(run_dir):
     for lane in {lane for lane, _ in placed}:
         rows = [row for name, row in placed if name == lane]
         assert all(a["ended_at"] <= b["started_at"] for a, b in zip(rows, rows[1:]))
+
+
+def test_hyperparameters_of_any_kind():
+    for values in ([None, 1], ["auto", 1, 2], [True, False], [0.5] * 3, list(range(20))):
+        assert figures.distribution(values) is not None
