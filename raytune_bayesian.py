@@ -78,7 +78,6 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
     add("--trial_timeout", type=float, help="seconds without a report until a trial counts as hung (default: 10 slowest iterations)")
-    add("--report_to", choices=["mlflow", "tensorboard", "wandb"], help="experiment tracker for the trials; install its package")
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
     add("--plan", action="store_true", help="say what the search would run and take, and end; compares several settings: --reduction_factor 3 4")
@@ -143,7 +142,6 @@ import report
 import resume
 import simulate
 import squad
-import trackers
 from bohb import HyperBandForBOHB, TuneBOHB, rungs
 
 if not torch.cuda.is_available():
@@ -489,7 +487,6 @@ def search(
                 report.Progress(record, scheduler, inputs.slots(args), expected.iterations, expected.time),
                 resume.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
                 resume.Watchdog(args.trial_timeout, record.say),
-                *trackers.trackers(args.report_to, run_dir),
             ],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
