@@ -97,20 +97,21 @@ def show_plan(args: argparse.Namespace) -> None:
     """Prints the plan of the search, or compares those of several settings."""
     import simulate
 
-    here = Path(__file__).parent
     at_hand = inputs.slots(argparse.Namespace(**{**vars(args), "max_concurrent_trials": 0}))
     settings = []
     for reduction_factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
-        size = args.num_samples or band_size(args.max_t, reduction_factor)
-        setting = {"num_samples": size, "max_t": args.max_t, "reduction_factor": reduction_factor, "slots": at_a_time or at_hand}
+        trials = args.num_samples or band_size(args.max_t, reduction_factor)
+        setting = {"num_samples": trials, "max_t": args.max_t, "reduction_factor": reduction_factor, "slots": at_a_time or at_hand}
         settings.append(setting)
     seconds = args.seconds_per_iteration and inputs.seconds_per_iteration(args.seconds_per_iteration)
     folder = inputs.local_model(args.model)
-    text = simulate.plan(SEARCH_SPACE, settings, seconds, folder and checkpoint_bytes(folder), inputs.time_limit(here))
-    needed = folder and len(settings) == 1 and checkpoint_bytes(folder) * (simulate.forecast(SEARCH_SPACE, **settings[0]).checkpoints + 1)
+    size = checkpoint_bytes(folder) if folder else None
+    forecasts = [simulate.forecast(SEARCH_SPACE, **setting) for setting in settings]
+    text = simulate.plan(SEARCH_SPACE, settings, forecasts, seconds, size, inputs.time_limit(Path(__file__).parent))
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
     print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}", flush=True)
-    inputs.check_disk(Path(args.output_dir).absolute(), needed or 0)
+    if size and len(forecasts) == 1:
+        inputs.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(size))
 
 
 def checkpoint_bytes(model: Path) -> int:
@@ -647,7 +648,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         "git_commit": report.git_commit(Path(__file__).parent),
     }
     expected = simulate.forecast(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, inputs.slots(args))
-    disk = checkpoint_bytes(folder) * (expected.checkpoints + 1)
+    disk = expected.disk(checkpoint_bytes(folder))
     if not args.resume:
         inputs.check_disk(run_dir.parent, disk)
         try:

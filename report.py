@@ -139,6 +139,12 @@ def table(trials: list[dict], metric: str) -> str:
     return "\n".join(lines)
 
 
+def columns(rows: list[list]) -> str:
+    """Rows in columns, to the right, the first row their head."""
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)) for row in rows)
+
+
 def _show(key: str, value) -> str:
     if value is None:
         return ""
@@ -393,9 +399,8 @@ class Progress(Callback):
             best = min((badness(row, metric) for row in mine if row["training_iteration"]), default=math.inf)
             shown = _show(metric, abs(best)) if math.isfinite(best) else ""
             done = sum(row["status"] in ENDED for row in mine)
-            rows.append([str(number), str(bracket.budget), *(str(n) for n in count.values()), str(done), shown])
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows]
+            rows.append([number, bracket.budget, *count.values(), done, shown])
+        lines = ["  " + line for line in columns(rows).splitlines()]
         running = sum(row["status"] == "running" for row in trials)
         from_model = sum(row["model_based"] for row in trials)
         done = len({(row["trial_id"], row["training_iteration"]) for row in self.record.iterations})

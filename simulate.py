@@ -28,6 +28,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search.sample import Domain
 
 from bohb import HyperBandForBOHB, TuneBOHB
+from report import columns
 
 
 class SimulatedTrial:
@@ -230,6 +231,10 @@ class Forecast:
     time: float  # of the whole search, in iterations
     busy: list[float]  # share of the slots' time that is spent on iterations, in each tenth of the time
 
+    def disk(self, checkpoint_bytes: int) -> int:
+        """Bytes at the peak: the checkpoints and, at most as large, the best model."""
+        return checkpoint_bytes * (self.checkpoints + 1)
+
 
 def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
     """Runs the searcher and the scheduler of a search on random losses.
@@ -275,17 +280,19 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
     )
 
 
-def plan(space: dict, settings: list[dict], seconds: float | None, checkpoint_bytes: int | None, time_limit: int | None) -> str:
+def plan(
+    space: dict, settings: list[dict], forecasts: list[Forecast], seconds: float | None, checkpoint_bytes: int | None, time_limit: int | None
+) -> str:
     """The plan of a search as text; of several settings, one line each.
 
     Args:
         space: the search space.
         settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
+        forecasts: one a setting.
         seconds: of one iteration, if known.
         checkpoint_bytes: size of one checkpoint, if known.
         time_limit: of one job, in seconds, if there is one.
     """
-    forecasts = [forecast(space, **setting) for setting in settings]
     rows = [["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy", "iterations' time"]]
     rows[0] += ["hours", "slot-hours"] if seconds else []
     rows[0] += ["disk GB"] if checkpoint_bytes else []
@@ -293,7 +300,7 @@ def plan(space: dict, settings: list[dict], seconds: float | None, checkpoint_by
         row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}", f.model_based]
         row += [f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
         row += [f"{f.time * seconds / 3600:.2f}", f"{f.time * seconds / 3600 * s['slots']:.2f}"] if seconds else []
-        row += [f"{checkpoint_bytes * (f.checkpoints + 1) / 1e9:.3g}"] if checkpoint_bytes else []
+        row += [f"{f.disk(checkpoint_bytes) / 1e9:.3g}"] if checkpoint_bytes else []
         rows.append(row)
     if len(settings) > 1:
         return columns(rows)
@@ -321,14 +328,8 @@ def plan(space: dict, settings: list[dict], seconds: float | None, checkpoint_by
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
     if checkpoint_bytes:
-        size = f"{checkpoint_bytes * (f.checkpoints + 1) / 1e9:.3g} GB, for {f.checkpoints} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and the best model"
+        size = f"{f.disk(checkpoint_bytes) / 1e9:.3g} GB, for {f.checkpoints} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and the best model"
         lines.append(f"disk at its peak: up to {size}")
     else:
         lines.append("disk: known once the model is there (--prefetch)")
     return "\n".join(lines)
-
-
-def columns(rows: list[list]) -> str:
-    """A table as text, the first row its head."""
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)) for row in rows)
