@@ -292,6 +292,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         self._bracket_of: dict[str, Bracket] = {}
         self._trials: dict[str, Trial] = {}  # live ones
         self.draining = False  # set before a planned stop: pause each trial at its next checkpoint, start none
+        self.node_fault = False  # set while a failure is handled that says nothing about the hyperparameters
 
     def get_state(self) -> dict[str, Any]:
         """The brackets; to be pickled before anything else happens."""
@@ -374,10 +375,13 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         return TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller, trial: Trial) -> None:
-        """A crashed trial is a bad result at its rung, unless Tune is about to start it again."""
+        """A crashed trial is a bad result at its rung, unless Tune is about to start it again or a node was at fault."""
         if trial.status == Trial.ERROR:  # set before this call only when the trial is to be retried
             return
-        self._fail(tune_controller, trial.trial_id)
+        if self.node_fault:
+            self._leave(trial.trial_id)
+        else:
+            self._fail(tune_controller, trial.trial_id)
 
     def _fail(self, tune_controller, trial_id: str) -> None:
         bracket = self._bracket_of[trial_id]

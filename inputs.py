@@ -233,11 +233,11 @@ def parameters(folder: Path) -> int:
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 
-def is_storage(error: Exception) -> bool:
+def is_storage(error: BaseException) -> bool:
     """Whether an error says that a file system is full or gone. Libraries that write in C or Rust raise errors of their own."""
     if isinstance(error, OSError) and error.errno in STORAGE:
         return True
-    return any(word in str(error) for word in ("No space left on device", "(os error 28)", "inline_container", "PytorchStreamWriter"))
+    return any(word in str(error) for word in (*map(os.strerror, STORAGE), "(os error 28)", "inline_container", "PytorchStreamWriter"))
 
 
 def check_disk(output_dir: Path, needed: int) -> None:

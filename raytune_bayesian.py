@@ -55,6 +55,8 @@ LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a t
 CHECKPOINT_BYTES = 18  # a parameter, at most: AdamW's state, weights as DeepSpeed and as the Trainer save them, tied ones twice
 MAX_OVERFLOWS = 40  # optimizer steps in a row; each halves the loss scale, which starts at 2**16
 MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
+STORAGE_PATIENCE = 3600  # seconds; a file system that is full or gone is waited for, then the search goes on from its last saved state
+MAX_STORAGE_WAITS = 10  # in all
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
 
@@ -433,7 +435,7 @@ def search(
         parts = {"searcher": searcher.get_state(), "scheduler": scheduler.get_state(), "record": record, "live": live}
         resume.save_state(run_dir, parts | {"bill": spent.get_state()})
 
-    first_rung = min(args.num_samples, rungs(args.max_t, args.reduction_factor)[0][0][0])
+    first_rung = min(args.num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))  # one trial alone ends no search
     record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
     spent = bill.Bill(record, resources, args.max_concurrent_trials)
@@ -488,6 +490,7 @@ def search(
                 report.Progress(record, scheduler, inputs.slots(args), expected.iterations, expected.time),
                 resume.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
                 resume.Watchdog(args.trial_timeout, record.say),
+                resume.BadNodes(meeting and Path(meeting), record.say),
             ],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,
@@ -673,6 +676,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     announce(args, run, run_dir, state, expected, disk)
     folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700
     short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
+    environment, storage = dict(os.environ), None
     with folder_of_its_own(dir=short) as temp_dir, folder_of_its_own() as trials_dir:
         try:
             start_ray(args, temp_dir, trials_dir)
@@ -698,11 +702,19 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
         except BaseException as error:
-            status = "interrupted" if isinstance(error, resume.Drained) or not isinstance(error, Exception) else "failed"
-            report.write_json(run_dir / "run.json", facts | {"status": status})
-            raise
+            if inputs.is_storage(error) or isinstance(error, OSError) and not run_dir.exists():
+                storage = error
+            else:
+                status = "interrupted" if isinstance(error, resume.Drained) or not isinstance(error, Exception) else "failed"
+                report.write_json(run_dir / "run.json", facts | {"status": status})
+                raise
         finally:
             ray.shutdown()
+    if storage:
+        go_on_after(storage, run_dir, disk, environment)
+        with contextlib.suppress(OSError):
+            report.write_json(run_dir / "run.json", facts | {"status": "interrupted"})
+        raise storage
     report.write_json(run_dir / "run.json", facts | {"status": "done"})
     resume.delete_state(run_dir)
     try:
@@ -719,6 +731,23 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     print(report.table(list(record.trials.values()), args.metric), flush=True)
 
 
+def go_on_after(error: Exception, run_dir: Path, disk: int, environment: dict[str, str]) -> None:
+    """Waits for a file system that was full or gone, and starts this program anew with --resume; returns when that is not to be."""
+    waits = int(environment.get("STORAGE_WAITS", 0))
+    if waits == MAX_STORAGE_WAITS:
+        return
+    print(f"storage: {' '.join(str(error).split())[-500:]}", flush=True)
+    print(f"waiting for {run_dir} and room in it, at most {STORAGE_PATIENCE / 60:.0f} minutes (STORAGE_PATIENCE)", flush=True)
+    try:
+        resume.stop_at_once()  # on the signal before a time limit
+        there = resume.wait_for_storage(run_dir, disk, STORAGE_PATIENCE)
+    except (resume.Drained, KeyboardInterrupt):
+        return
+    if there:
+        command = [sys.executable, sys.argv[0], "--resume", "--run_name", run_dir.name, "--output_dir", str(run_dir.parent)]
+        os.execve(sys.executable, command, environment | {"STORAGE_WAITS": str(waits + 1)})
+
+
 if __name__ == "__main__":
     # by the name of its file, so that trial processes import it, a copy too, and nothing has to be pickled
     script = importlib.import_module(Path(__file__).stem)
@@ -727,8 +756,8 @@ if __name__ == "__main__":
     except inputs.BadInput as error:
         inputs.refuse(error)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OSError):
-            print(f"raytune_bayesian.py: storage: {error}", file=sys.stderr)
+        if isinstance(error, OSError) or inputs.is_storage(error):
+            print(f"raytune_bayesian.py: storage: {' '.join(str(error).split())[-500:]}", file=sys.stderr)
         elif isinstance(error, Exception) and not isinstance(error, script.resume.Drained):
             traceback.print_exc()
         where = f"{ARGS.output_dir}/{ARGS.run_name}"

@@ -10,20 +10,25 @@ import hashlib
 import math
 import os
 import pickle
+import re
+import shutil
 import signal
+import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import ray
 import ray.tune.execution.tune_controller
 import ray.tune.tune
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train._internal.session import _TrainingResult
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec
 from ray.tune.search import SearchGenerator
 from ray.tune.utils import flatten_dict, merge_dicts
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 FILE = "state.pkl"
 
@@ -63,6 +68,27 @@ def delete_state(run_dir: Path) -> None:
     """Of a search that is done: there is nothing to go on with."""
     for name in (FILE, f"{FILE}.1"):
         (run_dir / name).unlink(missing_ok=True)
+
+
+def wait_for_storage(run_dir: Path, needed: int, patience: float) -> bool:
+    """Waits until the file system of a run takes files again and has room for what the run still lacks of `needed` bytes.
+
+    Returns whether it has come to that within `patience` seconds.
+    """
+    deadline = time.time() + patience
+    while time.time() < deadline:
+        try:
+            with tempfile.TemporaryFile(dir=run_dir) as file:
+                file.write(b"x" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+            used = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+            if shutil.disk_usage(run_dir).free >= needed - used:
+                return True
+        except OSError:
+            pass
+        time.sleep(min(5, patience / 10))
+    return False
 
 
 class ResumableSearch(SearchGenerator):
@@ -116,27 +142,76 @@ class ResumableSearch(SearchGenerator):
 
 
 class NodeOutOfMemory(RayActorError):
-    """Ray has ended a process because its node ran out of memory."""
+    """Ray or the kernel has ended a process because its node, or the job's part of it, ran out of memory."""
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for their memory in the control group of this one, as at the memory limit of a job."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            folder, name = root / "sys/fs/cgroup" / group.lstrip("/"), "memory.events"
+        elif "memory" in controllers.split(","):
+            folder, name = root / "sys/fs/cgroup/memory" / group.lstrip("/"), "memory.oom_control"
+        else:
+            continue
+        for file in (parent / name for parent in (folder, *folder.parents)):
+            if file.exists():
+                return sum(map(int, re.findall(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)))
+    return 0
 
 
 class TuneController(ray.tune.execution.tune_controller.TuneController):
     """Tune's own, corrected where a process is lost. docs/upstream.md has this as a patch.
 
-    Tune's own ends the search when Ray ends a process for its memory; here that trial has failed, and is not tried again, as it
-    would need as much again. A process that is lost, or fails, while it changes over to its next trial costs that trial all its
+    Tune's own ends the search when Ray ends a process for its memory, and retries one that the kernel has killed for it; here such a
+    trial has failed, and is not tried again, as it would need as much again. A trial whose node has failed it too often has failed
+    too, but the scheduler does not hear of it as a bad result. A process that is lost, or fails, while it changes over to its next trial costs that trial all its
     retries with Tune's own, or it is never started; here the trial is started again in another process.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         task_failed = self._actor_manager._actor_task_failed
+        self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, when it was first seen: control groups may be older than a search
+        self._told_of: Counter = Counter()  # kills since then, by node
+        self._looked_at = 0.0
 
         def _actor_task_failed(tracked_actor_task, exception: Exception) -> None:
             if isinstance(exception, OutOfMemoryError):
                 exception = NodeOutOfMemory(error_msg=f"out of memory: {str(exception).splitlines()[0]}")
+            elif isinstance(exception, RayActorError) and self._killed_for_memory(str(exception)):
+                exception = NodeOutOfMemory(error_msg="out of memory: the kernel has killed its process at the memory limit of job or node")
             task_failed(tracked_actor_task, exception)
 
         self._actor_manager._actor_task_failed = _actor_task_failed
+
+    def step(self) -> None:
+        if time.time() > self._looked_at + 5:
+            self._looked_at = time.time()
+            for node in ray.nodes():
+                if node["Alive"] and node["NodeID"] not in self._oom_kills:
+                    self._oom_kills[node["NodeID"]] = self._ask_for_oom_kills(node["NodeID"])
+        super().step()
+
+    @staticmethod
+    def _ask_for_oom_kills(node: str) -> ray.ObjectRef:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        return ray.remote(oom_kills).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote()
+
+    def _killed_for_memory(self, message: str) -> bool:
+        """Whether the kernel has killed more processes on a lost process's node than are accounted for; asks the node, at most 20 s."""
+        found = re.search(r"^\s*ip: (\S+)$", message, re.MULTILINE)
+        node = next((n["NodeID"] for n in ray.nodes() if n["Alive"] and found and n["NodeManagerAddress"] == found.group(1)), None)
+        if node not in self._oom_kills:
+            return False
+        try:
+            before, now = ray.get([self._oom_kills[node], self._ask_for_oom_kills(node)], timeout=20)
+        except RayError:  # the node is on its way out too
+            return False
+        more = now - before > self._told_of[node]
+        self._told_of[node] += more
+        return more
 
     def _actor_failed(self, tracked_actor, exception: Exception) -> None:
         self._resetting_trials.discard(self._actor_to_trial.get(tracked_actor))
@@ -159,7 +234,9 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
         if isinstance(exception, NodeOutOfMemory):
             trial.max_failures = 0
+        self._scheduler_alg.node_fault = not isinstance(exception, NodeOutOfMemory)  # the train function reports what is its own fault
         super()._process_trial_failure(trial, exception)
+        self._scheduler_alg.node_fault = False
 
 
 ray.tune.tune.TuneController = TuneController  # what Tuner.fit() makes
@@ -248,3 +325,40 @@ class Watchdog(Callback):
                 self.say(f"trial {trial.trial_id} has not reported for {silent:.0f} s: its process is ended")
                 self.heard[trial.trial_id] = self.changing[trial.trial_id] = time.time()
                 ray.kill(trial.temporary_state.ray_actor)
+
+
+class BadNodes(Callback):
+    """Gives back the worker job of a node where a GPU fails: a trial that fails at once frees its slot for the next, so that one such
+    GPU would go through all trials.
+
+    A node counts as bad after `MOST` CUDA errors, if it had more of them than all others together, and others are there. Told by a
+    file where the workers meet the head, which has Slurm keep off that node for the job that replaces it.
+    """
+
+    MOST = 2
+
+    def __init__(self, folder: Path | None, say):
+        self.folder, self.say = folder, say
+        self.errors: Counter = Counter()  # by address of the node
+
+    def on_trial_recover(self, iteration, trials, trial, **info):
+        text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
+        last = text[text.rfind("\nFailure #") :]
+        found = re.search(r"\bip=([\d.]+)", last)
+        if "CUDA error" not in last or not found:
+            return
+        address = found.group(1)
+        self.errors[address] += 1
+        if self.folder is None or self.errors[address] < self.MOST or 2 * self.errors[address] <= self.errors.total():
+            return
+        jobs = {}  # of workers, by address
+        for node in ray.nodes():
+            job = next((name.removeprefix("slurm_job_") for name in node["Resources"] if name.startswith("slurm_job_")), None)
+            if node["Alive"] and job:
+                jobs[node["NodeManagerAddress"]] = job
+        if address in jobs and len(jobs) > 1:
+            reason = re.search(r"CUDA error.*", last).group()
+            (self.folder / f"bad-{jobs[address]}").write_text(f"a GPU fails here, {self.errors[address]} times so far: {reason}\n")
+            self.say(f"worker job {jobs[address]} is given up: a GPU of its node fails")
+
+    on_trial_error = on_trial_recover

@@ -55,6 +55,12 @@ class Run:
         (folder / "tmp").mkdir(parents=True)
         self.cluster, self.project, self.output = cluster, Project(cluster, folder, folder / "tmp"), output
         self.rows = output / "x" / "iterations.csv"
+        script = self.project.folder / "raytune_bayesian.py"
+        start = "    init_distributed()\n    transformers"
+        if start not in script.read_text():
+            raise RuntimeError(f"no place in {script} for a GPU that fails")
+        broken = '    if (Path(run["run_dir"]) / f"broken-{socket.gethostname()}").exists():\n        raise RuntimeError("CUDA error: unknown")\n'
+        script.write_text(script.read_text().replace(start, broken + start))
         self.job = self.submit(*ARGUMENTS)
         self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER, 240)
         self.hit_at = time.time()
@@ -144,6 +150,13 @@ def hung(run: Run) -> list[str]:
     return ["node2"]
 
 
+def gpu(run: Run) -> list[str]:
+    """No GPU is here: what a trial that starts there would raise."""
+    (run.output / "x" / "broken-node2").touch()
+    run.project.wait_for("the node to be given up", lambda: "is given up: a GPU of its node fails" in run.project.log(run.job), 200)
+    return ["node2"]
+
+
 def storage(run: Run) -> list[str]:
     """As when a file server is gone: whoever reads or writes there waits."""
     sh(f"fsfreeze --freeze {run.output}")
@@ -155,12 +168,9 @@ def storage(run: Run) -> list[str]:
 def disk(run: Run) -> list[str]:
     filler = run.output / "filler"
     sh(f"cat /dev/zero > {filler}", check=False)
-    run.project.wait_for("the end of the job", lambda: run.job not in run.cluster.queue())
-    if "storage: " not in run.project.log(run.job):
-        raise RuntimeError(run.project.log(run.job))
+    run.project.wait_for("the search to wait", lambda: "\nwaiting for " in run.project.log(run.job), 200)
     filler.unlink()
     run.hit_at = time.time()  # what went before is the user's own time
-    run.resume()
     return []
 
 
@@ -175,7 +185,8 @@ FAULTS = {
     link: ("link down for 60 s", "worker's node"),
     hung: ("SIGSTOP, 40 s timeout", "processes of two trials"),
     storage: ("gone for 60 s", "results"),
-    disk: ("disk full, --resume", "results"),
+    disk: ("full", "results"),
+    gpu: ("GPU fails (CUDA error)", "a worker's node"),
 }
 
 

@@ -386,6 +386,22 @@ def test_10_crash_is_a_bad_result_at_its_rung():
     assert told(search_alg) == {3: 22, 12: 14, 50: 8}
 
 
+def test_10_a_fault_of_a_node_is_no_result():
+    """The trial has failed all the same, and its bracket goes on without it."""
+    search_alg, scheduler = pair(OURS)
+
+    def fault(trial_id, iteration):
+        scheduler.node_fault = trial_id == "00004"
+        return "crash" if trial_id in ("00004", "00007") and iteration == 2 else None
+
+    simulation = Simulation(search_alg, scheduler, 34, loss, fault=fault)
+    simulation.run()
+    assert [t.trial_id for t in simulation.trials if t.status == Trial.ERROR] == ["00004", "00007"]
+    assert "00004" not in {o["trial_id"] for o in search_alg.observations}
+    assert [o["loss"] for o in search_alg.observations if o["trial_id"] == "00007"] == [math.inf]
+    assert told(search_alg) == Counter(results_per_budget(34, 50, 4)) - Counter({3: 1})
+
+
 def test_10_all_trials_of_a_rung_crash():
     search_alg, scheduler, simulation = simulate(OURS, num_samples=10, sim={"fault": lambda *_: "crash"}, slots=3)
     assert all(t.status == Trial.ERROR for t in simulation.trials) and told(search_alg) == {3: 10}
@@ -475,9 +491,19 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
     """Never hangs; no (trial, budget) told twice; no more trials at a rung than planned; all trials accounted for."""
     chance = random.Random(seed)
     durations: dict[str, float] = {}
+    lost: set[str] = set()  # trials of a node that has died
 
     def fault(trial_id, iteration):
-        return chance.choices([None, "crash", "retry"], [20, 1, 1])[0]
+        if trial_id in lost:
+            lost.discard(trial_id)
+            return "retry"
+        kind = chance.choices([None, "crash", "retry", "out of retries", "node"], [40, 2, 2, 1, 1])[0]
+        if kind == "node":
+            running = [t.trial_id for t in simulation.trials if t.status == Trial.RUNNING and t.trial_id != trial_id]
+            lost.update(chance.sample(running, chance.randint(0, len(running))))
+            return "retry"
+        scheduler.node_fault = kind == "out of retries"
+        return "crash" if kind == "out of retries" else kind
 
     def seconds(config):
         return durations.setdefault(str(config["train_loop_config"]), chance.uniform(0.1, 3))
@@ -485,10 +511,11 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
     def noisy(config, t):
         return chance.choice([math.nan, math.inf]) if chance.random() < 0.05 else loss(config, t)
 
-    search_alg, scheduler, simulation = simulate(
-        OURS, num_samples=num_samples, max_t=max_t, reduction_factor=reduction_factor, slots=slots, seed=seed, train=noisy,
-        max_concurrent=max_concurrent, stop_last_trials=stop_last_trials, sim={"fault": fault, "seconds": seconds},
-    )  # fmt: skip
+    search_alg, scheduler = pair(
+        OURS, max_t=max_t, reduction_factor=reduction_factor, seed=seed, max_concurrent=max_concurrent, stop_last_trials=stop_last_trials
+    )
+    simulation = Simulation(search_alg, scheduler, num_samples, noisy, slots=slots, max_t=max_t, fault=fault, seconds=seconds)
+    simulation.run()
     assert len(simulation.trials) == num_samples == len(search_alg.suggested)
     assert set(Counter((o["trial_id"], o["budget"]) for o in search_alg.observations).values()) <= {1}
     assert told(search_alg).total() == len(search_alg.observations)

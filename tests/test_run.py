@@ -414,37 +414,107 @@ def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
 
 
 def test_full_disk(tmp_path, tiny_model, tiny_squad):
-    """Too little from the start is refused; a disk that fills up stops the search, which goes on once there is room."""
+    """Too little from the start is refused. One that is gone for a while, then fills up: the search waits, and goes on by itself."""
     if os.getuid() != 0:
         pytest.skip("only root can mount a small file system")
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    lines = []
     try:
-        name = ["--output_dir", disk, "--run_name", "x"]
-        small = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16]
-        process = run_script(*small, *name)
+        small = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16, "--output_dir", disk, "--run_name", "x"]
+        process = run_script(*small)
         assert process.returncode == 2 and not list(disk.iterdir())
         assert re.fullmatch(f".*--output_dir {disk}: the run needs up to 0.0[0-9]+ GB there, and 0.00[0-9]+ GB are free\n", process.stderr)
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
 
-        def fill():
-            with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
-                while True:
-                    file.write(b"x" * 4096)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, small)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, start_new_session=True,
+        )  # fmt: skip
 
-        done, out = cut([*small, *name], 3, fill)
-        assert done == 1 and "Best Trial Result" not in out
-        assert "raytune_bayesian.py: storage: " in out and "o space left on device" in out, out
-        assert "Traceback" not in out and "--resume --run_name x" in out
+        def read_to(what, times=1):
+            start = len(lines)
+            for line in process.stdout:
+                lines.append(line)
+                if sum(what in line for line in lines[start:]) == times:
+                    return
+            raise AssertionError("".join(lines))
+
+        read_to("] trial ", 3)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], check=True)  # in its place
+        read_to("waiting for ")
+        subprocess.run(["umount", disk], check=True)
+        read_to("going on with a search")
+        read_to("] trial ", 3)
+        with open(disk / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+        read_to("waiting for ")
         (disk / "filler").unlink()
-        process = run_script(*name, "--resume")
-        assert process.returncode == 0, process.stderr
-        assert "going on with a search" in process.stdout
+        lines.append(process.communicate(timeout=120)[0])
+        out = "".join(lines)
+        assert process.returncode == 0 and out.count("going on with a search") == 2 and out.count("Best Trial Result") == 1, out
+        assert out.count("\nstorage: ") == 2 and re.search("storage: .*o space left on device", out), out
+        assert "Traceback" not in out and "ended early" not in out
         trials = report.read_csv(disk / "x" / "trials.csv")
         assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 16
     finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         subprocess.run(["umount", disk], check=True)
+
+
+def memory_cgroup(limit: int) -> Path:
+    """A new control group for processes of at most so many bytes; for root."""
+    first = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory/cgroup.procs").exists() else Path("/sys/fs/cgroup")
+    group = first / f"bohb-test-{os.getpid()}"
+    group.mkdir()
+    (group / ("memory.limit_in_bytes" if first.name == "memory" else "memory.max")).write_text(str(limit))
+    return group
+
+
+def test_a_trial_that_the_kernel_kills_at_the_memory_limit(tmp_path, tiny_model, tiny_squad):
+    """As at the limit of a Slurm job: failed and not tried again, as it would need as much again; kill -9 alone is not taken for it."""
+    if os.getuid() != 0:
+        pytest.skip("only root can make a control group")
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path)
+    script = tmp_path / "raytune_bayesian.py"
+    harm = """
+honest_train = train
+
+
+def train(config, run):
+    for fault in ("kill", "memory"):
+        mark = Path(run["run_dir"]) / f".fault-{fault}"
+        if not mark.exists():
+            mark.write_text(tune.get_context().get_trial_id())
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            held = [b"x" * 2**27 for _ in range(64)]  # 8 GiB
+            time.sleep(60)
+    honest_train(config, run)
+"""
+    script.write_text(script.read_text().replace('\nif __name__ == "__main__":\n    # by the name', harm + '\n\nif __name__ == "__main__":\n    # by the name'))
+    group = memory_cgroup(6 * 2**30)
+    try:
+        arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
+                     "--max_concurrent_trials", 1, "--num_samples", 3, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
+        command = ["bash", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "-", sys.executable, script, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "RAY_memory_monitor_refresh_ms": "0"}  # Ray's own monitor is tested above
+        process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=environment)
+    finally:
+        wait_for("the end of all processes", lambda: not (group / "cgroup.procs").read_text(), 30)
+        group.rmdir()
+    out = process.stdout
+    assert process.returncode == 0, out + process.stderr
+    killed, hungry = ((tmp_path / "x" / f".fault-{fault}").read_text() for fault in ("kill", "memory"))
+    status = {t["trial_id"]: t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")}
+    assert (status[killed], status[hungry]) == ("completed", "failed") if killed != hungry else status[hungry] == "failed", out
+    assert re.search(f"trial {killed} .*goes on from iteration 0", out), out
+    assert re.search(f"trial {hungry} .*failed after 0 iterations: .*the kernel has killed its process", out), out
+    assert out.count("goes on from iteration") == 1 and len(status) == 3
 
 
 FAULTS = """

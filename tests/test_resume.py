@@ -1,0 +1,115 @@
+"""What watches over the trials, and waits for storage: without a cluster. With one: test_run.py and test_slurm.py."""
+
+import types
+
+import pytest
+import ray
+
+import inputs
+import resume
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(resume.time, "time", lambda: self.now)
+
+
+def trial(trial_id, status, actor=None):
+    return types.SimpleNamespace(trial_id=trial_id, status=status, temporary_state=types.SimpleNamespace(ray_actor=actor), error_file=None)
+
+
+@pytest.fixture()
+def killed(monkeypatch):
+    ended = []
+    monkeypatch.setattr(ray, "kill", ended.append)
+    return ended
+
+
+def test_a_process_that_does_not_change_over_is_ended(monkeypatch, killed):
+    clock, said = Clock(monkeypatch), []
+    watchdog, waiting = resume.Watchdog(30, said.append), trial("a", "PENDING", "actor")
+    for _ in range(7):
+        watchdog.on_step_end(0, [waiting, trial("b", "PENDING")])  # b waits for a slot, and has none to end
+        clock.now += 5
+    assert not killed
+    watchdog.on_step_end(0, [waiting])
+    assert killed == ["actor"] and said == ["trial a has not reported for 35 s: its process is ended"]
+
+
+def test_a_search_that_stood_still_does_not_take_its_trials_for_hung(monkeypatch, killed):
+    clock = Clock(monkeypatch)
+    watchdog, running = resume.Watchdog(30, print), trial("a", "RUNNING", "actor")
+    watchdog.on_trial_start(0, [running], running)
+    for gap in (5, 3600, 5):  # an hour in which the driver could not look
+        clock.now += gap
+        watchdog.on_step_end(0, [running])
+    assert not killed
+    for _ in range(5):
+        clock.now += 5
+        watchdog.on_step_end(0, [running])
+    assert killed == ["actor"]
+
+
+def test_the_limit_follows_the_slowest_iteration(monkeypatch, killed):
+    clock = Clock(monkeypatch)
+    watchdog, running = resume.Watchdog(None, print), trial("a", "RUNNING", "actor")
+    watchdog.on_trial_start(0, [running], running)
+
+    def silent(seconds):
+        for _ in range(seconds // 10):
+            clock.now += 10
+            watchdog.on_step_end(0, [running])
+
+    silent(7200)  # before the first iteration
+    assert not killed
+    watchdog.on_trial_result(0, [running], running, {"started_at": 0.0, "ended_at": 100.0})
+    silent(1000)
+    assert not killed
+    silent(10)
+    assert killed == ["actor"]
+
+
+CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={})\nRuntimeError: CUDA error: an illegal memory access\n"
+
+
+def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_path):
+    nodes = [{"NodeManagerAddress": f"10.0.0.{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    said, text = [], "\n"
+    watch, victim = resume.BadNodes(tmp_path, said.append), trial("a", "RUNNING")
+    victim.error_file = str(tmp_path / "error.txt")
+    for number, address in enumerate(["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1):  # one is an accident, and so is as many as elsewhere
+        assert not said
+        text += CUDA.format(number, address)
+        (tmp_path / "error.txt").write_text(text)
+        watch.on_trial_recover(0, [], victim)
+    assert said == ["worker job 71 is given up: a GPU of its node fails"]
+    assert (tmp_path / "bad-71").read_text() == "a GPU fails here, 2 times so far: CUDA error: an illegal memory access\n"
+    nodes.pop()  # the only one that is left
+    (tmp_path / "bad-71").unlink()
+    watch.on_trial_error(0, [], victim)
+    assert not (tmp_path / "bad-71").exists()
+
+
+@pytest.mark.parametrize("group, file", [("0::/a/b", "sys/fs/cgroup/a/memory.events"), ("4:memory:/a/b", "sys/fs/cgroup/memory/a/b/memory.oom_control")])
+def test_kills_by_the_kernel_are_read_from_both_kinds_of_control_groups(tmp_path, group, file):
+    for path, text in {"proc/self/cgroup": f"9:pids:/\n{group}\n", file: "oom 5\nunder_oom 0\noom_kill 3\noom_group_kill 1\n"}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert resume.oom_kills(tmp_path) == 3
+    (tmp_path / file).unlink()
+    assert resume.oom_kills(tmp_path) == 0
+
+
+def test_storage_that_stays_away_or_full_is_not_waited_for_for_ever(tmp_path):
+    assert not resume.wait_for_storage(tmp_path / "gone", 0, 0.3)
+    assert not resume.wait_for_storage(tmp_path, 10**18, 0.3)
+    (tmp_path / "checkpoint").write_bytes(b"x" * 10**6)
+    assert resume.wait_for_storage(tmp_path, 10**6, 0.3)
+
+
+@pytest.mark.parametrize("code", inputs.STORAGE)
+def test_errors_of_storage_are_known_as_they_come_out_of_tune(code):
+    assert inputs.is_storage(OSError(code, "text")) and inputs.is_storage(RuntimeError(f"Traceback …\n{OSError(code, inputs.os.strerror(code))}"))
+    assert not inputs.is_storage(RuntimeError("CUDA error"))
