@@ -109,9 +109,9 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
 
-def run_script(*arguments, timeout=300, script=ROOT / "raytune_bayesian.py", **environment) -> subprocess.CompletedProcess:
-    """Runs raytune_bayesian.py as a user does, in a process group of its own; output is text."""
-    command = [sys.executable, str(script), *map(str, arguments)]
+def run_script(*arguments, timeout=300, script=ROOT / "raytune_bayesian.py", before=(), **environment) -> subprocess.CompletedProcess:
+    """Runs raytune_bayesian.py as a user does, in a process group of its own, `before` in front of the command; output is text."""
+    command = [*before, sys.executable, str(script), *map(str, arguments)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, start_new_session=True
     )

@@ -501,9 +501,9 @@ def train(config, run):
     try:
         arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
                      "--max_concurrent_trials", 1, "--num_samples", 3, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
-        command = ["bash", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "-", sys.executable, script, *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "RAY_memory_monitor_refresh_ms": "0"}  # Ray's own monitor is tested above
-        process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=environment)
+        inside = ["bash", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "-"]
+        no_monitor = {"RAY_memory_monitor_refresh_ms": "0"}  # Ray's own is tested above
+        process = run_script(*arguments, script=script, before=inside, PYTHONPATH=str(tmp_path), **no_monitor)
     finally:
         wait_for("the end of all processes", lambda: not (group / "cgroup.procs").read_text(), 30)
         group.rmdir()
