@@ -311,23 +311,6 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     assert project.left_over() == {}
 
 
-def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
-    """No trial is lost to it, the model does not learn of it, and Slurm keeps off it for the job that replaces its worker."""
-    script = project.folder / "raytune_bayesian.py"
-    fault = '    if socket.gethostname() == "node2":\n        raise RuntimeError("CUDA error: an illegal memory access was encountered")\n'
-    script.write_text(script.read_text().replace("    init_distributed()\n    transformers", fault + "    init_distributed()\n    transformers"))
-    job = project.submit(*tiny, *SHORT, "--run_name", "x", NUM_WORKERS="2")
-    assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
-    log = project.log(job)
-    assert re.search(r"worker job \d+ is given up: a GPU of its node fails", log), log
-    assert re.search(r"worker job \d+ refused node2: a GPU fails here, \d times so far: CUDA error: an illegal memory access", log), log
-    replacement = re.search(r"worker job (\d+) replaces it \(1 of at most 10\)", log).group(1)
-    assert project.cluster.job(replacement)["NodeList"] != "node2"
-    trials = report.read_csv(project.folder / "results" / "x" / "trials.csv")
-    assert len(trials) == 6 and {t["status"] for t in trials} == {"stopped", "completed"}, log
-    assert project.left_over() == {}
-
-
 def test_idle_nodes_are_given_back(project, tiny):
     """One trial, two nodes: the one without it goes back to Slurm, is not replaced, and the bill says what that saves."""
     arguments = ["--max_t", 4, "--num_train_epochs", 50, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
