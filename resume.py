@@ -343,7 +343,7 @@ class BadNodes(Callback):
 
     def on_trial_recover(self, iteration, trials, trial, **info):
         text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
-        last = text[text.rfind("\nFailure #") :]
+        last = text[text.rfind("Failure #") :]
         found = re.search(r"\bip=([\d.]+)", last)
         if "CUDA error" not in last or not found:
             return

@@ -76,7 +76,7 @@ CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={}
 def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_path):
     nodes = [{"NodeManagerAddress": f"10.0.0.{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
-    said, text = [], "\n"
+    said, text = [], ""
     watch, victim = resume.BadNodes(tmp_path, said.append), trial("a", "RUNNING")
     victim.error_file = str(tmp_path / "error.txt")
     for number, address in enumerate(["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1):  # one is an accident, and so is as many as elsewhere
