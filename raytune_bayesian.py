@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import socket
 import sys
 import tempfile
@@ -530,7 +529,7 @@ def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
     os.environ.update(environment)
     with contextlib.chdir(Path(__file__).parent):  # its processes look for modules there first, not in a folder with another copy
         ray.init(**options, runtime_env={"env_vars": environment})
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # after Ray has set its own, so that all is put away
+    resume.stop_at_once()  # after Ray has set its own handlers, so that all is put away
 
 
 def test(run: dict, folder: str) -> dict[str, float]:

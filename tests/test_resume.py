@@ -1,5 +1,7 @@
 """What watches over the trials, and waits for storage: without a cluster. With one: test_run.py and test_slurm.py."""
 
+import os
+import signal
 import types
 
 import pytest
@@ -113,3 +115,27 @@ def test_storage_that_stays_away_or_full_is_not_waited_for_for_ever(tmp_path):
 def test_errors_of_storage_are_known_as_they_come_out_of_tune(code):
     assert inputs.is_storage(OSError(code, "text")) and inputs.is_storage(RuntimeError(f"Traceback …\n{OSError(code, inputs.os.strerror(code))}"))
     assert not inputs.is_storage(RuntimeError("CUDA error"))
+
+
+def test_a_termination_is_not_lost_where_python_swallows_exceptions():
+    """SystemExit out of a signal handler is only printed when the handler happens to run in a finalizer."""
+
+    class Finalizer:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            list(range(1000))  # the handler runs here
+
+    scheduler = types.SimpleNamespace(draining=False)
+    before = {how: signal.getsignal(how) for how in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        resume.stop_at_once()
+        drain = resume.Drain(scheduler, None, None, None)
+        drain.setup()
+        drain.on_step_end(0, [])
+        Finalizer()
+        with pytest.raises(SystemExit) as ended:
+            drain.on_step_end(1, [])
+    finally:
+        for how, handler in before.items():
+            signal.signal(how, handler)
+    assert ended.value.code == 143 and not scheduler.draining

@@ -311,6 +311,29 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     assert project.left_over() == {}
 
 
+def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
+    """CUDA errors on one of two nodes: its job goes, Slurm keeps off the node, no trial is lost and none is told to the model as bad."""
+    script, broken = project.folder / "raytune_bayesian.py", project.folder / "broken"
+    text, start = script.read_text(), "    init_distributed()\n    transformers"
+    assert text.count(start) == 1
+    fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
+    script.write_text(text.replace(start, fails + start))
+    arguments = ["--max_t", 16, "--num_train_epochs", 8, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
+    job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
+    rows = project.folder / "results" / "x" / "iterations.csv"
+    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
+    bad = next(w for w in project.workers(job) if project.cluster.job(w)["NodeList"] == "node2")
+    broken.touch()
+    assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
+    log = project.log(job)
+    assert f"worker job {bad} is given up: a GPU of its node fails" in log, log
+    others = [w for w in re.findall(r"worker job (\d+) replaces it", log)]
+    assert others and all(project.cluster.job(w).get("NodeList") != "node2" for w in others), log
+    trials = report.read_csv(rows.parent / "trials.csv")
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16] and "failed" not in {t["status"] for t in trials}, log
+    assert project.left_over() == {}
+
+
 def test_idle_nodes_are_given_back(project, tiny):
     """One trial, two nodes: the one without it goes back to Slurm, is not replaced, and the bill says what that saves."""
     arguments = ["--max_t", 4, "--num_train_epochs", 50, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
