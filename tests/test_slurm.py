@@ -318,10 +318,11 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     assert text.count(start) == 1
     fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
     script.write_text(text.replace(start, fails + start))
-    arguments = ["--max_t", 16, "--num_train_epochs", 8, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
+    arguments = ["--max_t", 16, "--num_train_epochs", 5, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
-    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
+    both = {"node2", "node3"}
+    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == both, 240)
     bad = next(w for w in project.workers(job) if project.cluster.job(w)["NodeList"] == "node2")
     broken.touch()
     assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
