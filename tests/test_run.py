@@ -229,14 +229,14 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
 
 def test_real_squad(tmp_path, demo_model, shared_squad):
     process = run_script(
-        "--dataset", shared_squad, "--model", demo_model, "--max_train_samples", 256, "--max_eval_samples", 64, "--num_samples", 5,
+        "--dataset", shared_squad, "--model", demo_model, "--max_train_samples", 128, "--max_eval_samples", 32, "--num_samples", 5,
         "--max_t", 4, "--num_train_epochs", 0.5, "--output_dir", tmp_path, "--run_name", "real", timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     # the real training subset has one title only
-    assert "questions: 256 to train on, 64 of other passages to select on" in process.stdout
+    assert "questions: 128 to train on, 32 of other passages to select on" in process.stdout
     run = json.loads((tmp_path / "real" / "run.json").read_text())
-    assert run["questions"] == {"train": 256, "selection": 64, "test": 64} and 0 <= run["test"]["f1"] <= 1
+    assert run["questions"] == {"train": 128, "selection": 32, "test": 32} and 0 <= run["test"]["f1"] <= 1
     assert len(closing_block(process.stdout)[1]) == 2 + 5
     # whole answers are learnt: from the loss of the first evaluation to the last of a trial that trained fully
     iterations = report.read_csv(tmp_path / "real" / "iterations.csv")
@@ -340,7 +340,7 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
 
 def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, tiny_squad):
     """Saved at the next optimizer step, not at the next evaluation, and resumed bit for bit."""
-    one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 30, "--max_eval_samples", 10,
+    one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 16, "--max_eval_samples", 10,
            "--num_samples", 1, "--output_dir", tmp_path]  # fmt: skip
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -362,7 +362,7 @@ def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, 
     assert process.returncode == 1 and "] trial " not in out, out
     checkpoint = next((tmp_path / "x").glob("ray/*/checkpoint_*"))
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
-    assert 0 < step < 2850  # of 5700: within the first iteration
+    assert 0 < step < 1520  # of 3040: within the first iteration
     process = run_script("--output_dir", tmp_path, "--run_name", "x", "--resume")
     assert process.returncode == 0, process.stderr
     losses = [[i["eval_loss"] for i in report.read_csv(tmp_path / name / "iterations.csv")] for name in ("through", "x")]

@@ -72,7 +72,7 @@ def test_search_on_two_nodes(project, demo_model):
     with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
     script.write_text(text.replace('"node": socket.gethostname()', with_gpu))
     job = project.submit(
-        "--model", demo_model, "--dataset", demo_model.parent / "squad", "--max_t", 16, "--num_train_epochs", 0.6,
+        "--model", demo_model, "--dataset", demo_model.parent / "squad", "--max_t", 16, "--num_train_epochs", 0.3,
         "--max_eval_samples", 50, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
