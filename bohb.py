@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Narrowest kernel, in units of a hyperparameter's range. hpbandster's 1e-3 lets a handful of good results that
 # lie close together pull every later suggestion onto one point (the same lr to three digits, dozens of times).
-MIN_BANDWIDTH = 0.03
+MIN_BANDWIDTH = 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

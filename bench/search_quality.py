@@ -1,7 +1,7 @@
 """How good the best configuration is that a search finds for a budget, on problems whose optimum is known.
 
-    pip install ...             # as bench/requirements.txt says
-    python bench/search_quality.py    # about 40 minutes on two cores
+    pip install …                                                 # as bench/requirements.txt says
+    python bench/search_quality.py                                # about 40 minutes on two cores
     python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
     python bench/search_quality.py --variants                     # other settings of our model
 
