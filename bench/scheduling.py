@@ -97,8 +97,11 @@ def utilisation(all_slots: list[int]) -> float:
         ratios += these
         for kind, runs in rows.items():
             m = medians(runs)
-            line = f"{slots:5} {bands:6}  {kind:13} {m['trials']:7.0f} {m['iterations']:11.0f} {m['wall'] / 3600:7.2f} {m['before']:17.1%} {m['busy']:5.1%}"
-            print(line + (f"  {statistics.median(these):.2f}, least of {len(these)} seeds {min(these):.2f}" if kind == "ours" else ""), flush=True)
+            line = f"{slots:5} {bands:6}  {kind:13} {m['trials']:7.0f} {m['iterations']:11.0f} {m['wall'] / 3600:7.2f}"
+            line += f" {m['before']:17.1%} {m['busy']:5.1%}"
+            if kind == "ours":
+                line += f"  {statistics.median(these):.2f}, least of {len(these)} seeds {min(these):.2f}"
+            print(line, flush=True)
     return statistics.median(ratios)
 
 
@@ -168,13 +171,16 @@ def real(trials: int) -> None:
         results = tune.Tuner(
             tune.with_resources(nothing, {"cpu": 1}),
             param_space=SPACE,
-            tune_config=tune.TuneConfig(metric="loss", mode="min", num_samples=trials, search_alg=searcher, scheduler=scheduler, reuse_actors=True),
+            tune_config=tune.TuneConfig(
+                metric="loss", mode="min", num_samples=trials, search_alg=searcher, scheduler=scheduler, reuse_actors=True
+            ),
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         ray.shutdown()
     spent = {name: sum(values) for name, values in times.items()}
-    print(f"\nreal Ray, {len(results)} trials that do nothing, 4 slots, max_t 4, {results.num_errors} failed: {wall:.0f} s, {wall / trials:.3f} s a trial")
+    print(f"\nreal Ray, {len(results)} trials that do nothing, 4 slots, max_t 4, {results.num_errors} failed:", end=" ")
+    print(f"{wall:.0f} s, {wall / trials:.3f} s a trial")
     print(f"driver: {cpu / trials:.3f} s of CPU a trial; decisions {sum(spent.values()) / wall:.1%} of the time: "
           + ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items()))  # fmt: skip
 

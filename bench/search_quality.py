@@ -103,7 +103,8 @@ def demo() -> Problem:
     def point(lr: float, bs: float, wd: float, t: float) -> list[float]:
         return [math.log(lr / 5e-6) / math.log(40), math.log(t) / math.log(16), bs - 1, wd / 0.01]
 
-    x = np.array([point(*(float(r[n]) for n in ("learning_rate", "batch_size", "weight_decay", "training_iteration"))) for r in rows]) / scales
+    columns = ("learning_rate", "batch_size", "weight_decay", "training_iteration")
+    x = np.array([point(*(float(r[name]) for name in columns)) for r in rows]) / scales
     y = np.log([float(r["eval_loss"]) for r in rows])
     kernel = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 2)  # noqa: E731
     weights = np.linalg.solve(kernel(x, x) + 0.01 * np.eye(len(x)), y - y.mean())
@@ -180,7 +181,8 @@ def simulated(classes, ledger: Ledger, searcher_options: dict, **scheduler_optio
     searcher = searcher_class(seed=ledger.seed, **searcher_options)
     searcher.set_search_properties("loss", "min", ledger.problem.space)
     options = {"time_attr": "training_iteration", "metric": "loss", "mode": "min", "max_t": ledger.problem.max_t}
-    scheduler = scheduler_class(**options, **scheduler_options) if scheduler_class is not ray.tune.schedulers.FIFOScheduler else scheduler_class()
+    full_length = scheduler_class is ray.tune.schedulers.FIFOScheduler
+    scheduler = scheduler_class() if full_length else scheduler_class(**options, **scheduler_options)
     Simulation(searcher, scheduler, MANY, ledger.step, max_t=ledger.problem.max_t).run()
 
 
@@ -270,7 +272,9 @@ def dehb(ledger: Ledger) -> None:
     logger.disable("dehb")
     p, space = ledger.problem, config_space(ledger)
     with tempfile.TemporaryDirectory() as folder:
-        search = DEHB(cs=space, dimensions=len(space), min_fidelity=first_budget(p), max_fidelity=p.max_t, seed=ledger.seed, n_workers=1, output_path=folder)
+        search = DEHB(
+            cs=space, dimensions=len(space), min_fidelity=first_budget(p), max_fidelity=p.max_t, seed=ledger.seed, n_workers=1, output_path=folder
+        )
         while True:
             job = search.ask()
             t = max(1, round(float(job["fidelity"])))
@@ -280,8 +284,8 @@ def dehb(ledger: Ledger) -> None:
 
 
 METHODS = {  # name: (function, package)
-    "ours": (ours, "ray"), "Ray's own": (rays_own, "ray"), "random": (random_search, "ray"), "Hyperband": (hyperband, "ray"), "ASHA": (asha, "ray"),
-    "Optuna": (optuna_tpe, "optuna"), "DEHB": (dehb, "dehb"), "SMAC": (smac_hyperband, "smac"),
+    "ours": (ours, "ray"), "Ray's own": (rays_own, "ray"), "random": (random_search, "ray"), "Hyperband": (hyperband, "ray"),
+    "ASHA": (asha, "ray"), "Optuna": (optuna_tpe, "optuna"), "DEHB": (dehb, "dehb"), "SMAC": (smac_hyperband, "smac"),
 }  # fmt: skip
 VARIANTS = {
     "bandwidth 0.001": {"min_bandwidth": 0.001}, "bandwidth 0.03": {"min_bandwidth": 0.03}, "bandwidth 0.1": {"min_bandwidth": 0.1},
@@ -340,17 +344,25 @@ def tables(results: dict[tuple[str, str, int], list[float]], problems: list[str]
                 low, high = mean_interval(values)
                 line += f"{np.mean(values):12.4f} [{low:.4f}, {high:.4f}] {np.median(values):.4f}"
             print(line)
-    print("\nover all problems and seeds: average rank (1 is best), geometric mean regret, the latter by that of the first method")
-    print(" " * width + "".join(f"{b:>24}" for b in BUDGETS))
-    geometric, ranks = defaultdict(list), defaultdict(list)
+    print("\nover all problems and seeds: average rank (1 is best), geometric mean regret, the latter by the first method's [95 % interval]")
+    print(" " * width + "".join(f"{b:>38}" for b in BUDGETS))
+    geometric, ranks, intervals = defaultdict(list), defaultdict(list), defaultdict(list)
     for i in range(len(BUDGETS)):
         rank = np.mean([scipy.stats.rankdata([max(FLOOR, results[n, m, s][i]) for m in methods]) for n in problems for s in range(seeds)], axis=0)
         for j, method in enumerate(methods):
             ranks[method].append(rank[j])
-            geometric[method].append(math.exp(np.mean([math.log(max(FLOOR, results[n, method, s][i])) for n in problems for s in range(seeds)])))
+            logs, firsts = (
+                np.array([np.mean([math.log(max(FLOOR, results[n, m, s][i])) for n in problems]) for s in range(seeds)])
+                for m in (method, methods[0])
+            )
+            geometric[method].append(math.exp(logs.mean()))
+            intervals[method].append("[{:.2f}, {:.2f}]".format(*np.exp(mean_interval(list(logs - firsts)))))
     for method in methods:
-        cells = [f"{r:9.2f} {g:.4f} {g / first:6.2f}" for r, g, first in zip(ranks[method], geometric[method], geometric[methods[0]])]
-        print(method.ljust(width) + "".join(cell.rjust(24) for cell in cells))
+        cells = [
+            f"{r:.2f} {g:.4f} {g / first:6.2f} {interval}"
+            for r, g, first, interval in zip(ranks[method], geometric[method], geometric[methods[0]], intervals[method])
+        ]
+        print(method.ljust(width) + "".join(cell.rjust(38) for cell in cells))
     return math.exp(np.mean(np.log(geometric[baseline])) - np.mean(np.log(geometric[methods[0]])))
 
 
