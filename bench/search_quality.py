@@ -348,7 +348,8 @@ def tables(results: dict[tuple[str, str, int], list[float]], problems: list[str]
     print(" " * width + "".join(f"{b:>38}" for b in BUDGETS))
     geometric, ranks, intervals = defaultdict(list), defaultdict(list), defaultdict(list)
     for i in range(len(BUDGETS)):
-        rank = np.mean([scipy.stats.rankdata([max(FLOOR, results[n, m, s][i]) for m in methods]) for n in problems for s in range(seeds)], axis=0)
+        regrets = [[max(FLOOR, results[n, m, s][i]) for m in methods] for n in problems for s in range(seeds)]
+        rank = scipy.stats.rankdata(regrets, axis=1).mean(axis=0)
         for j, method in enumerate(methods):
             ranks[method].append(rank[j])
             logs, firsts = (
