@@ -87,6 +87,7 @@ class Simulation:
         self.scheduler, self.slots, self.train, self.max_t = scheduler, slots, train, max_t
         self.seconds, self.fault = seconds, fault
         self.trials: list[SimulatedTrial] = []
+        self._live: dict[str, SimulatedTrial] = {}  # those not ended, in the same order: decisions look at no others
         self.reports: list[tuple[float, float, str, int, float]] = []
         self.now = 0.0
         self._events: list[tuple] = []  # heap of (end, order, start, trial)
@@ -95,7 +96,7 @@ class Simulation:
 
     def checkpoints(self) -> int:
         """How many live trials have one."""
-        return sum(t.trial_id in self._checkpoints for t in self.trials if t.status not in (Trial.TERMINATED, Trial.ERROR))
+        return sum(trial_id in self._checkpoints for trial_id in self._live)
 
     # -- what schedulers call -----------------------------------------------------------------------------------------
 
@@ -111,6 +112,7 @@ class Simulation:
             self.scheduler.on_trial_complete(self, trial, trial.last_result)
             searcher.on_trial_complete(trial.trial_id, result=trial.last_result)
         trial.status = Trial.TERMINATED
+        self._live.pop(trial.trial_id, None)
 
     def restart(self, searcher, scheduler, saved: bool) -> "Simulation":
         """The same search in new objects that take over the state, as --resume does it.
@@ -122,14 +124,14 @@ class Simulation:
         new = copy.copy(self)
         new.search_alg = SearchAlgorithm(searcher, self.search_alg.num_samples)
         new.search_alg.created = self.search_alg.created
-        new.scheduler, new.trials, new._events = scheduler, [], []
+        new.scheduler, new.trials, new._live, new._events = scheduler, [], {}, []
         searcher.set_state(state[0])
         scheduler.set_state(state[1], {t.trial_id for t in live if t.status == Trial.PENDING})
         for old in live:
             trial = SimulatedTrial(old.trial_id, old.config)
             trial.iteration = old.iteration if saved else self._checkpoints.get(old.trial_id, 0)
             trial.status = Trial.PENDING if old.status == Trial.PENDING else Trial.PAUSED
-            new.trials.append(trial)
+            new._add(trial)
             scheduler.on_trial_add(new, trial)
         return new
 
@@ -145,12 +147,16 @@ class Simulation:
                 break
         else:
             return
-        left = [t for t in self.trials if t.status not in (Trial.TERMINATED, Trial.ERROR)]
+        left = list(self._live.values())
         if left or not self.search_alg.is_finished():
             raise RuntimeError(f"the search hangs: {self.search_alg.created} trials made, {left} left")
 
+    def _add(self, trial: SimulatedTrial) -> None:
+        self.trials.append(trial)
+        self._live[trial.trial_id] = trial
+
     def _count(self, status: str) -> int:
-        return sum(t.status == status for t in self.trials)
+        return sum(t.status == status for t in self._live.values())
 
     def _start_trials(self) -> bool:
         """Fills free slots; True if anything was started or suggested."""
@@ -162,14 +168,14 @@ class Simulation:
                 if config is not None:
                     self.search_alg.created += 1
                     trial = SimulatedTrial(trial_id, config)
-                    self.trials.append(trial)
+                    self._add(trial)
                     self.scheduler.on_trial_add(self, trial)
                     progress = True
             trial = self.scheduler.choose_trial_to_run(self)
             if trial is not None and trial.status == Trial.PAUSED:
                 trial.status = Trial.PENDING
             if trial is None:
-                trial = next((t for t in self.trials if t.status == Trial.PENDING), None)
+                trial = next((t for t in self._live.values() if t.status == Trial.PENDING), None)
             if trial is None or self._count(Trial.RUNNING) >= self.slots:
                 return progress
             trial.status = Trial.RUNNING
@@ -189,6 +195,7 @@ class Simulation:
             self.scheduler.on_trial_error(self, trial)
             self.search_alg.searcher.on_trial_complete(trial.trial_id, error=True)
             trial.status = Trial.ERROR
+            del self._live[trial.trial_id]
             return
         if fault == "retry":  # as TuneController._try_recover
             trial.status = Trial.ERROR

@@ -1,20 +1,29 @@
-"""How busy the slots are and how long a search takes, in the simulator: ours and Ray's own scheduler, and other settings.
+"""How busy the slots are and how long a search takes, in the simulator; and what a decision costs.
 
-    python bench/scheduling.py        # a few seconds
+    python bench/scheduling.py          # about ten minutes
+    python bench/scheduling.py --ray    # and a real Ray run of 1,000 trials that do nothing, a few minutes more
 
-One iteration takes one unit of time; each search is one whole band with max_t 50. Ours runs the real searcher and scheduler
-(simulate.py); so does Ray's, whose trials take the time that its brackets of 3, 12 and 48 iterations give them.
+Every row runs the real searcher and scheduler (simulate.py) on whole bands of max_t 50, reduction factor 4, with about ten
+trials a slot, but at least three bands. Suggestions are random and the same for all, trial by trial, because batch size 1
+takes longer than 2: else the search that came upon more of the short trials would win. Ray's own is its HyperBandForBOHB,
+ASHA its AsyncHyperBandScheduler; ASHA and random search at full length end after as many iterations as ours. The tail is
+what comes after the last new trial has got its slot. The cost of a decision is that of the model-based search.
 """
 
+import argparse
 import logging
 import math
 import statistics
 import sys
+import tempfile
+import time
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import ray
 import ray.tune.schedulers
 import ray.tune.search.bohb
 from ray import tune
@@ -23,47 +32,172 @@ from bohb import HyperBandForBOHB, TuneBOHB, band_size
 from simulate import Simulation
 
 SPACE = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "wd": tune.choice([0.0, 0.01])}
-SEEDS = range(5)
-MAX_T = 50
+MAX_T, REDUCTION_FACTOR = 50, 4
+BAND = band_size(MAX_T, REDUCTION_FACTOR)
+# Median seconds of an iteration of the demo by batch size, two trials at a time on two cores, in the minutes when these did
+# nothing else: from iterations.csv of the second of the two runs behind demo_iterations.csv.
+SECONDS = {1: 2.55, 2: 1.66}
 
 
 def loss(config: dict, t: int) -> float:
     return (math.log10(config["lr"]) + 4) ** 2 + 1 / t
 
 
-def search(searcher_class, scheduler_class, reduction_factor: int, slots: int, seed: int) -> tuple[float, float, int]:
-    """(time of the whole search, share of the slots' time that was busy, iterations)."""
-    searcher = searcher_class(seed=seed)
+def seconds(config: dict) -> float:
+    return SECONDS[config["per_device_bs"]]
+
+
+def make(kind: str, seed: int, random_fraction: float = 1):
+    """The searcher and the scheduler of one kind of search."""
+    options = {"time_attr": "training_iteration", "metric": "loss", "mode": "min", "max_t": MAX_T}
+    bohb = {**options, "reduction_factor": REDUCTION_FACTOR, "stop_last_trials": False}
+    scheduler = {
+        "ours": lambda: HyperBandForBOHB(**bohb),
+        "Ray's own": lambda: ray.tune.schedulers.HyperBandForBOHB(**bohb),
+        "ASHA": lambda: ray.tune.schedulers.AsyncHyperBandScheduler(**options),
+        "random, full": ray.tune.schedulers.FIFOScheduler,
+    }[kind]()
+    rays_model = kind == "Ray's own" and random_fraction < 1
+    searcher = (ray.tune.search.bohb.TuneBOHB if rays_model else TuneBOHB)(seed=seed, bohb_config={"random_fraction": random_fraction})
     searcher.set_search_properties("loss", "min", SPACE)
-    scheduler = scheduler_class(
-        time_attr="training_iteration", metric="loss", mode="min", max_t=MAX_T, reduction_factor=reduction_factor, stop_last_trials=False
-    )
-    simulation = Simulation(searcher, scheduler, band_size(MAX_T, reduction_factor), loss, slots=slots, max_t=MAX_T)
-    simulation.run()
-    return simulation.now, len(simulation.reports) / simulation.now / slots, len(simulation.reports)
+    return searcher, scheduler
 
 
-def medians(*setting) -> list[float]:
-    return [statistics.median(values) for values in zip(*(search(*setting, seed) for seed in SEEDS))]
+def search(kind: str, num_samples: int, slots: int, seed: int, max_reports: int = 10**9) -> dict[str, float]:
+    """Seconds of the whole search, shares of the slots' time that were busy before the tail and in all, iterations."""
+    simulation = Simulation(*make(kind, seed), num_samples, loss, slots=slots, max_t=MAX_T, seconds=seconds)
+    simulation.run(max_reports)
+    firsts = [start for start, _, _, t, _ in simulation.reports if t == 1]
+    tail = max(firsts)
+    busy = sum(min(end, tail) - start for start, end, *_ in simulation.reports if start < tail)
+    whole = sum(end - start for start, end, *_ in simulation.reports)
+    return {
+        "wall": simulation.now, "before": busy / tail / slots if tail else 1.0, "busy": whole / simulation.now / slots,
+        "iterations": len(simulation.reports), "trials": len(simulation.trials),
+    }  # fmt: skip
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+
+
+def utilisation(all_slots: list[int]) -> float:
+    """Prints the table; returns the median of Ray's own wall time by ours."""
+    print("limit: ours at least 95 % busy before the tail, and a wall time not above Ray's own")
+    print("slots  bands  search         trials  iterations  wall h  busy before tail  busy  Ray's wall / ours")
+    ratios = []
+    for slots in all_slots:
+        bands = max(3, math.ceil(10 * slots / BAND))
+        seeds = range(5 if slots < 512 else 1)
+        ours = [search("ours", bands * BAND, slots, seed) for seed in seeds]
+        rows = {"ours": ours, "Ray's own": [search("Ray's own", bands * BAND, slots, seed) for seed in seeds]}
+        for kind in ("ASHA", "random, full"):  # ends with the iteration that uses up the budget: has no tail to speak of
+            rows[kind] = [search(kind, 10**9, slots, seed, run["iterations"]) for seed, run in zip(seeds, ours)]
+        these = [theirs["wall"] / mine["wall"] for theirs, mine in zip(rows["Ray's own"], ours)]
+        ratios += these
+        for kind, runs in rows.items():
+            m = medians(runs)
+            line = f"{slots:5} {bands:6}  {kind:13} {m['trials']:7.0f} {m['iterations']:11.0f} {m['wall'] / 3600:7.2f}"
+            line += f" {m['before']:17.1%} {m['busy']:5.1%}"
+            if kind == "ours":
+                line += f"  {statistics.median(these):.2f}, least of {len(these)} seeds {min(these):.2f}"
+            print(line, flush=True)
+    return statistics.median(ratios)
+
+
+def time_calls(target, names: list[str], times: dict[str, list[float]]) -> None:
+    """Replaces methods by ones that note how long they took."""
+
+    def timed(name, method):
+        def call(*args, **kwargs):
+            start = time.perf_counter()
+            result = method(*args, **kwargs)
+            times[name].append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    for name in names:
+        setattr(target, name, timed(name, getattr(target, name)))
+
+
+def decisions(kind: str, trials: int) -> dict[str, float]:
+    """Mean milliseconds of each kind of call while the last 300 of so many trials are suggested."""
+    searcher, scheduler = make(kind, 0, random_fraction=1 / 3)
+    times: dict[str, list[float]] = defaultdict(list)
+    time_calls(searcher, ["suggest"], times)
+    time_calls(scheduler, ["on_trial_result", "choose_trial_to_run"], times)
+    simulation = Simulation(searcher, scheduler, trials, loss, slots=8, max_t=MAX_T, seconds=seconds)
+    while len(simulation.trials) < trials - 300:
+        simulation.run(len(simulation.reports) + 10)
+    times.clear()
+    while len(simulation.trials) < trials:
+        simulation.run(len(simulation.reports) + 10)
+    return {name: 1000 * statistics.mean(values) for name, values in times.items()}
+
+
+def cost(sizes: list[int]) -> None:
+    print("\nmean milliseconds of a decision at 8 slots; limit: 5 at 10,000 trials, growth about linear")
+    print("search     trials  suggest  on_trial_result  choose_trial_to_run")
+    for kind, trials in [("Ray's own", 1000)] + [("ours", size) for size in sizes]:
+        ms = decisions(kind, trials)
+        print(f"{kind:9} {trials:7} {ms['suggest']:8.2f} {ms['on_trial_result']:16.2f} {ms['choose_trial_to_run']:20.2f}", flush=True)
+
+
+def nothing(config: dict) -> None:
+    """A trial that trains nothing, and reports a checkpoint at each rung."""
+    checkpoint = tune.get_checkpoint()
+    start = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
+    for t in range(start + 1, config["rungs"][-1] + 1):
+        result = {"loss": loss(config, t), "training_iteration": t}
+        if t in config["rungs"]:
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "t").write_text(str(t))
+                tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+        else:
+            tune.report(result)
+
+
+def real(trials: int) -> None:
+    """A real run: seconds a trial, and how much of the driver's time our decisions take."""
+    searcher = TuneBOHB(seed=0)
+    scheduler = HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4, stop_last_trials=False)
+    times: dict[str, list[float]] = defaultdict(list)
+    time_calls(searcher, ["suggest"], times)
+    time_calls(scheduler, ["on_trial_result", "choose_trial_to_run"], times)
+    with tempfile.TemporaryDirectory() as folder:
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+        start, cpu = time.perf_counter(), time.process_time()
+        results = tune.Tuner(
+            tune.with_resources(nothing, {"cpu": 1}),
+            param_space=SPACE,
+            tune_config=tune.TuneConfig(
+                metric="loss", mode="min", num_samples=trials, search_alg=searcher, scheduler=scheduler, reuse_actors=True
+            ),
+            run_config=tune.RunConfig(storage_path=folder, verbose=0),
+        ).fit()
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu
+        ray.shutdown()
+    spent = {name: sum(values) for name, values in times.items()}
+    print(f"\nreal Ray, {len(results)} trials that do nothing, 4 slots, max_t 4, {results.num_errors} failed:", end=" ")
+    print(f"{wall:.0f} s, {wall / trials:.3f} s a trial")
+    print(f"driver: {cpu / trials:.3f} s of CPU a trial; decisions {sum(spent.values()) / wall:.1%} of the time: "
+          + ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items()))  # fmt: skip
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--slots", type=int, nargs="+", default=[4, 8, 64, 512])
+    parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000], help="for the cost of a decision")
+    parser.add_argument("--ray", action="store_true", help="also a real Ray run of 1,000 trials")
+    args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)  # of hpbandster, which prints its densities
-    ours, rays = (TuneBOHB, HyperBandForBOHB), (ray.tune.search.bohb.TuneBOHB, ray.tune.schedulers.HyperBandForBOHB)
-    print(f"medians of {len(SEEDS)} seeds            ours                     Ray's own (reduction_factor 4)")
-    print("slots  reduction_factor  iterations  time  busy      iterations  time  busy")
-    ratios = []
-    for slots in (1, 2, 4, 8, 16):
-        for reduction_factor in (3, 4, 5):
-            time, busy, iterations = medians(*ours, reduction_factor, slots)
-            line = f"{slots:5} {reduction_factor:17} {iterations:11.0f} {time:5.0f} {busy:5.0%}"
-            if reduction_factor == 4:
-                theirs = medians(*rays, reduction_factor, slots)
-                line += f"      {theirs[2]:10.0f} {theirs[0]:5.0f} {theirs[1]:5.0%}"
-                ratios.append(theirs[0] / time)
-            print(line)
-    print(f"ratio: {statistics.median(ratios):.2f}")
+    ratio = utilisation(args.slots)
+    cost(args.trials)
+    if args.ray:
+        real(1000)
+    print(f"ratio: {ratio:.2f}")
 
 
 if __name__ == "__main__":

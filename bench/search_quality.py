@@ -1,0 +1,393 @@
+"""How good the best configuration is that a search finds for a budget, on problems whose optimum is known.
+
+    pip install …                                                 # as bench/requirements.txt says
+    python bench/search_quality.py                                # about 40 minutes on two cores
+    python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
+    python bench/search_quality.py --variants                     # other settings of our model
+
+Every method runs with its defaults, one trial at a time, on the same budget in iterations; `full trainings` are iterations
+by max_t. A trial that goes on from a checkpoint pays only for the iterations it adds, also where the method's own package
+would begin again (SMAC, DEHB: the same configuration at a larger budget). The incumbent is the trial with the best loss that was
+observed at 90 % of a full training or more (Ray's own trains to 48 of 50), before there is one, at the longest training seen.
+Its regret is its true loss after a full training minus that of the optimum. What is not installed is said and left out.
+
+Problems: counting ones (Falkner, Klein & Hutter, "BOHB", ICML 2018, section 5.1; an iteration is 15 draws), the
+multi-fidelity Hartmann functions of mf-prior-bench, and this very search space: a Gaussian process on 815
+iterations of 53 random configurations of the demo (demo_iterations.csv).
+"""
+
+import argparse
+import csv
+import functools
+import importlib.util
+import json
+import logging
+import math
+import multiprocessing
+import sys
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+import ray.tune.schedulers
+import ray.tune.search.bohb
+import scipy.stats
+from ray import tune
+from ray.tune.search.sample import Categorical
+
+from bohb import HyperBandForBOHB, TuneBOHB, rungs
+from simulate import Simulation
+
+BUDGETS = [6, 11, 23]  # full trainings; one band is 11.4
+FLOOR = 1e-4  # a smaller regret counts as this one in geometric means
+MANY = 10**6  # trials: the budget ends the search
+
+# ---------------------------------------------------------------------------------------------------------------------
+# problems
+
+
+@dataclass
+class Problem:
+    space: dict  # of Tune
+    max_t: int
+    loss: Callable[[dict, int, int], float]  # observed: of (configuration, iterations, seed)
+    true: Callable[[dict], float]  # after a full training, without noise
+    best: float  # the least that is possible
+
+
+def counting_ones(dimensions: int) -> Problem:
+    """So many categories and so many probabilities; the loss is minus the mean of them, the latter seen through draws."""
+    space = {f"c{i}": tune.choice([0, 1]) for i in range(dimensions)} | {f"p{i}": tune.uniform(0, 1) for i in range(dimensions)}
+    names = list(space)
+
+    def true(config: dict) -> float:
+        return -sum(config[name] for name in names) / len(names)
+
+    def loss(config: dict, t: int, seed: int) -> float:
+        rng = np.random.default_rng([seed, t, hash(tuple(config[name] for name in names)) % 2**32])
+        drawn = rng.binomial(15 * t, [config[f"p{i}"] for i in range(dimensions)]) / (15 * t)
+        return -(sum(config[f"c{i}"] for i in range(dimensions)) + drawn.sum()) / len(names)
+
+    return Problem(space, 50, loss, true, -1.0)
+
+
+def hartmann(name: str) -> Problem:
+    """One of mf-prior-bench's; its fidelity of 1 to 100 in 50 iterations. Its noise is a function of its seed, and nil for 0."""
+    import mfpbench
+
+    @functools.cache
+    def benchmark(seed: int):
+        return mfpbench.get(name, seed=seed)
+
+    names = list(benchmark(1).space)
+    optimum = benchmark(1).optimum.as_dict()
+
+    def value(config: dict, fidelity: int, seed: int) -> float:
+        return float(benchmark(seed).query({n: float(config[n]) for n in names}, at=fidelity).value.value)
+
+    space = {n: tune.uniform(0, 1) for n in names}
+    return Problem(space, 50, lambda c, t, seed: value(c, 2 * t, seed + 1), lambda c: value(c, 100, 1), value(optimum, 100, 1))
+
+
+def demo() -> Problem:
+    """eval_loss of the demo: a Gaussian process on its logarithm over log lr, log iteration, batch size and weight decay."""
+    rows = list(csv.DictReader((Path(__file__).parent / "demo_iterations.csv").open()))
+    scales = np.array([0.25, 0.5, 1.0, 3.0])  # length scales, in ranges of each: batch size matters, weight decay hardly
+
+    def point(lr: float, bs: float, wd: float, t: float) -> list[float]:
+        return [math.log(lr / 5e-6) / math.log(40), math.log(t) / math.log(16), bs - 1, wd / 0.01]
+
+    columns = ("learning_rate", "batch_size", "weight_decay", "training_iteration")
+    x = np.array([point(*(float(r[name]) for name in columns)) for r in rows]) / scales
+    y = np.log([float(r["eval_loss"]) for r in rows])
+    kernel = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 2)  # noqa: E731
+    weights = np.linalg.solve(kernel(x, x) + 0.01 * np.eye(len(x)), y - y.mean())
+
+    def losses(points: list[list[float]]) -> np.ndarray:
+        return np.exp(y.mean() + kernel(np.array(points) / scales, x) @ weights)
+
+    def true(config: dict) -> float:
+        return float(losses([point(config["lr"], config["per_device_bs"], config["wd"], 16)])[0])
+
+    def loss(config: dict, t: int, seed: int) -> float:
+        return float(losses([point(config["lr"], config["per_device_bs"], config["wd"], t)])[0])
+
+    space = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "wd": tune.choice([0.0, 0.01])}
+    grid = [point(lr, bs, wd, 16) for lr in np.geomspace(5e-6, 2e-4, 1000) for bs in (1, 2) for wd in (0, 0.01)]
+    return Problem(space, 16, loss, true, float(losses(grid).min()))
+
+
+@functools.cache
+def problem(name: str) -> Problem:
+    return demo() if name == "demo" else counting_ones(int(name[-1])) if name.startswith("counting") else hartmann(name)
+
+
+PROBLEMS = ["demo", "counting_ones_4", "counting_ones_8", "mfh3_good", "mfh3_bad", "mfh6_good", "mfh6_bad"]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# methods
+
+
+class Spent(Exception):
+    """The budget is used up."""
+
+
+class Ledger:
+    """What a search has observed, and at what cost."""
+
+    def __init__(self, p: Problem, seed: int):
+        self.problem, self.seed, self.budget = p, seed, BUDGETS[-1] * p.max_t
+        self.spent = 0
+        self.seen: list[tuple[int, int, float, dict]] = []  # (spent by then, iterations, loss, configuration)
+        self.trained: dict[tuple, int] = {}
+
+    def step(self, config: dict, t: int) -> float:
+        """Loss at iteration t, which the trial has just run. Raises Spent."""
+        return self.train(config, t, cost=1)
+
+    def train(self, config: dict, t: int, cost: int | None = None) -> float:
+        """Loss after t iterations, of which those that this configuration has had are free. Raises Spent."""
+        config = {name: config[name] for name in self.problem.space}
+        key = tuple(config.values())
+        if cost is None:
+            cost = max(0, t - self.trained.get(key, 0))
+            self.trained[key] = max(t, self.trained.get(key, 0))
+        self.spent += cost
+        if self.spent > self.budget:
+            raise Spent
+        loss = self.problem.loss(config, t, self.seed)
+        self.seen.append((self.spent, t, loss, config))
+        return loss
+
+    def regrets(self) -> list[float]:
+        """Regret of the incumbent at each budget."""
+        values = []
+        for budget in BUDGETS:
+            seen = [s for s in self.seen if s[0] <= budget * self.problem.max_t]
+            longest = min(max(s[1] for s in seen), math.ceil(0.9 * self.problem.max_t))
+            config = min((s for s in seen if s[1] >= longest), key=lambda s: s[2])[3]
+            values.append(self.problem.true(config) - self.problem.best)
+        return values
+
+
+def simulated(classes, ledger: Ledger, searcher_options: dict, **scheduler_options) -> None:
+    searcher_class, scheduler_class = classes
+    searcher = searcher_class(seed=ledger.seed, **searcher_options)
+    searcher.set_search_properties("loss", "min", ledger.problem.space)
+    options = {"time_attr": "training_iteration", "metric": "loss", "mode": "min", "max_t": ledger.problem.max_t}
+    full_length = scheduler_class is ray.tune.schedulers.FIFOScheduler
+    scheduler = scheduler_class() if full_length else scheduler_class(**options, **scheduler_options)
+    Simulation(searcher, scheduler, MANY, ledger.step, max_t=ledger.problem.max_t).run()
+
+
+RANDOM = {"bohb_config": {"random_fraction": 1}}
+
+
+def ours(ledger: Ledger, **model) -> None:
+    simulated((TuneBOHB, HyperBandForBOHB), ledger, {"bohb_config": model}, reduction_factor=4)
+
+
+def rays_own(ledger: Ledger) -> None:
+    np.random.seed(ledger.seed)  # its model draws from there
+    simulated((ray.tune.search.bohb.TuneBOHB, ray.tune.schedulers.HyperBandForBOHB), ledger, {}, reduction_factor=4)
+
+
+def hyperband(ledger: Ledger) -> None:
+    ours(ledger, random_fraction=1)
+
+
+def asha(ledger: Ledger) -> None:
+    simulated((TuneBOHB, ray.tune.schedulers.AsyncHyperBandScheduler), ledger, RANDOM)
+
+
+def random_search(ledger: Ledger) -> None:
+    simulated((TuneBOHB, ray.tune.schedulers.FIFOScheduler), ledger, RANDOM)
+
+
+def optuna_tpe(ledger: Ledger) -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    p = ledger.problem
+
+    def objective(trial):
+        config = {
+            name: trial.suggest_categorical(name, domain.categories)
+            if isinstance(domain, Categorical)
+            else trial.suggest_float(name, domain.lower, domain.upper, log=name == "lr")
+            for name, domain in p.space.items()
+        }
+        for t in range(1, p.max_t + 1):
+            loss = ledger.step(config, t)
+            trial.report(loss, t)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return loss
+
+    pruner = optuna.pruners.HyperbandPruner(max_resource=p.max_t)
+    optuna.create_study(sampler=optuna.samplers.TPESampler(seed=ledger.seed), pruner=pruner).optimize(objective, n_trials=MANY)
+
+
+def config_space(ledger: Ledger):
+    space = ray.tune.search.bohb.TuneBOHB.convert_search_space(ledger.problem.space)
+    space.seed(ledger.seed)
+    return space
+
+
+def first_budget(p: Problem) -> int:
+    """DEHB and SMAC ask for the shortest training: as in the largest bracket of ours."""
+    return rungs(p.max_t, 4)[0][0][1]
+
+
+def smac_hyperband(ledger: Ledger) -> None:
+    from smac import MultiFidelityFacade, Scenario
+    from smac.runhistory.dataclasses import TrialValue
+
+    p = ledger.problem
+
+    def target(config, seed: int = 0, budget: float = 0) -> float:
+        return ledger.train(dict(config), round(budget))
+
+    with tempfile.TemporaryDirectory() as folder:
+        scenario = Scenario(
+            config_space(ledger), output_directory=Path(folder), deterministic=True, n_trials=MANY,
+            min_budget=first_budget(p), max_budget=p.max_t, seed=ledger.seed,
+        )  # fmt: skip
+        smac = MultiFidelityFacade(scenario, target, logging_level=False, overwrite=True)
+        while True:  # ask and tell: the runner would take Spent for a crashed trial
+            info = smac.ask()
+            smac.tell(info, TrialValue(cost=target(info.config, budget=info.budget)), save=False)
+
+
+def dehb(ledger: Ledger) -> None:
+    from dehb import DEHB
+    from loguru import logger
+
+    logger.disable("dehb")
+    p, space = ledger.problem, config_space(ledger)
+    with tempfile.TemporaryDirectory() as folder:
+        search = DEHB(
+            cs=space, dimensions=len(space), min_fidelity=first_budget(p), max_fidelity=p.max_t, seed=ledger.seed, n_workers=1, output_path=folder
+        )
+        while True:
+            job = search.ask()
+            t = max(1, round(float(job["fidelity"])))
+            cost = ledger.spent
+            loss = ledger.train(dict(job["config"]), t)
+            search.tell(job, {"fitness": loss, "cost": ledger.spent - cost})
+
+
+METHODS = {  # name: (function, package)
+    "ours": (ours, "ray"), "Ray's own": (rays_own, "ray"), "random": (random_search, "ray"), "Hyperband": (hyperband, "ray"),
+    "ASHA": (asha, "ray"), "Optuna": (optuna_tpe, "optuna"), "DEHB": (dehb, "dehb"), "SMAC": (smac_hyperband, "smac"),
+}  # fmt: skip
+VARIANTS = {
+    "bandwidth 0.001": {"min_bandwidth": 0.001}, "bandwidth 0.03": {"min_bandwidth": 0.03}, "bandwidth 0.1": {"min_bandwidth": 0.1},
+    "bandwidth 0.2": {"min_bandwidth": 0.2}, "bandwidth 0.3": {"min_bandwidth": 0.3}, "bandwidth factor 1": {"bandwidth_factor": 1},
+    "256 candidates": {"num_samples": 256}, "random 10 %": {"random_fraction": 0.1}, "random 100 %": {"random_fraction": 1},
+}  # fmt: skip
+
+# ---------------------------------------------------------------------------------------------------------------------
+# runs and tables
+
+
+def run(job: tuple[str, str, int]) -> tuple[str, str, int, list[float]]:
+    name, method, seed = job
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    ledger = Ledger(problem(name), seed)
+    try:
+        METHODS[method][0](ledger) if method in METHODS else ours(ledger, **VARIANTS[method])
+    except Spent:
+        pass
+    return name, method, seed, ledger.regrets()
+
+
+def all_runs(problems: list[str], methods: list[str], seeds: int, keep: Path | None) -> dict[tuple[str, str, int], list[float]]:
+    """Regrets by (problem, method, seed), those of the file `keep` included, which gains the new ones."""
+    known = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
+    results = {(name, method, seed): regrets for name, method, seed, regrets in known}
+    jobs = [(p, m, seed) for seed in range(seeds) for p in problems for m in methods]
+    with multiprocessing.Pool(2) as pool:
+        for *job, regrets in pool.imap_unordered(run, [job for job in jobs if job not in results]):
+            results[tuple(job)] = regrets
+            if keep:
+                with keep.open("a") as file:
+                    file.write(json.dumps([*job, regrets]) + "\n")
+    return {job: results[job] for job in jobs}
+
+
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean."""
+    if min(values) == max(values):
+        return values[0], values[0]
+    interval = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return interval.low, interval.high
+
+
+def tables(results: dict[tuple[str, str, int], list[float]], problems: list[str], methods: list[str], seeds: int, baseline: str) -> float:
+    """Prints them; returns the geometric mean regret of `baseline` by that of the first method."""
+    print(f"regret of the incumbent by full trainings; {seeds} seeds: mean [95 % interval], median")
+    width = max(map(len, methods))
+    for name in problems:
+        print(f"\n{name}\n" + " " * width + "".join(f"{b:>38}" for b in BUDGETS))
+        for method in methods:
+            line = method.ljust(width)
+            for i in range(len(BUDGETS)):
+                values = [results[name, method, seed][i] for seed in range(seeds)]
+                low, high = mean_interval(values)
+                line += f"{np.mean(values):12.4f} [{low:.4f}, {high:.4f}] {np.median(values):.4f}"
+            print(line)
+    print("\nover all problems and seeds: average rank (1 is best), geometric mean regret, the latter by the first method's [95 % interval]")
+    print(" " * width + "".join(f"{b:>38}" for b in BUDGETS))
+    geometric, ranks, intervals = defaultdict(list), defaultdict(list), defaultdict(list)
+    for i in range(len(BUDGETS)):
+        regrets = [[max(FLOOR, results[n, m, s][i]) for m in methods] for n in problems for s in range(seeds)]
+        rank = scipy.stats.rankdata(regrets, axis=1).mean(axis=0)
+        for j, method in enumerate(methods):
+            ranks[method].append(rank[j])
+            logs, firsts = (
+                np.array([np.mean([math.log(max(FLOOR, results[n, m, s][i])) for n in problems]) for s in range(seeds)])
+                for m in (method, methods[0])
+            )
+            geometric[method].append(math.exp(logs.mean()))
+            intervals[method].append("[{:.2f}, {:.2f}]".format(*np.exp(mean_interval(list(logs - firsts)))))
+    for method in methods:
+        cells = [
+            f"{r:.2f} {g:.4f} {g / first:6.2f} {interval}"
+            for r, g, first, interval in zip(ranks[method], geometric[method], geometric[methods[0]], intervals[method])
+        ]
+        print(method.ljust(width) + "".join(cell.rjust(38) for cell in cells))
+    return math.exp(np.mean(np.log(geometric[baseline])) - np.mean(np.log(geometric[methods[0]])))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=30)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
+    parser.add_argument("--variants", action="store_true", help="compare settings of our model; ratio: that with 0.03 by ours")
+    parser.add_argument("--keep", type=Path, help="a file that keeps the runs: a second call goes on from there")
+    args = parser.parse_args()
+    methods = ["ours", *VARIANTS] if args.variants else args.methods
+    problems = list(args.problems)
+    for package in sorted({METHODS[m][1] for m in methods if m in METHODS}):
+        if not importlib.util.find_spec(package):
+            methods = [m for m in methods if METHODS[m][1] != package]
+            print(f"{package} is not installed: left out")
+    if not importlib.util.find_spec("mfpbench"):
+        problems = [p for p in problems if not p.startswith("mfh")]
+        print("mf-prior-bench is not installed: its problems are left out")
+    results = all_runs(problems, methods, args.seeds, args.keep)
+    baseline = "bandwidth 0.03" if args.variants else "Ray's own" if "Ray's own" in methods else methods[-1]
+    print(f"ratio: {tables(results, problems, methods, args.seeds, baseline):.2f}")
+
+
+if __name__ == "__main__":
+    main()
