@@ -28,7 +28,7 @@ from bohb import rungs
 from slurm_cluster import Project, SlurmCluster, sh
 
 ARGUMENTS = ["--model", ROOT / "demo" / "model", "--dataset", ROOT / "demo" / "squad", "--max_t", 16, "--num_train_epochs", 0.5,
-             "--max_eval_samples", 40, "--num_samples", 22, "--trial_timeout", 40]  # fmt: skip
+             "--max_eval_samples", 40, "--num_samples", 22]  # fmt: skip
 HIT_AFTER = 20  # reports: the second rung is on its way
 
 
@@ -51,7 +51,7 @@ def allowed(before: list[dict], hit: set[str]) -> int:
 class Run:
     """A search on the cluster, its results in `output`, once it is in its middle."""
 
-    def __init__(self, cluster: SlurmCluster, folder: Path, output: Path):
+    def __init__(self, cluster: SlurmCluster, folder: Path, output: Path, *more):
         (folder / "tmp").mkdir(parents=True)
         self.cluster, self.project, self.output = cluster, Project(cluster, folder, folder / "tmp"), output
         self.rows = output / "x" / "iterations.csv"
@@ -61,7 +61,7 @@ class Run:
             raise RuntimeError(f"no place in {script} for a GPU that fails")
         broken = '    if (Path(run["run_dir"]) / f"broken-{socket.gethostname()}").exists():\n        raise RuntimeError("CUDA error: unknown")\n'
         script.write_text(script.read_text().replace(start, broken + start))
-        self.job = self.submit(*ARGUMENTS)
+        self.job = self.submit(*ARGUMENTS, *more)
         self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER, 240)
         self.hit_at = time.time()
 
@@ -205,7 +205,8 @@ def main() -> None:
         cluster = stack.enter_context(SlurmCluster(Path(folder)))
         for inject in chosen:
             here = Path(folder) / inject.__name__
-            run = Run(cluster, here, small if inject in (disk, storage) else here / "results")
+            more = ["--trial_timeout", 40] if inject is hung else []
+            run = Run(cluster, here, small if inject in (disk, storage) else here / "results", *more)
             before = run.iterations()
             fault, where = FAULTS[inject]
             nodes = inject(run)
