@@ -109,7 +109,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
 
-def run_script(*arguments, timeout=300, script=ROOT / "raytune_bayesian.py", before=(), **environment) -> subprocess.CompletedProcess:
+def run_script(*arguments, timeout=900, script=ROOT / "raytune_bayesian.py", before=(), **environment) -> subprocess.CompletedProcess:
     """Runs raytune_bayesian.py as a user does, in a process group of its own, `before` in front of the command; output is text."""
     command = [*before, sys.executable, str(script), *map(str, arguments)]
     process = subprocess.Popen(

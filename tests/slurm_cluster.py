@@ -223,7 +223,7 @@ class Project:
         """Submits the head job; its id."""
         settings = {
             "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
-            "WORKER_TIMEOUT": "120", "FAKE_GPUS": "1", "TMPDIR": str(self.temporary), **environment,
+            "WORKER_TIMEOUT": "400", "FAKE_GPUS": "1", "TMPDIR": str(self.temporary), **environment,
         }  # fmt: skip
         command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
         return self.cluster.run("node1", *command, cwd=self.folder, **settings).strip()
@@ -232,7 +232,7 @@ class Project:
         path = self.folder / "logs" / f"ray_head_bloom_bohb-{job_id}.out"
         return path.read_text() if path.exists() else ""
 
-    def wait_for(self, what: str, condition, timeout=120):
+    def wait_for(self, what: str, condition, timeout=400):  # a busy machine is several times slower
         try:
             return wait_for(what, condition, timeout)
         except RuntimeError as error:
@@ -240,7 +240,7 @@ class Project:
             logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
             raise RuntimeError(f"{error}\n{logs}\n{slurm}") from None
 
-    def wait_for_end(self, job_id: str, timeout=200):
+    def wait_for_end(self, job_id: str, timeout=900):
         """Waits until the head job is out of the queue; (state, exit code), as Slurm keeps them."""
         self.wait_for(f"the end of job {job_id}", lambda: job_id not in self.cluster.queue(), timeout)
         job = self.cluster.job(job_id)

@@ -56,7 +56,7 @@ def make_run(folder, num_samples, max_reports, max_t=16):
 
 
 def draw(folder, *options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "report.py", folder, *options], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, ROOT / "report.py", folder, *options], capture_output=True, text=True, timeout=300)
 
 
 def browse(path, tmp_path) -> tuple[str, list[str]]:
@@ -68,7 +68,7 @@ def browse(path, tmp_path) -> tuple[str, list[str]]:
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--host-resolver-rules=MAP * ~NOTFOUND",
         "--enable-logging=stderr", "--window-size=1200,4000", "--virtual-time-budget=20000", "--dump-dom", path.as_uri(),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

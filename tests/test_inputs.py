@@ -5,8 +5,7 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
+import sys
 
 import pytest
 from conftest import ROOT, run_script
@@ -90,40 +89,50 @@ def files_of(folder):
     return sorted((str(p), p.stat().st_mtime_ns) for p in folder.rglob("*"))
 
 
-@pytest.fixture(scope="module")
-def outcomes(broken, tiny_model, tiny_squad):
-    """All cases run, two at a time; {name: (process, seconds)}."""
-    before = files_of(broken)
-    beside = set(ROOT.iterdir())
-
-    def run(case):
-        arguments = [a.replace("@", str(broken)) for a in case[0]]
-        for flag, value in {"--model": tiny_model, "--dataset": tiny_squad, "--output_dir": broken / "new"}.items():
-            arguments = arguments if flag in arguments else [flag, str(value), *arguments]
-        started = time.time()
-        return run_script(*arguments, timeout=60), time.time() - started
-
-    with ThreadPoolExecutor(2) as pool:
-        results = dict(zip(CASES, pool.map(run, CASES.values())))
-    assert files_of(broken) == before and set(ROOT.iterdir()) == beside
-    return results
+def arguments_of(name, broken, tiny_model, tiny_squad):
+    arguments = [a.replace("@", str(broken)) for a in CASES[name][0]]
+    for flag, value in {"--model": tiny_model, "--dataset": tiny_squad, "--output_dir": broken / "new"}.items():
+        arguments = arguments if flag in arguments else [flag, str(value), *arguments]
+    return arguments
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line_and_exit_code_2(outcomes, name):
-    process, seconds = outcomes[name]
+def test_what_is_said(name, broken, tiny_model, tiny_squad):
+    """The steps of the script, in this process."""
+    before, beside = files_of(broken), set(ROOT.iterdir())
+    with pytest.raises(inputs.BadInput) as error:
+        args = raytune_bayesian.parse_arguments(arguments_of(name, broken, tiny_model, tiny_squad))
+        raytune_bayesian.main(args, *inputs.check(args, raytune_bayesian.SEARCH_SPACE))
+    assert len(str(error.value).splitlines()) == 1 and re.search(CASES[name][1], str(error.value))
+    assert files_of(broken) == before and set(ROOT.iterdir()) == beside
+
+
+ONE_OF_EACH_KIND = ["not a number", "max_t", "ds_config not JSON", "answer not at answer_start", "weights that are none", "run_name exists"]
+SLOW_IMPORTS = ["transformers", "datasets", "evaluate", "deepspeed"]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+def test_one_line_and_exit_code_2(name, broken, tmp_path, tiny_model, tiny_squad):
+    """As from the command line, and told before anything slow is imported."""
+    before = files_of(broken)
+    look = f"atexit.register(lambda: pathlib.Path('{tmp_path}/modules').write_text(' '.join(sys.modules)))"
+    code = f"import atexit, pathlib, runpy, sys; {look}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, ROOT / "raytune_bayesian.py", *arguments_of(name, broken, tiny_model, tiny_squad)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert process.returncode == 2, process.stderr
     assert process.stdout == ""
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     assert process.stderr.startswith("raytune_bayesian.py: error: ") and re.search(CASES[name][1], process.stderr)
+    modules = set((tmp_path / "modules").read_text().split())
+    assert "ray.tune" in modules and not set(SLOW_IMPORTS) & modules
+    assert files_of(broken) == before
 
 
-def test_told_within_seconds(outcomes):
-    """The limit is 5 s on a machine that does nothing else; here two run at a time."""
-    slow_by_nature = {"model with a broken tokenizer", "max_t above the number of steps"}  # need transformers
-    times = sorted(seconds for name, (_, seconds) in outcomes.items() if name not in slow_by_nature)
-    print(f"\nbad input is told after {times[len(times) // 2]:.1f} s (median), {times[-1]:.1f} s (slowest)")
-    assert times[len(times) // 2] < 5
+def test_one_line_after_the_slow_imports(broken, tiny_model, tiny_squad):
+    name = "model with a broken tokenizer"
+    process = run_script(*arguments_of(name, broken, tiny_model, tiny_squad))
+    assert (process.returncode, process.stdout) == (2, "") and len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert re.search(CASES[name][1], process.stderr)
 
 
 def test_search_space_is_checked(monkeypatch):
@@ -153,7 +162,7 @@ def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
     text = script.read_text()
     assert text.count("tune.loguniform(5e-6, 2e-4)") == 1
     script.write_text(text.replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(2e-4, 5e-6)"))
-    process = run_script("--model", tiny_model, "--dataset", tiny_squad, script=script, timeout=60)
+    process = run_script("--model", tiny_model, "--dataset", tiny_squad, script=script)
     assert process.returncode == 2 and "search space: lr: lower 0.0002 is not below upper 5e-06" in process.stderr
     assert not (tmp_path / "results").exists() and not os.path.exists("results/bloom_bohb")
 
@@ -191,7 +200,7 @@ def test_prefetch_on_a_login_node_does_not_look_for_gpus():
 
 
 def test_help_lists_all_flags():
-    process = run_script("--help", timeout=60)
+    process = run_script("--help")
     assert process.returncode == 0
     for flag in "model dataset max_train_samples max_eval_samples num_train_epochs max_t reduction_factor num_samples gpus_per_trial cpus_per_trial max_concurrent_trials metric deepspeed seed output_dir run_name prefetch".split():  # fmt: skip
         assert f"--{flag}" in process.stdout

@@ -15,7 +15,7 @@ def plan(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     environment = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", **environment}
     environment = {k: v for k, v in {**os.environ, **environment}.items() if k != "SBATCH_TIMELIMIT" or k in environment}
     command = [sys.executable, ROOT / "raytune_bayesian.py", "--plan", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_plan_of_the_default_search(tmp_path):

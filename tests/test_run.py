@@ -188,19 +188,6 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
         assert loss == pytest.approx(expected["eval_loss"], rel=1e-6)
 
 
-def test_same_seed_one_slot_same_search(band, tmp_path, tiny_model, tiny_squad):
-    """A second run proposes the same and gets the same losses to the last digit."""
-    folder, *_ = band
-    process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", "again", *SMALL,
-        "--max_concurrent_trials", 1, "--num_samples", 25,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    keys = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration"]
-    first, second = ([[t[k] for k in keys] for t in report.read_csv(f / "trials.csv")] for f in (folder, tmp_path / "again"))
-    assert first == second
-
-
 def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):
     """Both end with their own results; the score is computed after each iteration where trials are compared by it.
 
@@ -257,7 +244,7 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
     try:
         next(line for line in process.stdout if "] trial " in line)
         process.send_signal(how)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -291,7 +278,7 @@ def cut(arguments, after, how):
             how()
         else:
             (os.killpg if how == signal.SIGKILL else os.kill)(process.pid, how)
-        lines.append(process.communicate(timeout=60)[0])
+        lines.append(process.communicate(timeout=200)[0])
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -299,7 +286,10 @@ def cut(arguments, after, how):
 
 
 def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_model, tiny_squad):
-    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through, in a folder that moved."""
+    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through, in a folder that moved.
+
+    So the same seed is the same search.
+    """
     whole, *_ = band
     name = ["--output_dir", tmp_path, "--run_name", "x"]
     ds_config = tmp_path / "ds.json"
@@ -353,9 +343,9 @@ def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, 
     )  # fmt: skip
     try:
         # The Trainer's folder, in the folder that the run gives its trials: the first steps are a moment away.
-        wait_for("the training's start", lambda: list(temporary.glob("bohb-*/tmp*")), 60)
+        wait_for("the training's start", lambda: list(temporary.glob("bohb-*/tmp*")), 200)
         process.send_signal(signal.SIGUSR1)
-        out = process.communicate(timeout=60)[0]
+        out = process.communicate(timeout=200)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -376,7 +366,7 @@ def test_resume_of_what_is_no_run_and_of_one_at_work(tmp_path, tiny_model, tiny_
     with ThreadPoolExecutor(1) as pool:
         small = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 3]
         running = pool.submit(run_script, *name, "--model", tiny_model, "--dataset", tiny_squad, *small)
-        wait_for("the run's folder", (tmp_path / "x" / "run.json").exists, 60)
+        wait_for("the run's folder", (tmp_path / "x" / "run.json").exists, 200)
         second = run_script(*name, "--resume")
         assert second.returncode == 2 and "a process is at work on" in second.stderr
         assert running.result().returncode == 0
@@ -452,7 +442,7 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
                 file.write(b"x" * 4096)
         read_to("waiting for ")
         (disk / "filler").unlink()
-        lines.append(process.communicate(timeout=120)[0])
+        lines.append(process.communicate(timeout=300)[0])
         out = "".join(lines)
         assert process.returncode == 0 and out.count("going on with a search") == 2 and out.count("Best Trial Result") == 1, out
         assert out.count("\nstorage: ") == 2 and re.search("storage: .*o space left on device", out), out
@@ -482,6 +472,8 @@ def test_a_trial_that_the_kernel_kills_at_the_memory_limit(tmp_path, tiny_model,
         shutil.copy(ROOT / name, tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     harm = """
+import signal
+
 honest_train = train
 
 

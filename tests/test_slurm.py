@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,7 @@ def project(cluster, tmp_path):
     for node in NODES:
         cluster.run("node1", "scontrol", "update", f"node={node}", "state=resume", check=False)
     try:
-        wait_for("nothing left of the jobs", lambda: not project.left_over(), 40)
+        wait_for("nothing left of the jobs", lambda: not project.left_over(), 90)
     finally:
         shutil.rmtree(temporary)
     assert user_files() == before
@@ -64,7 +65,7 @@ def tiny(tiny_model, tiny_squad):
 # -- 1. the whole -----------------------------------------------------------------------------------------------------
 
 
-def test_search_on_two_nodes(project, demo_model):
+def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one; the log ends with the result; nothing is left."""
     script = project.folder / "raytune_bayesian.py"
     text = script.read_text()
@@ -72,8 +73,7 @@ def test_search_on_two_nodes(project, demo_model):
     with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
     script.write_text(text.replace('"node": socket.gethostname()', with_gpu))
     job = project.submit(
-        "--model", demo_model, "--dataset", demo_model.parent / "squad", "--max_t", 16, "--num_train_epochs", 0.3,
-        "--max_eval_samples", 50, "--run_name", "whole", NUM_WORKERS="2",
+        *tiny, "--max_t", 16, "--num_train_epochs", 4, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
@@ -92,7 +92,11 @@ def test_search_on_two_nodes(project, demo_model):
     elapsed = [project.cluster.job(worker)["RunTime"].split(":") for worker in project.workers(job)]
     paid = sum(2 * (60 * int(h) + int(m) + int(s) / 60) for h, m, s in elapsed)  # GPU-minutes
     print(f"GPU-minutes: {paid:.2f} by Slurm's elapsed times, {run['gpu_minutes']['allocated']:.2f} while the search ran, by the bill")
-    assert 0.6 * paid < run["gpu_minutes"]["allocated"] < paid
+    in_use = 0  # from a node's first trial to its last: the bill has that and more, and never more than Slurm
+    for node in ("node2", "node3"):
+        times = [(i["started_at"], i["ended_at"]) for i in iterations if i["node"].startswith(node)]
+        in_use += 2 * (max(t for _, t in times) - min(t for t, _ in times)) / 60
+    assert in_use < run["gpu_minutes"]["allocated"] < paid
     for worker in project.workers(job):
         assert project.cluster.job(worker)["ExitCode"] == "0:0" and project.cluster.job(worker)["JobState"] == "COMPLETED"
         text = (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
@@ -134,7 +138,7 @@ def test_cancelling_one_leaves_the_other(project, tiny):
     project.wait_for_search(one)
     project.wait_for_search(other)
     project.cluster.run("node1", "scancel", one)
-    assert project.wait_for_end(one, 30)[0] == "CANCELLED"
+    assert project.wait_for_end(one, 60)[0] == "CANCELLED"
     assert project.wait_for_end(other) == ("COMPLETED", "0:0"), project.log(other)
     assert len(closing_block(project.log(other))[1]) == 2 + 8
 
@@ -157,8 +161,8 @@ def test_nobody_else_gets_in(project, tiny):
         script = "\n".join(["import contextlib, os, ray", *before, init, "print('IN')"])
         command = project.cluster.command(node, sys.executable, "-c", script)
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY")} | environment
-        limited = ["timeout", "40", *command]  # a refused client may try for minutes
-        return subprocess.run(limited, capture_output=True, text=True, timeout=90, env=environment)
+        limited = ["timeout", "60", *command]  # a refused client may try for minutes
+        return subprocess.run(limited, capture_output=True, text=True, timeout=200, env=environment)
 
     with_token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     assert "IN" in connect("node1", **with_token).stdout  # the owner can: the others fail for want of the token
@@ -168,10 +172,11 @@ def test_nobody_else_gets_in(project, tiny):
     without, with_wrong = {"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(wrong)}
     # Another user, who may not be able to read the packages here: a first attempt loads all of them, as root.
     another = [f"with contextlib.suppress(BaseException): ray.init('{address}')", "os.setgid(65534); os.setuid(65534)"]
-    for node, environment, before in [("node1", with_wrong, []), ("node3", without, []), ("node1", without, another)]:
-        outcome = connect(node, *before, **environment)
-        assert outcome.returncode != 0 and "IN" not in outcome.stdout
-        assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[-2000:]
+    attempts = [("node1", with_wrong, []), ("node3", without, []), ("node1", without, another)]
+    with ThreadPoolExecutor(3) as pool:
+        for outcome in pool.map(lambda attempt: connect(attempt[0], *attempt[2], **attempt[1]), attempts):
+            assert outcome.returncode != 0 and "IN" not in outcome.stdout
+            assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[-2000:]
 
     # as another user: the token's folder and Ray's sockets are closed to him
     probe = (
@@ -219,7 +224,7 @@ def test_scancel_is_clean(project, tiny, phase):
     else:
         project.wait_for_search(job)
     project.cluster.run("node1", "scancel", job)
-    wait_for("nothing left of the jobs", lambda: not project.left_over(), 30)
+    wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
     assert project.cluster.job(job)["JobState"] == "CANCELLED"
     assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
 
@@ -238,7 +243,7 @@ def test_a_worker_that_comes_late_joins(project, tiny):
 def test_no_worker_comes(project, tiny):
     drain(project, "node2", "node3")
     job = project.submit(*tiny, *LONG, NUM_WORKERS="2", WORKER_TIMEOUT="15")
-    assert project.wait_for_end(job, 60) == ("FAILED", "1:0")
+    assert project.wait_for_end(job) == ("FAILED", "1:0")
     assert project.left_over() == {}
     log = project.log(job)
     assert "no worker joined within 15 s (WORKER_TIMEOUT)" in log
@@ -256,7 +261,7 @@ def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
             os.kill(pid, 9)
         except ProcessLookupError:
             pass
-    project.wait_for("the worker's end", lambda: project.cluster.job(worker)["JobState"] not in ("RUNNING", "COMPLETING"), 30)
+    project.wait_for("the worker's end", lambda: project.cluster.job(worker)["JobState"] not in ("RUNNING", "COMPLETING"))
     assert "the head at" in (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
     shutil.rmtree(next(project.folder.glob("results/.ray-*")))  # what the killed head could not remove
     for path in project.temporary.iterdir():
@@ -272,11 +277,15 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
     slow = [*tiny, "--max_t", 4, "--num_train_epochs", 28, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
     through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
-    job = project.submit(*slow, options=["--time=2", "--signal=B:USR1@25"])  # Slurm may send it a minute earlier
-    project.wait_for("the requeue", lambda: project.cluster.job(job).get("Restarts") == "1", 150)
+    job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@40"])
+    project.wait_for_search(job)
+    hours, minutes, _ = map(int, project.cluster.job(job)["RunTime"].split(":"))
+    limit = 60 * hours + minutes + 2  # a minute from now, or two; Slurm may warn a minute earlier than it was told
+    project.cluster.run("node1", "scontrol", "update", f"jobid={job}", f"timelimit={limit}")
+    project.wait_for("the requeue", lambda: project.cluster.job(job).get("Restarts") == "1")
     project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "timelimit=20")
     for each in (through, job):
-        assert project.wait_for_end(each, 400) == ("COMPLETED", "0:0"), project.log(each)
+        assert project.wait_for_end(each) == ("COMPLETED", "0:0"), project.log(each)
     log = project.log(job)
     assert "the time is nearly up: saving all running trials" in log and "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
     assert "going on with a search" in log and log.count("Best Trial Result:") == 1
@@ -299,7 +308,7 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
                 os.kill(pid, 9)
             except ProcessLookupError:
                 pass
-    assert project.wait_for_end(job, 400) == ("COMPLETED", "0:0"), project.log(job)
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
     assert re.search(r"worker job \d+ replaces it \(1 of at most 10\)", log), log
     trials = report.read_csv(rows.parent / "trials.csv")
@@ -322,10 +331,10 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}
-    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == both, 240)
+    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == both)
     bad = next(w for w in project.workers(job) if project.cluster.job(w)["NodeList"] == "node2")
     broken.touch()
-    assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
     assert f"worker job {bad} is given up: a GPU of its node fails" in log, log
     others = [w for w in re.findall(r"worker job (\d+) replaces it", log)]
@@ -336,10 +345,19 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
 
 
 def test_idle_nodes_are_given_back(project, tiny):
-    """One trial, two nodes: the one without it goes back to Slurm, is not replaced, and the bill says what that saves."""
-    arguments = ["--max_t", 4, "--num_train_epochs", 50, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
+    """One trial, two nodes: the one without it goes back to Slurm, is not replaced, and the bill says what that saves.
+
+    The trial waits for that, however slow the second node is to join.
+    """
+    script, go_on = project.folder / "raytune_bayesian.py", project.folder / "go_on"
+    text, start = script.read_text(), "    init_distributed()\n    transformers"
+    assert text.count(start) == 1
+    script.write_text(text.replace(start, f'    while not os.path.exists("{go_on}"):\n        time.sleep(0.2)\n{start}'))
+    arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
-    assert project.wait_for_end(job, 300) == ("COMPLETED", "0:0"), project.log(job)
+    project.wait_for("a release", lambda: "is given back" in project.log(job))
+    go_on.touch()
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
     released = re.findall(r"^worker job (\d+) is given back: 1 trials are left, and 2 slots without it$", log, re.MULTILINE)
     assert len(released) == 1 and "replaces it" not in log and "has ended" not in log, log
@@ -347,7 +365,7 @@ def test_idle_nodes_are_given_back(project, tiny):
     assert {w for w, text in logs.items() if "given back: no trial needs this node any more" in text} == set(released)
     assert all(project.cluster.job(w)["ExitCode"] == "0:0" for w in logs)
     run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
-    assert run["bill"]["given back"] > 0.1 and "given back" in log
+    assert run["bill"]["given back"] > 0 and "given back" in log
     (trial,) = report.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert (trial["status"], trial["resumes"], trial["training_iteration"]) == ("completed", 0, 4)
     assert project.left_over() == {}
@@ -444,7 +462,7 @@ def test_preflight_results_not_shared(project, tiny):
 def test_preflight_logs_missing(project, tiny):
     (project.folder / "logs").rmdir()
     job = project.submit(*tiny, options=["--output=%x-%j.out"])
-    assert project.wait_for_end(job, 15) == ("FAILED", "2:0")
+    assert project.wait_for_end(job) == ("FAILED", "2:0")
     assert "logs is missing" in (project.folder / f"ray_head_bloom_bohb-{job}.out").read_text()
     (project.folder / "logs").mkdir()
 
@@ -455,15 +473,14 @@ def test_preflight_wrong_folder(project, tiny):
 
 
 def test_wrong_arguments(project, tiny):
-    refused(project, project.submit(*tiny, "--max_t", 0), "raytune_bayesian.py: error: --max_t 0: must be at least 1", 25)
-    refused(project, project.submit(*tiny, "--gpus_per_trial", 9), r"--gpus_per_trial 9: a worker node \(cluster.env\) has 2", 25)
+    refused(project, project.submit(*tiny, "--max_t", 0), "raytune_bayesian.py: error: --max_t 0: must be at least 1")
+    refused(project, project.submit(*tiny, "--gpus_per_trial", 9), r"--gpus_per_trial 9: a worker node \(cluster.env\) has 2")
 
 
-def refused(project, job, sentence, seconds=15):
-    """The job ends with exit code 2 within `seconds` of its start, the sentence in its log, and leaves nothing."""
-    assert project.wait_for_end(job, 60) == ("FAILED", "2:0"), project.log(job)
+def refused(project, job, sentence):
+    """The job ends with exit code 2, the sentence in its log, and leaves nothing."""
+    assert project.wait_for_end(job) == ("FAILED", "2:0"), project.log(job)
     assert re.search(sentence, project.log(job)), project.log(job)
     assert project.left_over() == {}
     assert not (project.folder / "results").exists()
-    started = re.search(r"ended after (\d+) s, exit code 2", project.log(job))
-    assert int(started.group(1)) <= seconds
+    assert re.search(r"ended after \d+ s, exit code 2", project.log(job))
