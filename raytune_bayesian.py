@@ -413,9 +413,9 @@ def train(config: dict, run: dict) -> None:
 
 
 def search(
-    args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast
-) -> tuple[report.Record, TuneBOHB]:
-    """Runs all trials, or those that are left of an earlier run; returns what was recorded and the searcher.
+    args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast, facts: dict
+) -> report.Record:
+    """Runs all trials, or those that are left of an earlier run; returns what was recorded. Whatever ends it, the bill is in `facts`.
 
     Raises:
         resume.Drained: after SIGUSR1, once each running trial has saved a checkpoint.
@@ -499,12 +499,19 @@ def search(
         if record.unfinished():
             tuner.fit()
     finally:
+        minutes, busy = spent.minutes(), sum(row["gpu_minutes"] for row in record.trials.values())
+        allocated = minutes["allocated"] * args.gpus_per_trial
+        facts |= record.facts() | {
+            "bill": minutes,
+            "gpu_minutes": {"allocated": allocated, "busy": busy, "idle": allocated - busy},
+            "model_based_suggestions": {"k": searcher.model_based, "n": len(searcher.suggested)},
+        }
         record.write_tables()
     if record.unfinished():  # Tune returns as after a good end
         raise KeyboardInterrupt
     record.write([])  # what comes now may be interrupted too
     resume.stop_at_once()
-    return record, searcher, spent
+    return record
 
 
 def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
@@ -680,11 +687,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         try:
             start_ray(args, temp_dir, trials_dir)
             tested = run.pop("test")
-            record, searcher, spent = search(args, run, run_dir, state, expected)
-            facts |= record.facts() | {"bill": spent.minutes()}
-            allocated, busy = facts["bill"]["allocated"] * args.gpus_per_trial, sum(row["gpu_minutes"] for row in record.trials.values())
-            facts["gpu_minutes"] = {"allocated": allocated, "busy": busy, "idle": allocated - busy}
-            facts["model_based_suggestions"] = {"k": searcher.model_based, "n": len(searcher.suggested)}
+            record = search(args, run, run_dir, state, expected, facts)
             if record.best is None:
                 raise RuntimeError("no trial came to its first rung with a number; the reasons are above")
             result = {name: record.trials[record.best][name] for name in report.METRICS}
@@ -722,7 +725,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     except Exception as error:  # all else is done
         print(f"WARNING: no report.html ({error!r}); python report.py {run_dir} tries again")
     print(bill.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples, facts["grid"]))
-    print(f"model-based suggestions: {searcher.model_based} of {len(searcher.suggested)}")
+    print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
     print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))
     print(f"Below, eval_loss, EM and F1 are on the {len(run['selection'])} questions that trials were selected on.\n")

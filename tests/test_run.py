@@ -251,7 +251,8 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
     assert process.returncode == code, err
     assert "Best Trial Result" not in out and "Traceback" not in err
     assert (how == signal.SIGTERM) or f"what was saved is in {tmp_path}/x" in err
-    assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "interrupted"
+    run = json.loads((tmp_path / "x" / "run.json").read_text())
+    assert run["status"] == "interrupted" and run["bill"]["allocated"] > run["bill"]["training"] > 0 and len(run["nodes"]) == 1
     assert "state.pkl" in {p.name for p in (tmp_path / "x").iterdir()}  # to go on with
     assert len(report.read_csv(tmp_path / "x" / "trials.csv")) >= 1
     assert not list((tmp_path / "tmp").iterdir()) and not ours() - before
