@@ -251,12 +251,16 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
     """Sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number."""
     labels, mask = batch["labels"], batch["attention_mask"]
     keep = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
-    if "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters:  # BLOOM has none
-        keep["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)  # as generate counts them, behind the padding
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **keep).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **_positions(model, mask), **keep).logits[:, :-1]
     supervised = labels != IGNORE
     logits, labels = logits[supervised].float(), labels[supervised]
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), labels.numel()
+
+
+def _positions(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """position_ids of a model whose forward takes them (BLOOM's does not): counted as generate does, behind the padding."""
+    takes = "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
 
 
 def _batches(order: np.ndarray, batch_size: int):
@@ -289,18 +293,40 @@ def predict(model, tokenizer, data: TokenizedSquad, batch_size: int, max_new_tok
     for indices in _batches(np.argsort(-data.prompt_lengths, kind="stable"), batch_size):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = collate(prompts, tokenizer.pad_token_id)
-        output = model.generate(
-            input_ids=batch["input_ids"].to(device),
-            attention_mask=batch["attention_mask"].to(device),
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(indices, answers):
+        input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        answers = _greedy(model, input_ids, mask, tokenizer.eos_token_id, max_new_tokens)
+        for i, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True)):
             texts[i] = text.strip()
     return [{"id": reference["id"], "prediction_text": text} for reference, text in zip(data.references, texts)]
+
+
+def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int, max_new_tokens: int) -> list[list[int]]:
+    """The tokens that model.generate gives, without EOS, for prompts that are padded on the left, int64 (batch, longest).
+
+    A row that has come to EOS leaves the batch, where generate computes it on until the last one is through: answers are
+    two or three tokens long, and now and then forty.
+    """
+    answers: list[list[int]] = [[] for _ in input_ids]
+    rows, cache = list(range(len(answers))), None
+    for _ in range(max_new_tokens):
+        positions = {name: ids[:, -input_ids.shape[1] :] for name, ids in _positions(model, mask).items()}
+        output = model(
+            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
+        )
+        cache, tokens = output.past_key_values, output.logits[:, -1].argmax(-1)
+        going = []
+        for k, token in enumerate(tokens.tolist()):
+            if token != eos_token_id:
+                answers[rows[k]].append(token)
+                going.append(k)
+        if not going:
+            break
+        if len(going) < len(rows):
+            rows, kept = [rows[k] for k in going], torch.tensor(going, device=tokens.device)
+            tokens, mask = tokens[kept], mask[kept]
+            cache.batch_select_indices(kept)
+        input_ids, mask = tokens[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
+    return answers
 
 
 def normalize_answer(text: str) -> list[str]:
