@@ -319,12 +319,13 @@ PRETRAINED: dict[str, torch.nn.Module] = {}  # of this process: the next trial d
 def pretrained(folder: str) -> torch.nn.Module:
     """A fresh copy of the pretrained model, fp32, on the CPU."""
     if folder not in PRETRAINED:
-        PRETRAINED[folder] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        PRETRAINED[folder] = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     return copy.deepcopy(PRETRAINED[folder])
 
 
+@functools.lru_cache
 def load_tokenizer(folder: str | Path):
-    """The tokenizer of a model; one without a padding token pads with EOS, which the attention mask hides."""
+    """The tokenizer of a model, once a process; one without a padding token pads with EOS, which the attention mask hides."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
@@ -544,7 +545,7 @@ def test(run: dict, folder: str) -> dict[str, float]:
     torch.set_num_threads(run["cpus_per_trial"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder).to(device)
+    model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder)).to(device)
     loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_BATCH_SIZE)
     return {"eval_loss": loss, **score(model, tokenizer, run["test"], run["max_new_tokens"])}
 

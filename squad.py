@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.models.bloom.modeling_bloom import BloomMLP
 
 IGNORE = -100  # a label that torch's cross entropy leaves out
 ANSWER_ROOM = 48  # tokens kept free after a prompt in evaluation: its length must not depend on the answer
@@ -247,6 +248,14 @@ def collate(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def fuse_gelu(model: torch.nn.Module) -> torch.nn.Module:
+    """Gives a BLOOM, in place, the GELU of torch: the same function in one operation instead of eight. Others stay as they are."""
+    for module in model.modules():
+        if isinstance(module, BloomMLP):
+            module.gelu_impl = torch.nn.GELU(approximate="tanh")
+    return model
+
+
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
     """Sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number."""
     labels, mask = batch["labels"], batch["attention_mask"]
@@ -313,7 +322,7 @@ def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: in
         output = model(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
         )
-        cache, tokens = output.past_key_values, output.logits[:, -1].argmax(-1)
+        cache, tokens = output.past_key_values, output.logits[:, -1].max(-1).indices  # on a CPU twice as fast as argmax
         going = []
         for k, token in enumerate(tokens.tolist()):
             if token != eos_token_id:

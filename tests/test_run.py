@@ -185,7 +185,7 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
         data = squad.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
         assert raytune_bayesian.score(model, tokenizer, data, longest) == {k: expected[k] for k in ("exact_match", "f1")}
         loss = squad.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_BATCH_SIZE)
-        assert loss == pytest.approx(expected["eval_loss"], rel=1e-6)
+        assert loss == pytest.approx(expected["eval_loss"], rel=1e-5)  # as the run fuses GELU
 
 
 def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):

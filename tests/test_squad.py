@@ -190,6 +190,19 @@ def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad
     assert squad.evaluate_loss(model, data, 0, 3) == pytest.approx(squad.evaluate_loss(model, data, 0, 1), rel=1e-5)
 
 
+def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
+    plain, fused = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
+    squad.fuse_gelu(fused)
+    assert plain.transformer.h[1].mlp.gelu_impl is not fused.transformer.h[1].mlp.gelu_impl
+    x = torch.linspace(-9, 9, 999, dtype=torch.float64)
+    torch.testing.assert_close(fused.transformer.h[1].mlp.gelu_impl(x), plain.transformer.h[1].mlp.gelu_impl(x), rtol=1e-6, atol=1e-7)
+    batch = squad.collate([data[i] for i in range(8)], tokenizer.pad_token_id)
+    for model in (plain, fused):
+        squad.answer_loss(model, batch)[0].backward()
+    for one, other in zip(plain.parameters(), fused.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     items = [data[i] for i in range(8)]
