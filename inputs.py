@@ -105,7 +105,7 @@ def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
             raise BadInput(f"--{name} {value}: neither a folder nor the name of a repository on the hub")
     if Path(args.model).is_dir():
         check_model_folder(Path(args.model))
-    ds_config = read_ds_config(Path(args.deepspeed))
+    ds_config = read_ds_config(Path(args.deepspeed), args.gpus_per_trial or 0)
     return ds_config, load_examples(args.dataset) if Path(args.dataset).is_dir() else None
 
 
@@ -125,8 +125,6 @@ def check_resources(args: argparse.Namespace) -> None:
     for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": cpus}.items():
         if getattr(args, name) > have:
             raise BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
-    if args.gpus_per_trial > 1:
-        raise BadInput(f"--gpus_per_trial {args.gpus_per_trial}: a trial of several GPUs is not supported")
 
 
 def use_cluster_env(folder: Path) -> None:
@@ -181,7 +179,7 @@ def largest(domain) -> float:
     return max(getattr(domain, "categories", None) or [getattr(domain, "upper", domain)])
 
 
-def read_ds_config(path: Path) -> dict:
+def read_ds_config(path: Path, gpus_per_trial: int) -> dict:
     """The DeepSpeed configuration of a file."""
     try:
         config = json.loads(path.read_text())
@@ -201,7 +199,9 @@ def read_ds_config(path: Path) -> dict:
         if config.get(key, {}).get("enabled", "auto") != "auto":
             raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": fp16 on a GPU, fp32 on a CPU')
     if config.get("zero_optimization", {}).get("stage") == 3:
-        raise BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2")
+        if gpus_per_trial < 2:
+            raise BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2, or --gpus_per_trial")
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # or a checkpoint has no weights to load
     return config
 
 

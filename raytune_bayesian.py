@@ -140,6 +140,7 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bill
+import ranks
 import report
 import resume
 import simulate
@@ -200,9 +201,9 @@ class SquadMetric(evaluate.Metric):
         return {"exact_match": exact_match / len(references), "f1": f1 / len(references)}
 
 
-def score(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int) -> dict[str, float]:
+def score(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int, group=None) -> dict[str, float]:
     """EM and F1 of greedy answers."""
-    predictions = squad.predict(model, tokenizer, data, EVAL_BATCH_SIZE, max_new_tokens)
+    predictions = squad.predict(model, tokenizer, data, EVAL_BATCH_SIZE, max_new_tokens, group)
     return SquadMetric().compute(predictions=predictions, references=data.references)
 
 
@@ -213,16 +214,17 @@ def score(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int) -> 
 class Trainer(transformers.Trainer):
     """The Trainer with a loss on answer tokens only and with a data order that is fixed from the start."""
 
-    def __init__(self, *args, order: list[int], **kwargs):
+    def __init__(self, *args, order: list[int], group: ranks.Group, **kwargs):
         super().__init__(*args, **kwargs)
-        self.order = order
+        self.order, self.group = order, group
 
     def _get_train_sampler(self, train_dataset=None):
         return self.order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, count = squad.answer_loss(model, inputs)
-        return total / count
+        # DeepSpeed takes the mean over ranks: so that each token counts alike, as on one GPU.
+        return total * self.group.size / sum(self.group.gather(count))
 
 
 def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
@@ -241,8 +243,8 @@ class Iterations(transformers.TrainerCallback):
     F1 are computed there, or after each iteration when trials are compared by them.
     """
 
-    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer, engine):
-        self.run, self.rungs, self.tokenizer, self.engine = run, rungs, tokenizer, engine
+    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer, engine, group: ranks.Group):
+        self.run, self.rungs, self.tokenizer, self.engine, self.group = run, rungs, tokenizer, engine, group
         self.last_steps = [round(t * max_steps / run["max_t"]) for t in range(run["max_t"] + 1)]
         self.every_score = run["metric"] != "eval_loss"
 
@@ -271,13 +273,13 @@ class Iterations(transformers.TrainerCallback):
             return
         iteration = self.last_steps.index(state.global_step, 1)
         selection, began = self.run["selection"], time.time()
-        loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE)
+        loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE, self.group)
         if not math.isfinite(loss):
             raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
         self.count_overflows(state.global_step, iteration)
         self.metrics = {"training_iteration": iteration, "eval_loss": loss}
         if iteration in self.rungs or self.every_score:
-            self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"]))
+            self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"], self.group))
         self.saving_since = time.time()
         self.metrics["evaluation_seconds"] = self.saving_since - began
         model.train()
@@ -288,23 +290,34 @@ class Iterations(transformers.TrainerCallback):
 
     def stopping(self) -> bool:
         """Whether the search is about to be stopped; looks once a second."""
-        if time.time() < self.looked_at + 1:
-            return False
-        self.looked_at = time.time()
-        return stop_file(self.run).exists()
+        stop = False
+        if time.time() > self.looked_at + 1:
+            self.looked_at = time.time()
+            stop = stop_file(self.run).exists()
+        return self.group.broadcast(stop)
 
     def on_save(self, args, state, control, **kwargs):
         folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        self.group.gather(None)  # all ranks have written their part
         if "evaluation_seconds" in self.metrics:
             self.metrics["checkpoints_seconds"] = time.time() - self.saving_since
         try:
             self.report(tune.Checkpoint.from_directory(folder))
         finally:  # Tune has made its own copy, also where it pauses the trial
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=self.group.rank > 0)
 
     def report(self, checkpoint=None):
+        """Reports from rank 0; does not return where Tune pauses the trial."""
         times = {"started_at": self.started_at, "ended_at": time.time(), "node": socket.gethostname()}
-        tune.report({**self.metrics, **times}, checkpoint=checkpoint)  # does not return where Tune pauses the trial
+        goes_on = False
+        try:
+            if self.group.rank == 0:
+                tune.report({**self.metrics, **times}, checkpoint=checkpoint)
+                goes_on = True
+        finally:
+            goes_on = self.group.broadcast(goes_on)
+        if not goes_on:
+            raise ranks.Stopped
         self.started_at = time.time()
 
 
@@ -331,21 +344,7 @@ def load_tokenizer(folder: str | Path):
     return tokenizer
 
 
-def init_distributed() -> None:
-    """A process group of one, without a port: DeepSpeed wants one, and a port could be taken by another trial."""
-    import deepspeed.ops
-
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    # The one op that DeepSpeed would compile here, communication on a CPU, has nobody to talk to. Not compiling it saves
-    # minutes and the need for a compiler, and no lock of a killed build is there to wait for.
-    deepspeed.ops.__compatible_ops__ = {}
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
-        # The half million objects of the imports stay for good: without this, each of the two collections a trial makes
-        # walks them for 0.3 s.
-        gc.collect()
-        gc.freeze()
+GROUPS: list[ranks.Group] = []  # of this process: that of its trials, once the first has begun
 
 
 def train(config: dict, run: dict) -> None:
@@ -357,16 +356,23 @@ def train(config: dict, run: dict) -> None:
         config: {"train_loop_config": {"lr", "per_device_bs", "wd"}, "rungs": iterations where it may be paused}.
         run: what all trials share, see `main`.
     """
-    hyperparameters = config["train_loop_config"]
     if run["gpus_per_trial"] and not torch.cuda.is_available() and "FAKE_GPUS" not in os.environ:  # of the tests
         raise RuntimeError(f"CUDA error: {socket.gethostname()} has given a GPU to this trial, and CUDA sees none")
-    init_distributed()
+    GROUPS or GROUPS.append(ranks.start(__name__, run, max(1, run["gpus_per_trial"])))
+    with GROUPS[0].trial(config):
+        train_rank(config, run, GROUPS[0])
+
+
+def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
+    """The part of a trial that one process has: all of it, or with several GPUs one rank."""
+    hyperparameters = config["train_loop_config"]
     transformers.set_seed(run["seed"])
-    torch.set_num_threads(run["cpus_per_trial"])
-    tokenizer = load_tokenizer(run["model"])
+    torch.set_num_threads(max(1, run["cpus_per_trial"] // group.size))
+    tokenizer, model = load_tokenizer(run["model"]), pretrained(run["model"])
     batch_size = hyperparameters["per_device_bs"]
-    order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size, run["seed"])
-    with tempfile.TemporaryDirectory() as folder:
+    order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size * group.size, run["seed"])
+    with contextlib.ExitStack() as stack:
+        folder = group.broadcast(stack.enter_context(tempfile.TemporaryDirectory()) if group.rank == 0 else None)
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             learning_rate=hyperparameters["lr"],
@@ -386,26 +392,23 @@ def train(config: dict, run: dict) -> None:
             remove_unused_columns=False,
         )
         trainer = Trainer(
-            model=pretrained(run["model"]),
+            model=model,
             args=arguments,
             train_dataset=run["train"],
             data_collator=lambda batch: squad.collate(batch, tokenizer.pad_token_id),
             order=order,
+            group=group,
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        max_steps = math.ceil(len(order) / batch_size)
-        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, lambda: trainer.model_wrapped))
-        checkpoint = tune.get_checkpoint()
+        max_steps = math.ceil(len(order) / (batch_size * group.size))
+        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, lambda: trainer.model_wrapped, group))
+        checkpoint = tune.get_checkpoint() if group.rank == 0 else None
         try:
-            if checkpoint:
-                with checkpoint.as_directory() as path:
-                    trainer.train(resume_from_checkpoint=path)
-            else:
-                trainer.train()
+            trainer.train(resume_from_checkpoint=group.broadcast(checkpoint and checkpoint.path))
         finally:  # Tune ends a paused trial by SystemExit out of tune.report
             if hasattr(trainer.model_wrapped, "destroy"):
                 trainer.model_wrapped.destroy()
-            del trainer
+            del trainer, model
             gc.collect()
 
 
@@ -438,6 +441,9 @@ def search(
     first_rung = min(args.num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))  # one trial alone ends no search
     record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+    # one bundle a rank, all on one node
+    share = {"CPU": args.cpus_per_trial / max(1, args.gpus_per_trial), "GPU": min(1, args.gpus_per_trial)}
+    bundles = tune.PlacementGroupFactory([share] * max(1, args.gpus_per_trial), strategy="STRICT_PACK")
     spent = bill.Bill(record, resources, args.max_concurrent_trials)
     algorithm = resume.ResumableSearch(searcher, run_dir)
     if state:
@@ -460,6 +466,8 @@ def search(
             nothing = {"training_iteration": 0, run["metric"]: math.nan}
             if inputs.is_storage(error):  # a full disk says nothing about the hyperparameters: the search stops
                 tune.report({**nothing, "storage": f"{reason} (on {socket.gethostname()})"})
+            elif isinstance(error, resume.TrialFailed):
+                raise  # to be rid of its processes
             elif isinstance(error, OSError) or "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise  # the node or its GPU fails: Tune starts the trial again in another process
             else:  # would come again with the same hyperparameters, so it is a result
@@ -469,7 +477,7 @@ def search(
                 tune.report({**nothing, "failed": f"{reason} ({file})"})
 
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, run=run), resources),
+        tune.with_resources(tune.with_parameters(trial, run=run), bundles),
         param_space=SEARCH_SPACE,
         tune_config=tune.TuneConfig(
             metric=args.metric,
@@ -576,7 +584,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
         run["train"].references = []  # nobody scores on it: need not travel to each trial
     except ValueError as error:
         raise inputs.BadInput(f"--dataset {args.dataset}: {error}") from None
-    batch_size = inputs.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
+    batch_size = inputs.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"]) * max(1, args.gpus_per_trial)
     steps = math.ceil(max(1, round(len(run["train"]) * args.num_train_epochs)) / batch_size)
     if steps < args.max_t:
         raise inputs.BadInput(

@@ -146,6 +146,10 @@ class NodeOutOfMemory(RayActorError):
     """Ray or the kernel has ended a process because its node, or the job's part of it, ran out of memory."""
 
 
+class TrialFailed(Exception):
+    """One rank of a trial has failed and the others with it: their processes are of no more use, and another try would fail too."""
+
+
 def oom_kills(root: Path = Path("/")) -> int:
     """How many processes the kernel has killed for their memory in the control group of this one, as at the memory limit of a job."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
@@ -233,9 +237,10 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             self._trial_task_failure(trial, RuntimeError("its process did not let go of the trial before it"))
 
     def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
-        if isinstance(exception, NodeOutOfMemory):
+        its_own = isinstance(exception, (NodeOutOfMemory, TrialFailed))  # else the node's: most of what is its own the train function reports
+        if its_own:
             trial.max_failures = 0
-        self._scheduler_alg.node_fault = not isinstance(exception, NodeOutOfMemory)  # the train function reports what is its own fault
+        self._scheduler_alg.node_fault = not its_own
         super()._process_trial_failure(trial, exception)
         self._scheduler_alg.node_fault = False
 

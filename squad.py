@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers.models.bloom.modeling_bloom import BloomMLP
 
 IGNORE = -100  # a label that torch's cross entropy leaves out
 ANSWER_ROOM = 48  # tokens kept free after a prompt in evaluation: its length must not depend on the answer
@@ -251,7 +250,7 @@ def collate(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 def fuse_gelu(model: torch.nn.Module) -> torch.nn.Module:
     """Gives a BLOOM, in place, the GELU of torch: the same function in one operation instead of eight. Others stay as they are."""
     for module in model.modules():
-        if isinstance(module, BloomMLP):
+        if type(module).__name__ == "BloomMLP":  # importing it would take seconds, also to refuse a wrong argument
             module.gelu_impl = torch.nn.GELU(approximate="tanh")
     return model
 
@@ -281,42 +280,50 @@ def _batches(order: np.ndarray, batch_size: int):
 
 
 @torch.no_grad()
-def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_size: int) -> float:
-    """Mean cross entropy (nats) over all answer tokens of a set: not a mean of batch means."""
+def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_size: int, group=None) -> float:
+    """Mean cross entropy (nats) over all answer tokens of a set: not a mean of batch means. All ranks of a group (see ranks.py) share
+    the work, and each returns the whole set's."""
     model.eval()
     device = next(model.parameters()).device
+    batches = list(_batches(np.argsort(-data.lengths, kind="stable"), batch_size))
     total, count = 0.0, 0
-    for indices in _batches(np.argsort(-data.lengths, kind="stable"), batch_size):
+    for indices, counts in group.mine(batches) if group else [(batch, True) for batch in batches]:
         batch = collate([data[i] for i in indices], pad_token_id)
         loss, n = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
-        total, count = total + loss.item(), count + n
-    return total / count
+        total, count = total + loss.item() * counts, count + n * counts
+    totals, numbers = zip(*(group.gather((total, count)) if group else [(total, count)]))
+    return sum(totals) / sum(numbers)
 
 
 @torch.no_grad()
-def predict(model, tokenizer, data: TokenizedSquad, batch_size: int, max_new_tokens: int) -> list[dict]:
-    """Greedy answers, in the order of the data: [{"id", "prediction_text"}]. Prompts of like length share a batch."""
+def predict(model, tokenizer, data: TokenizedSquad, batch_size: int, max_new_tokens: int, group=None) -> list[dict]:
+    """Greedy answers, in the order of the data: [{"id", "prediction_text"}]. Prompts of like length share a batch; all ranks of a group
+    (see ranks.py) share the batches, and each returns all answers."""
     model.eval()
     device = next(model.parameters()).device
-    texts = [""] * len(data)
-    for indices in _batches(np.argsort(-data.prompt_lengths, kind="stable"), batch_size):
+    texts = {}
+    batches = list(_batches(np.argsort(-data.prompt_lengths, kind="stable"), batch_size))
+    for indices, _ in group.mine(batches) if group else [(batch, True) for batch in batches]:
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = collate(prompts, tokenizer.pad_token_id)
         input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        answers = _greedy(model, input_ids, mask, tokenizer.eos_token_id, max_new_tokens)
+        answers = _greedy(model, input_ids, mask, tokenizer.eos_token_id, max_new_tokens, group)
         for i, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True)):
             texts[i] = text.strip()
-    return [{"id": reference["id"], "prediction_text": text} for reference, text in zip(data.references, texts)]
+    for others in group.gather(texts) if group else []:
+        texts |= others
+    return [{"id": reference["id"], "prediction_text": texts[i]} for i, reference in enumerate(data.references)]
 
 
-def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int, max_new_tokens: int) -> list[list[int]]:
+def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int, max_new_tokens: int, group) -> list[list[int]]:
     """The tokens that model.generate gives, without EOS, for prompts that are padded on the left, int64 (batch, longest).
 
     A row that has come to EOS leaves the batch, where generate computes it on until the last one is through: answers are
-    two or three tokens long, and now and then forty.
+    two or three tokens long, and now and then forty. A rank of several that is through keeps one row until all are: with ZeRO 3 the model
+    has to be called equally often in each.
     """
     answers: list[list[int]] = [[] for _ in input_ids]
-    rows, cache = list(range(len(answers))), None
+    rows, through, cache = list(range(len(answers))), False, None
     for _ in range(max_new_tokens):
         positions = {name: ids[:, -input_ids.shape[1] :] for name, ids in _positions(model, mask).items()}
         output = model(
@@ -325,11 +332,13 @@ def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: in
         cache, tokens = output.past_key_values, output.logits[:, -1].max(-1).indices  # on a CPU twice as fast as argmax
         going = []
         for k, token in enumerate(tokens.tolist()):
-            if token != eos_token_id:
+            if token != eos_token_id and not through:
                 answers[rows[k]].append(token)
                 going.append(k)
-        if not going:
+        through = not going
+        if all(group.gather(through)) if group else through:
             break
+        going = going or [0]
         if len(going) < len(rows):
             rows, kept = [rows[k] for k in going], torch.tensor(going, device=tokens.device)
             tokens, mask = tokens[kept], mask[kept]

@@ -56,7 +56,7 @@ class Run:
         self.cluster, self.project, self.output = cluster, Project(cluster, folder, folder / "tmp"), output
         self.rows = output / "x" / "iterations.csv"
         script = self.project.folder / "raytune_bayesian.py"
-        start = "    init_distributed()\n    transformers"
+        start = "    GROUPS or GROUPS.append("
         if start not in script.read_text():
             raise RuntimeError(f"no place in {script} for a GPU that fails")
         broken = '    if (Path(run["run_dir"]) / f"broken-{socket.gethostname()}").exists():\n        raise RuntimeError("CUDA error: unknown")\n'

@@ -46,12 +46,13 @@ def textbook_trial(config, run):
     import torch
     import transformers
 
+    import ranks
     import raytune_bayesian
 
     # Ray's TuneBOHB suggests numpy values, which torch's DataLoader and DeepSpeed refuse
     searched = {name: value.item() if hasattr(value, "item") else value for name, value in config["train_loop_config"].items()}
     max_t = run["max_t"]
-    raytune_bayesian.init_distributed()
+    raytune_bayesian.GROUPS or raytune_bayesian.GROUPS.append(ranks.Group())
     transformers.set_seed(run["seed"])
     torch.set_num_threads(1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(run["model"])

@@ -87,7 +87,7 @@ DS_CONFIG = json.loads((Path(raytune_bayesian.__file__).with_name("ds_config.jso
 def test_ds_configs(path, new):
     with a_file("ds.json", json.dumps(changed(DS_CONFIG, path, new))) as file:
         try:
-            assert isinstance(inputs.read_ds_config(file), dict)
+            assert isinstance(inputs.read_ds_config(file, 2), dict)
         except inputs.BadInput as error:
             one_line(error)
 

@@ -156,7 +156,7 @@ def test_search_space_is_checked(monkeypatch):
 
 def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
     """What a user does: edit the block at the top of the script."""
-    for name in ("raytune_bayesian.py", "inputs.py", "resume.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
+    for name in ("raytune_bayesian.py", "inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
         shutil.copy(ROOT / name, tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     text = script.read_text()
@@ -169,7 +169,7 @@ def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
 
 def test_a_copy_of_the_script_is_what_runs(tmp_path, tiny_model, tiny_squad):
     """Researchers copy a script to change it."""
-    for name in ("inputs.py", "resume.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
+    for name in ("inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
         shutil.copy(ROOT / name, tmp_path)
     script = tmp_path / "my_search.py"
     script.write_text((ROOT / "raytune_bayesian.py").read_text().replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(1e-3, 2e-3)"))

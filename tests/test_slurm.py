@@ -323,7 +323,7 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
 def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     """CUDA errors on one of two nodes: its job goes, Slurm keeps off the node, no trial is lost and none is told to the model as bad."""
     script, broken = project.folder / "raytune_bayesian.py", project.folder / "broken"
-    text, start = script.read_text(), "    init_distributed()\n    transformers"
+    text, start = script.read_text(), "    GROUPS or GROUPS.append("
     assert text.count(start) == 1
     fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
     script.write_text(text.replace(start, fails + start))
@@ -350,7 +350,7 @@ def test_idle_nodes_are_given_back(project, tiny):
     The trial waits for that, however slow the second node is to join.
     """
     script, go_on = project.folder / "raytune_bayesian.py", project.folder / "go_on"
-    text, start = script.read_text(), "    init_distributed()\n    transformers"
+    text, start = script.read_text(), "    GROUPS or GROUPS.append("
     assert text.count(start) == 1
     script.write_text(text.replace(start, f'    while not os.path.exists("{go_on}"):\n        time.sleep(0.2)\n{start}'))
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
