@@ -106,6 +106,12 @@ class Group:
                 raise
             over.set()
             watch.join()
+            ended, _ = ray.wait(futures, num_returns=len(futures), timeout=5)
+            for future in ended:  # another rank's error has come first: this one has only lost the connection
+                try:
+                    ray.get(future)
+                except Exception as first:
+                    lost.append(first)
             for actor in self.others:
                 ray.kill(actor)
             cause = lost[0] if lost else error

@@ -304,7 +304,8 @@ class Iterations(transformers.TrainerCallback):
         try:
             self.report(tune.Checkpoint.from_directory(folder))
         finally:  # Tune has made its own copy, also where it pauses the trial
-            shutil.rmtree(folder, ignore_errors=self.group.rank > 0)
+            if self.group.rank == 0:
+                shutil.rmtree(folder)
 
     def report(self, checkpoint=None):
         """Reports from rank 0; does not return where Tune pauses the trial."""
