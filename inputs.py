@@ -6,6 +6,7 @@ Imports nothing slow, so that a wrong argument costs a few seconds. Every check 
 import argparse
 import csv
 import errno
+import importlib.util
 import json
 import math
 import os
@@ -27,6 +28,7 @@ import squad
 
 
 MODES_OF_USE = ("resume", "prefetch", "plan", "seconds_per_iteration")  # arguments that are not the search's
+TRACKERS = {"none": None, "tensorboard": None, "mlflow": "mlflow-skinny", "wandb": "wandb"}  # --report_to: what to pip install
 CLUSTER = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # in cluster.env
 
 
@@ -72,6 +74,7 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
         elif not args.prefetch:
             check_output(run_dir)
         check_values(args)
+        check_tracker(args.report_to)
         return check_files(args)
     except OSError as error:  # no permission, a loop of links, a name too long
         raise BadInput(f"{error.filename}: {error.strerror}") from None
@@ -95,6 +98,13 @@ def check_values(args: argparse.Namespace) -> None:
         raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
     if not args.prefetch:  # on a login node
         check_resources(args)
+
+
+def check_tracker(report_to: str) -> None:
+    """Raises BadInput where the package of an experiment tracker is not installed."""
+    package = TRACKERS[report_to]
+    if package and not importlib.util.find_spec(report_to):
+        raise BadInput(f"--report_to {report_to}: the package is missing: {sys.executable} -m pip install {package}")
 
 
 def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
@@ -292,7 +302,7 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
     """With --resume: takes the arguments of the run; those given again, and the search space, must be the same."""
     try:
         run = json.loads((run_dir / "run.json").read_text())
-        earlier, earlier_space = dict(run["arguments"]), dict(run["search_space"])
+        earlier, earlier_space = {"report_to": "tensorboard"} | run["arguments"], dict(run["search_space"])  # older runs had no choice
         for name, value in vars(args).items():
             if name not in ("given", "run_name", *MODES_OF_USE):
                 kind = (int, float, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)

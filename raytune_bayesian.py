@@ -29,6 +29,7 @@ from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: else anyone on the network may run code in it
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's new progress output cannot be silenced; report.Record prints instead
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # --report_to says where results go
 from ray import tune
 from ray.tune.experiment import Trial
 
@@ -78,6 +79,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42)
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
+    add("--report_to", choices=inputs.TRACKERS, default="tensorboard", help="experiment tracker")
     add("--trial_timeout", type=float, help="seconds without a report until a trial counts as hung (default: 10 slowest iterations)")
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
@@ -145,6 +147,7 @@ import report
 import resume
 import simulate
 import squad
+import trackers
 from bohb import HyperBandForBOHB, TuneBOHB, rungs
 
 if not torch.cuda.is_available():
@@ -500,6 +503,7 @@ def search(
                 resume.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
                 resume.Watchdog(args.trial_timeout, record.say),
                 resume.BadNodes(meeting and Path(meeting), record.say),
+                *trackers.tracker(args.report_to, run_dir),
             ],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             verbose=0,

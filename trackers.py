@@ -1,0 +1,105 @@
+"""Experiment trackers that a search can report to: Ray Tune's own logger callbacks, kept from ending the search."""
+
+import math
+import os
+from pathlib import Path
+
+from ray.tune import Callback
+from ray.tune.logger import LoggerCallback, TBXLoggerCallback
+
+from report import METRICS
+
+WANDB_PATIENCE = 60  # seconds, for uploads that are left at the end
+
+
+class Guarded(Callback):
+    """Hands a logger the metrics of each trial and how it ended. The first error of the logger is told, and it is left out from then on:
+    Tune would end the search.
+    """
+
+    def __init__(self, name: str, logger: LoggerCallback):
+        self.name, self.logger = name, logger
+
+    def call(self, method: str, *args, **kwargs) -> None:
+        try:
+            if self.logger:
+                getattr(self.logger, method)(*args, **kwargs)
+        except Exception as error:
+            self.logger = None
+            reason = " ".join([type(error).__name__, *str(error).split()])[:300]
+            print(f"WARNING: nothing more goes to --report_to {self.name}: {reason}", flush=True)
+
+    def setup(self, **info):
+        self.call("setup", **info)
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.call("log_trial_start", trial)
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        metrics = {name: result[name] for name in METRICS if not math.isnan(result.get(name, math.nan))}
+        if metrics:  # else it failed, or was saved on the way
+            self.call("log_trial_result", iteration, trial, {"training_iteration": result["training_iteration"], **metrics})
+
+    def on_trial_complete(self, iteration, trials, trial, **info):
+        self.call("log_trial_end", trial, failed="failed" in (trial.last_result or {}))
+
+    def on_trial_error(self, iteration, trials, trial, **info):
+        self.call("log_trial_end", trial, failed=True)
+
+    def on_experiment_end(self, trials, **info):
+        self.call("on_experiment_end", trials)
+
+
+def tracker(report_to: str, run_dir: Path) -> list[Callback]:
+    """Callbacks for Tune: one for a tracker, none for "none". The tracker's package must be there, see inputs.check_tracker.
+
+    A trial is one run in a tracker, also one that was paused or resumed. Where it goes is for the tracker's own environment variables to
+    say; by default MLflow writes to <run_dir>/mlruns, and wandb to the project bloom_bohb, with its files in <run_dir>/wandb.
+    """
+    makers = {"none": None, "tensorboard": TBXLoggerCallback, "mlflow": lambda: mlflow_logger(run_dir), "wandb": lambda: wandb_logger(run_dir)}
+    return [Guarded(report_to, makers[report_to]())] if makers[report_to] else []
+
+
+def mlflow_logger(run_dir: Path) -> LoggerCallback:
+    # The search waits for MLflow's server; these are read with each request. By default one that is gone would hold it for minutes.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder: MLflow 3.17 wants to be told
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from ray.air.integrations.mlflow import MLflowLoggerCallback
+
+    class Logger(MLflowLoggerCallback):
+        """Goes on with the run of a trial after a resume, where Ray's would begin another."""
+
+        def log_trial_start(self, trial):
+            if trial not in self._trial_runs:
+                client = self.mlflow_util._get_client()
+                for run in client.search_runs([self.mlflow_util.experiment_id], f"tags.trial_name = '{trial}'"):
+                    self._trial_runs[trial] = run.info.run_id
+            super().log_trial_start(trial)
+
+        def log_trial_end(self, trial, failed=False):
+            self.log_trial_start(trial)  # after a resume, the loser of a rung ends without ever being started
+            super().log_trial_end(trial, failed)
+
+    return Logger(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", (run_dir / "mlruns").as_uri()), experiment_name=run_dir.name)
+
+
+def wandb_logger(run_dir: Path) -> LoggerCallback:
+    from ray.air.integrations.wandb import WandbLoggerCallback
+
+    class Logger(WandbLoggerCallback):
+        """Writes all that it has when the search is interrupted, where Ray's would wait for trials that have not ended."""
+
+        def log_trial_end(self, trial, failed=False):
+            if trial in self._trial_logging_actors:  # after a resume, the loser of a rung ends without ever being started
+                super().log_trial_end(trial, failed)
+
+        def on_experiment_end(self, trials, **info):
+            for trial in self._trial_logging_actors:
+                self._signal_logging_actor_stop(trial)
+            super().on_experiment_end(trials, **info)
+
+    project = os.environ.get("WANDB_PROJECT", "bloom_bohb")
+    # resume: after a resume of the search a trial goes on with its run, which has the trial's id
+    return Logger(project=project, group=run_dir.name, upload_timeout=WANDB_PATIENCE, dir=str(run_dir), resume="allow")
