@@ -9,7 +9,7 @@ from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 
 from report import METRICS
 
-WANDB_PATIENCE = 60  # seconds, for uploads that are left at the end
+PATIENCE = 20  # seconds that the search waits for a tracker's server
 
 
 class Guarded(Callback):
@@ -61,9 +61,8 @@ def tracker(report_to: str, run_dir: Path) -> list[Callback]:
 
 
 def mlflow_logger(run_dir: Path) -> LoggerCallback:
-    # The search waits for MLflow's server; these are read with each request. By default one that is gone would hold it for minutes.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(PATIENCE))
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default a server that is gone holds the search for many minutes
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder: MLflow 3.17 wants to be told
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from ray.air.integrations.mlflow import MLflowLoggerCallback
@@ -86,20 +85,37 @@ def mlflow_logger(run_dir: Path) -> LoggerCallback:
 
 
 def wandb_logger(run_dir: Path) -> LoggerCallback:
+    import wandb
     from ray.air.integrations.wandb import WandbLoggerCallback
 
     class Logger(WandbLoggerCallback):
-        """Writes all that it has when the search is interrupted, where Ray's would wait for trials that have not ended."""
+        """Holds all runs in this process. Ray's has four processes, 290 MB, for each trial that has not ended, those of a whole rung at a
+        time, on the head; and when a search is interrupted it waits for trials that do not end.
+        """
+
+        def setup(self, **info):
+            super().setup(**info)
+            self.runs = {}
+
+        def _start_logging_actor(self, trial, exclude_results, **what):
+            if trial not in self.runs:
+                self.runs[trial] = wandb.init(**what)
+
+        def log_trial_result(self, iteration, trial, result):
+            self.runs[trial].log(result, step=result["training_iteration"])
 
         def log_trial_end(self, trial, failed=False):
-            if trial in self._trial_logging_actors:  # after a resume, the loser of a rung ends without ever being started
-                super().log_trial_end(trial, failed)
+            if trial in self.runs:  # after a resume, the loser of a rung ends without ever being started
+                self.runs.pop(trial).finish(exit_code=int(failed))
 
         def on_experiment_end(self, trials, **info):
-            for trial in self._trial_logging_actors:
-                self._signal_logging_actor_stop(trial)
-            super().on_experiment_end(trials, **info)
+            for run in self.runs.values():  # the search was interrupted
+                run.finish()
 
-    project = os.environ.get("WANDB_PROJECT", "bloom_bohb")
-    # resume: after a resume of the search a trial goes on with its run, which has the trial's id
-    return Logger(project=project, group=run_dir.name, upload_timeout=WANDB_PATIENCE, dir=str(run_dir), resume="allow")
+    settings = wandb.Settings(
+        silent=True, console="off", x_disable_stats=True, init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
+    )
+    return Logger(
+        project=os.environ.get("WANDB_PROJECT", "bloom_bohb"), group=run_dir.name, dir=str(run_dir), settings=settings,
+        reinit="create_new", resume="allow",  # a trial goes on with its run when the search is resumed
+    )  # fmt: skip
