@@ -10,6 +10,13 @@ from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 from report import METRICS
 
 PATIENCE = 20  # seconds that the search waits for a tracker's server
+MLFLOW = {  # unless the user's environment says otherwise
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder; MLflow 3.17 wants to be told
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default a server that is gone holds the search for many minutes
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 
 
 class Guarded(Callback):
@@ -61,10 +68,8 @@ def tracker(report_to: str, run_dir: Path) -> list[Callback]:
 
 
 def mlflow_logger(run_dir: Path) -> LoggerCallback:
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(PATIENCE))
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # by default a server that is gone holds the search for many minutes
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder: MLflow 3.17 wants to be told
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name, value in MLFLOW.items():
+        os.environ.setdefault(name, value)
     from ray.air.integrations.mlflow import MLflowLoggerCallback
 
     class Logger(MLflowLoggerCallback):
