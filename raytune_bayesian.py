@@ -29,7 +29,6 @@ from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: else anyone on the network may run code in it
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's new progress output cannot be silenced; report.Record prints instead
-os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # --report_to says where results go
 from ray import tune
 from ray.tune.experiment import Trial
 
@@ -480,6 +479,7 @@ def search(
                 file.write_text(traceback.format_exc())
                 tune.report({**nothing, "failed": f"{reason} ({file})"})
 
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have it all
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trial, run=run), bundles),
         param_space=SEARCH_SPACE,

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ["raytune_bayesian.py", "inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "figures.py", "bill.py", "ds_config.json",
-         "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
+FILES = ["raytune_bayesian.py", "inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "figures.py", "bill.py",
+         "trackers.py", "ds_config.json", "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
 NODES = ["node1", "node2", "node3"]
 HOSTS = [*NODES, "controller"]
 NETWORK = "10.77.0"

@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 from conftest import ROOT, make_model, run_script
 from slurm_cluster import FILES, wait_for
+from tensorboardX.proto.event_pb2 import Event
 
 import report
 import squad
@@ -125,6 +126,24 @@ def test_tables_agree_with_the_plan(band):
     assert Counter(i["training_iteration"] for i in at_rungs) == {1: 16, 4: 4 + 6, 16: 6}  # EM where it is used
     text = subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True, check=True).stdout
     assert text.strip() == process.stdout[process.stdout.index("| Trial ID") :].strip()
+
+
+def test_tensorboard(band):
+    """The default of --report_to: event files hold each report once, under the trial's id, and nothing but metrics."""
+    folder, *_ = band
+    found, tags = {}, set()
+    for file in folder.glob("ray/*/events.out.tfevents.*"):
+        data, at = file.read_bytes(), 0
+        while at < len(data):  # TFRecord: length, its checksum, data, its checksum
+            end = at + 12 + int.from_bytes(data[at : at + 8], "little")
+            event, at = Event.FromString(data[at + 12 : end]), end + 4
+            for value in event.summary.value:
+                tags.add(value.tag)
+                if value.tag == "ray/tune/eval_loss":
+                    found[file.parent.name, event.step] = value.simple_value
+    rows = report.read_csv(folder / "iterations.csv")
+    assert found == {(row["trial_id"], row["training_iteration"]): pytest.approx(row["eval_loss"]) for row in rows}
+    assert {tag for tag in tags if tag.startswith("ray/")} == {f"ray/tune/{name}" for name in report.METRICS}
 
 
 def test_model_based_suggestions_are_counted(band):
