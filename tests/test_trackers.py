@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-import inputs
-import raytune_bayesian
 import report
 
 
@@ -182,8 +180,7 @@ def both_parts(tracker: str, folder: Path, **environment) -> list[str]:
     outputs = []
     for part in (0, 1):
         command = f"import test_trackers; test_trackers.part_of_a_search({tracker!r}, {str(folder)!r}, {part})"
-        environment = {**os.environ, "WANDB_MODE": "offline", **environment}
-        process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=120, env=environment)
+        process = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=120, env=os.environ | environment)
         assert process.returncode == 0, process.stderr
         outputs.append(process.stdout)
     return outputs
@@ -198,7 +195,7 @@ def test_a_resumed_trial_stays_one_run_in_mlflow(tmp_path):
 
 def test_a_resumed_trial_stays_one_run_in_wandb(tmp_path):
     """One id: `wandb sync` makes one run of the parts."""
-    both_parts("wandb", tmp_path / "x")
+    both_parts("wandb", tmp_path / "x", WANDB_MODE="offline")
     found = [(name, code, history) for _, name, _, code, history in in_wandb(tmp_path / "x")]
     assert sorted(found, key=lambda run: (run[0], run[2])) == [("a", 0, [(1, 3.0)]), ("a", 0, [(2, 2.0)]), ("b", 1, []), ("c", 0, [(1, 4.0)])]
 
@@ -230,6 +227,9 @@ def test_a_missing_package_is_bad_input(tmp_path, tiny_model, tiny_squad, tracke
 
 
 def test_resume_keeps_the_tracker_and_takes_runs_from_before_there_was_one(runs, tmp_path):
+    import inputs  # slow, and the processes above do without
+    import raytune_bayesian
+
     run = json.loads((runs[0]["mlflow"][0] / "run.json").read_text())
 
     def resumed(*more):
