@@ -5,14 +5,13 @@ import os
 import tempfile
 import types
 
-import psutil
 import pytest
 import ray
 import torch
 from conftest import ROOT
 from ray import tune
-from safetensors.torch import load_file
 from test_trial import PauseAtRungs, config, prepare
+from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
 
@@ -71,7 +70,74 @@ def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, tiny
     assert losses(two) == losses(again) == losses(through) and len(losses(two)) == 8
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert two.metrics["exact_match"] == one.metrics["exact_match"]
-    weights = [load_file(f"{result.checkpoint.path}/model.safetensors") for result in (one, two)]
-    assert weights[0].keys() == weights[1].keys()
-    for name, weight in weights[0].items():
-        assert torch.allclose(weight, weights[1][name], atol=1e-4), name
+    models = [AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)]  # as best_model is made
+    for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
+        assert torch.allclose(weight, other, atol=1e-4), name
+
+
+def harmed_trial(config, run):
+    """Does what `harm` says to the process of rank 1, once, after the first report with a checkpoint."""
+    import os
+    import signal
+    import threading
+    import time
+    from pathlib import Path
+
+    import psutil
+
+    import raytune_bayesian
+
+    c = config["configs"][config["i"]]
+
+    def harm():
+        while not list(Path(c["folder"]).glob("ray/*/checkpoint_*")):
+            time.sleep(0.05)
+        (rank,) = [p for p in psutil.process_iter() if "ray::Rank" in " ".join(p.cmdline())]
+        rank.send_signal(signal.SIGKILL)
+
+    if "folder" in c and not os.path.exists(c["folder"] + "/harmed"):
+        Path(c["folder"], "harmed").touch()
+        threading.Thread(target=harm, daemon=True).start()
+    raytune_bayesian.train(c, run)
+
+
+def test_a_dead_rank_costs_the_trial_its_work_since_the_last_rung(tmp_path, tiny_model, tiny_squad):
+    """kill -9: the trial goes on from its checkpoint, in other processes, and comes to what it would have come to."""
+    run = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 8, "--max_eval_samples", 45)
+    c = config(per_device_bs=1, rungs=(1, 8))
+    harmed, through = run_trials(tmp_path, harmed_trial, run, [c | {"folder": str(tmp_path)}, c], max_failures=1)
+    assert (tmp_path / "harmed").exists() and harmed.error is None and through.error is None
+    assert harmed.metrics["eval_loss"] == through.metrics["eval_loss"] and harmed.metrics["training_iteration"] == 8
+    assert harmed.metrics["pid"] != through.metrics["pid"]
+
+
+def failing_trial(config, run):
+    import raytune_bayesian
+
+    c = config["configs"][config["i"]]
+    raytune_bayesian.train(c, run | {"train": OneBadQuestion(run["train"])} if c["bad"] else run)
+
+
+class OneBadQuestion:
+    """Read by rank 1 only: the second question of the order."""
+
+    def __init__(self, data):
+        self.data, self.lengths, self.reads = data, data.lengths, 0
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __getitem__(self, i):
+        if os.environ["RANK"] == "1":
+            raise ValueError("cannot read question 7")
+        return self.data[i]
+
+
+def test_what_one_rank_alone_fails_at_is_the_trial_s_failure(tmp_path, tiny_model, tiny_squad):
+    """The reason comes from that rank, and the next trial has processes of its own. NaN is what all ranks see."""
+    run = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 45)
+    good = config(per_device_bs=1, rungs=(1, 4)) | {"bad": False}
+    nan = config(lr=1e30, per_device_bs=1, rungs=(1, 4)) | {"bad": False}
+    results = run_trials(tmp_path, failing_trial, run, [nan, good | {"bad": True}, good])
+    assert "eval_loss is nan" in str(results[0].error) and results[2].error is None
+    assert "TrialFailed: ValueError cannot read question 7" in str(results[1].error), results[1].error

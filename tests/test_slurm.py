@@ -114,6 +114,25 @@ def most_at_a_time(iterations: list[dict]) -> int:
     return most
 
 
+def test_trials_of_two_gpus(project, tiny):
+    """Each trial has both GPUs of a node, a rank on each, and ZeRO 3 splits the model between them; a checkpoint goes on on either node."""
+    script, zero3 = project.folder / "raytune_bayesian.py", project.folder / "ds_config.json"
+    text = script.read_text()
+    assert text.count('"node": socket.gethostname()') == 1
+    each = """"node": "+".join(self.group.gather(socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]))"""
+    script.write_text(text.replace('"node": socket.gethostname()', each))
+    zero3.write_text(json.dumps(json.loads(zero3.read_text()) | {"zero_optimization": {"stage": 3}}))
+    job = project.submit(*tiny, *SHORT, "--gpus_per_trial", 2, "--run_name", "x", NUM_WORKERS="2")
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    assert project.left_over() == {}
+    iterations = report.read_csv(project.folder / "results" / "x" / "iterations.csv")
+    where = [tuple(sorted(i["node"].split("+"))) for i in iterations]
+    assert set(where) <= {(f"{node} GPU 0", f"{node} GPU 1") for node in ("node2", "node3")}, where
+    assert most_at_a_time(iterations) <= 2
+    trials = report.read_csv(project.folder / "results" / "x" / "trials.csv")
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 3 + [4] * 3 and max(t["resumes"] for t in trials) == 1, project.log(job)
+
+
 # -- 2. side by side ----------------------------------------------------------------------------------------------------
 
 
