@@ -366,12 +366,13 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
 def test_idle_nodes_are_given_back(project, tiny):
     """One trial, two nodes: the one without it goes back to Slurm, is not replaced, and the bill says what that saves.
 
-    The trial waits for that, however slow the second node is to join.
+    The trial waits for that after its first iteration, however slow the second node is to join.
     """
     script, go_on = project.folder / "raytune_bayesian.py", project.folder / "go_on"
-    text, start = script.read_text(), "    GROUPS or GROUPS.append("
-    assert text.count(start) == 1
-    script.write_text(text.replace(start, f'    while not os.path.exists("{go_on}"):\n        time.sleep(0.2)\n{start}'))
+    text, at = script.read_text(), "        iteration = self.last_steps.index(state.global_step, 1)\n"
+    assert text.count(at) == 1
+    hold = f'        while iteration == 2 and not os.path.exists("{go_on}"):\n            time.sleep(0.2)\n'
+    script.write_text(text.replace(at, at + hold))
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))
