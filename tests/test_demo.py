@@ -21,6 +21,8 @@ def test_demo_search_learns(tmp_path):
     arguments = command.replace("\\\n", " ").replace("demo/", f"{ROOT}/demo/").split()
     process = run_script(*arguments, "--output_dir", tmp_path, "--run_name", "demo", timeout=900)
     assert process.returncode == 0, process.stdout + process.stderr
+    log = (process.stdout + process.stderr).splitlines()
+    assert len(log) < 400 and not [line for line in log if re.search("(?i)warn|deprecat|traceback", line)], process.stdout + process.stderr
     folder = tmp_path / "demo"
     trials = report.read_csv(folder / "trials.csv")
     run = json.loads((folder / "run.json").read_text())
