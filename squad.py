@@ -271,8 +271,11 @@ def _positions(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
 
 
-def _batches(order: np.ndarray, batch_size: int):
-    return (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+def _shares(lengths: np.ndarray, batch_size: int, group) -> list[tuple[np.ndarray, bool]]:
+    """Indices by batch, the longest sequences first: those of this rank, see ranks.Group.mine."""
+    order = np.argsort(-lengths, kind="stable")
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    return group.mine(batches) if group else [(batch, True) for batch in batches]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -285,9 +288,8 @@ def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_size: in
     the work, and each returns the whole set's."""
     model.eval()
     device = next(model.parameters()).device
-    batches = list(_batches(np.argsort(-data.lengths, kind="stable"), batch_size))
     total, count = 0.0, 0
-    for indices, counts in group.mine(batches) if group else [(batch, True) for batch in batches]:
+    for indices, counts in _shares(data.lengths, batch_size, group):
         batch = collate([data[i] for i in indices], pad_token_id)
         loss, n = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
         total, count = total + loss.item() * counts, count + n * counts
@@ -302,8 +304,7 @@ def predict(model, tokenizer, data: TokenizedSquad, batch_size: int, max_new_tok
     model.eval()
     device = next(model.parameters()).device
     texts = {}
-    batches = list(_batches(np.argsort(-data.prompt_lengths, kind="stable"), batch_size))
-    for indices, _ in group.mine(batches) if group else [(batch, True) for batch in batches]:
+    for indices, _ in _shares(data.prompt_lengths, batch_size, group):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = collate(prompts, tokenizer.pad_token_id)
         input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
