@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import slurm_cluster
 from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
 
+import bill
 import report
 
 LONG = ["--max_t", 50, "--num_train_epochs", 100, "--max_eval_samples", 20]  # goes on until it is cancelled
@@ -376,6 +378,7 @@ def test_idle_nodes_are_given_back(project, tiny):
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))
+    time.sleep(3 * bill.IdleRelease.EVERY)  # to be on the bill
     go_on.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
