@@ -303,11 +303,7 @@ class Iterations(transformers.TrainerCallback):
         self.group.gather(None)  # all ranks have written their part
         if "evaluation_seconds" in self.metrics:
             self.metrics["checkpoints_seconds"] = time.time() - self.saving_since
-        try:
-            self.report(tune.Checkpoint.from_directory(folder))
-        finally:  # Tune has made its own copy, also where it pauses the trial
-            if self.group.rank == 0:
-                shutil.rmtree(folder)
+        self.report(tune.Checkpoint.from_directory(folder))
 
     def report(self, checkpoint=None):
         """Reports from rank 0; does not return where Tune pauses the trial."""
@@ -375,7 +371,7 @@ def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
     batch_size = hyperparameters["per_device_bs"]
     order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size * group.size, run["seed"])
     with contextlib.ExitStack() as stack:
-        folder = group.broadcast(stack.enter_context(tempfile.TemporaryDirectory()) if group.rank == 0 else None)
+        folder = group.broadcast(stack.enter_context(resume.saving_folder()) if group.rank == 0 else None)
         arguments = transformers.TrainingArguments(
             output_dir=folder,
             learning_rate=hyperparameters["lr"],

@@ -326,6 +326,8 @@ class Record(Callback):
 
     def tidy(self, needed: list[str | None]) -> None:
         """Removes all checkpoints but those needed (paths in the run's folder) and, before best_model is there, the best trial's."""
+        for folder in self.run_dir.glob("ray/*/saving-*"):  # of a process that was lost
+            shutil.rmtree(folder, ignore_errors=True)
         for folder in self.run_dir.glob("ray/*/checkpoint_*"):
             best = folder.parent.name == self.best and not (self.run_dir / "best_model").exists()
             if not best and str(folder.relative_to(self.run_dir)) not in needed:

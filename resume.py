@@ -20,10 +20,12 @@ from collections import Counter
 from pathlib import Path
 
 import ray
+import ray.train._internal.storage
 import ray.tune.execution.tune_controller
 import ray.tune.tune
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train._internal.session import _TrainingResult
+from ray import tune
 from ray.tune import Callback, Checkpoint
 from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec
@@ -137,6 +139,31 @@ class ResumableSearch(SearchGenerator):
         trial.set_status(Trial.PENDING if status == Trial.PENDING else Trial.PAUSED)
         return trial
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def saving_folder() -> tempfile.TemporaryDirectory:
+    """Where a running trial writes its checkpoints: beside those that it has reported, so that they become one of them by a change of name.
+
+    What an earlier process of the trial was writing when it was lost goes.
+    """
+    folder = Path(tune.get_context().get_storage().trial_fs_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob("saving-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix="saving-", dir=folder, ignore_cleanup_errors=True)
+
+
+def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
+    """Instead of Tune's own, which copies: written once, and there as a whole or not at all."""
+    self._check_validation_file()
+    os.rename(checkpoint.path, self.checkpoint_fs_path)
+    return Checkpoint(self.checkpoint_fs_path, self.storage_filesystem)
+
+
+ray.train._internal.storage.StorageContext.persist_current_checkpoint = persist_current_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # while it runs

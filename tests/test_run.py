@@ -174,7 +174,7 @@ def test_nothing_is_left_but_the_results(band):
     folder, _, processes, most_checkpoints, _ = band
     assert not processes
     assert {p.name for p in folder.iterdir()} == {".lock", "run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "report.html", "ray"}
-    assert not list(folder.glob("ray/*/checkpoint_*"))
+    assert not list(folder.glob("ray/*/checkpoint_*")) and not list(folder.glob("ray/*/saving-*"))
     assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
 
 
@@ -352,18 +352,15 @@ def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, 
     """Saved at the next optimizer step, not at the next evaluation, and resumed bit for bit."""
     one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 16, "--max_eval_samples", 10,
            "--num_samples", 1, "--output_dir", tmp_path]  # fmt: skip
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     through = run_script(*one, "--run_name", "through")
     assert through.returncode == 0, through.stderr
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, one), "--run_name", "x"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        env={**os.environ, "TMPDIR": str(temporary)},
     )  # fmt: skip
     try:
-        # The Trainer's folder, in the folder that the run gives its trials: the first steps are a moment away.
-        wait_for("the training's start", lambda: list(temporary.glob("bohb-*/tmp*")), 200)
+        # The Trainer's folder is there: the first steps are a moment away.
+        wait_for("the training's start", lambda: list((tmp_path / "x").glob("ray/*/saving-*")), 200)
         process.send_signal(signal.SIGUSR1)
         out = process.communicate(timeout=200)[0]
     finally:

@@ -1,0 +1,133 @@
+"""From the scheduler's choice of a trial to its first optimizer step: in a fresh process, in a warm one, and resumed from a checkpoint.
+
+    make demo-data && .venv/bin/python bench/turnaround.py           # the demo's model, two minutes on two cores
+    .venv/bin/python bench/turnaround.py --full                      # and a random BLOOM-560M: 20 minutes, 20 GB of memory, 30 GB of disk
+
+One trial at a time on real Ray with the real DeepSpeed engine. Fresh: Tune's default, a process for each trial. Warm: reuse_actors, as
+raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
+"""
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the processes of trials
+
+import raytune_bayesian  # first: sets up Ray's environment
+
+# isort: split
+import ray
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+import inputs
+
+TRIALS = 6  # the first of the warm ones is cold and does not count
+LIMIT = 10  # a warm process at least so many times faster than a fresh one
+
+
+class Choices(FIFOScheduler):
+    """Notes when each trial was chosen, and pauses it at its first report where told to."""
+
+    def __init__(self, pause: bool):
+        super().__init__()
+        self.pause, self.chosen_at, self.seconds = pause, {}, {"started": [], "resumed": []}
+
+    def choose_trial_to_run(self, tune_controller):
+        trials = [t for t in tune_controller.get_trials() if t.status in (t.PENDING, t.PAUSED)]
+        trial = min(trials, key=lambda t: (t.status == t.PAUSED, t.trial_id), default=None)
+        if trial:
+            self.chosen_at[trial.trial_id] = time.time()
+        return trial
+
+    def on_trial_result(self, tune_controller, trial, result):
+        at = self.chosen_at.pop(trial.trial_id, None)
+        if at:
+            self.seconds["started" if result["training_iteration"] == 1 else "resumed"].append(result["first_step_at"] - at)
+        self.bytes, self.saving = result["checkpoint_bytes"], result["checkpoints_seconds"]
+        return TrialScheduler.PAUSE if self.pause and result["training_iteration"] == 1 else TrialScheduler.CONTINUE
+
+
+def trial(config, run):
+    """A trial that also reports when its first step was done, and the size of its checkpoint."""
+    import time
+
+    import raytune_bayesian
+
+    class Iterations(raytune_bayesian.Iterations):
+        def on_train_begin(self, *args, **kwargs):
+            self.first_step_at = None
+            super().on_train_begin(*args, **kwargs)
+
+        def on_step_end(self, *args, **kwargs):
+            self.first_step_at = self.first_step_at or time.time()
+            super().on_step_end(*args, **kwargs)
+
+        def report(self, checkpoint=None):
+            size = sum(file.stat().st_size for file in Path(checkpoint.path).rglob("*") if file.is_file())
+            self.metrics |= {"first_step_at": self.first_step_at, "checkpoint_bytes": size}
+            super().report(checkpoint)
+
+    original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
+    try:
+        raytune_bayesian.train({"train_loop_config": {"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "rungs": [1, 2]}, run)
+    finally:
+        raytune_bayesian.Iterations = original
+
+
+def measure(run: dict, folder: Path, trials: int, reuse: bool, pause: bool) -> Choices:
+    scheduler = Choices(pause)
+    results = tune.Tuner(
+        tune.with_resources(tune.with_parameters(trial, run=run), {"cpu": len(os.sched_getaffinity(0)), "gpu": run["gpus_per_trial"]}),
+        param_space={"i": tune.grid_search(list(range(trials)))},
+        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=reuse),
+        run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1)),
+    ).fit()
+    for error in results.errors:
+        raise error
+    return scheduler
+
+
+def table(name: str, model: Path, trials: int) -> float:
+    arguments = ["--model", str(model), "--dataset", f"{ROOT}/demo/squad", "--max_t", "2", "--max_train_samples", "4", "--num_train_epochs", "1",
+                 "--max_eval_samples", "1"]  # fmt: skip
+    args = raytune_bayesian.parse_arguments(arguments)
+    ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
+    run = raytune_bayesian.prepare(args, examples, inputs.model_folder(args.model), ds_config) | {"run_dir": "/nonexistent"}
+    run.pop("test")
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = measure(run, Path(folder) / "fresh", trials, reuse=False, pause=False)
+        warm = measure(run, Path(folder) / "warm", trials, reuse=True, pause=False)
+        paused = measure(run, Path(folder) / "paused", trials, reuse=True, pause=True)
+    rows = {"fresh process": fresh.seconds["started"], "warm": warm.seconds["started"][1:], "resumed, warm": paused.seconds["resumed"]}
+    print(f"\n{name}: {fresh.bytes / 1e9:.3g} GB a checkpoint, written in {statistics.median([fresh.saving, warm.saving, paused.saving]):.2f} s")
+    print(f"{'seconds to the first step':28}{'median':>8}{'least':>8}{'most':>8}{'times':>8}   limit of warm: {LIMIT}")
+    baseline = statistics.median(rows["fresh process"])
+    for row, seconds in rows.items():
+        median = statistics.median(seconds)
+        print(f"{row:28}{median:8.2f}{min(seconds):8.2f}{max(seconds):8.2f}{baseline / median:8.1f}", flush=True)
+    return baseline / statistics.median(rows["warm"])
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
+        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=inputs.machines()[1]), temp_dir, trials_dir)
+        ratio = table("demo's model", ROOT / "demo" / "model", TRIALS)
+        if "--full" in sys.argv:
+            import full_size
+
+            with tempfile.TemporaryDirectory() as folder:
+                full_size.make_model(Path(folder) / "model")
+                table("BLOOM-560M, random weights", Path(folder) / "model", 3)
+        ray.shutdown()
+    print(f"\nratio: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
