@@ -63,7 +63,7 @@ class Run:
         script.write_text(script.read_text().replace(start, broken + start))
         self.job = self.submit(*ARGUMENTS, *more)
         self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER, 240)
-        self.hit_at = time.time()
+        self.hit_at = self.gone_at = time.time()
 
     def submit(self, *arguments) -> str:
         return self.project.submit(*arguments, "--run_name", "x", "--output_dir", self.output, NUM_WORKERS="2")
@@ -95,6 +95,7 @@ def time_limit(run: Run) -> list[str]:
     run.hit_at = time.time()
     run.cluster.run("node1", "scancel", "--batch", "--signal=USR1", run.job)
     run.project.wait_for("the requeue", lambda: run.cluster.job(run.job).get("Restarts") == "1")
+    run.gone_at = time.time()  # trials report until they have saved
     return []
 
 
@@ -219,7 +220,7 @@ def main() -> None:
             ended = Counter(t["training_iteration"] for t in report.read_csv(run.rows.with_name("trials.csv")) if t["status"] != "failed")
             again = len(rows) - len({(r["trial_id"], r["training_iteration"]) for r in rows})
             lost = sum((plan - ended).values())
-            later = [r["ended_at"] - run.hit_at for r in rows if r["ended_at"] > run.hit_at and (r["trial_id"] in hit or not nodes)]
+            later = [r["ended_at"] - run.hit_at for r in rows if r["ended_at"] > max(run.hit_at, run.gone_at) and (r["trial_id"] in hit or not nodes)]
             lost_in_all += lost
             if again > allowed(before, hit if inject not in PLANNED else set()):
                 raise RuntimeError(f"{fault}: {again} iterations were run again, more than one rung of the trials hit")
