@@ -103,7 +103,8 @@ def check_values(args: argparse.Namespace) -> None:
 def check_tracker(report_to: str) -> None:
     """Raises BadInput where the package of an experiment tracker is not installed."""
     package = TRACKERS[report_to]
-    if package and not importlib.util.find_spec(report_to):
+    found = package and importlib.util.find_spec(report_to)
+    if package and not (found and found.origin):  # without an origin it is only a folder of that name
         raise BadInput(f"--report_to {report_to}: the package is missing: {sys.executable} -m pip install {package}")
 
 
@@ -208,6 +209,8 @@ def read_ds_config(path: Path, gpus_per_trial: int) -> dict:
             raise BadInput(f"--deepspeed {path}: {key} is not a JSON object")
         if config.get(key, {}).get("enabled", "auto") != "auto":
             raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": fp16 on a GPU, fp32 on a CPU')
+    if any(key.startswith(("offload", "cpu_offload")) for key in config.get("zero_optimization", {})):
+        raise BadInput(f"--deepspeed {path}: offload is not supported: it needs an optimizer that DeepSpeed compiles")
     if config.get("zero_optimization", {}).get("stage") == 3:
         if gpus_per_trial < 2:
             raise BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2, or --gpus_per_trial")

@@ -10,6 +10,7 @@ import datetime
 import gc
 import importlib
 import os
+import re
 import tempfile
 import threading
 
@@ -19,6 +20,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+import inputs
 import resume
 
 START = 600  # seconds that the ranks may take to meet
@@ -46,11 +48,12 @@ class Group:
         # The one op that DeepSpeed would compile here, communication on a CPU, is not needed. Not compiling it saves
         # minutes and the need for a compiler, and no lock of a killed build is there to wait for.
         deepspeed.ops.__compatible_ops__ = {}
+        os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")  # all are on one node: nobody else is to connect
         # No port is named, which another trial could take: one rank has nobody to meet, several meet in a file.
         store = torch.distributed.FileStore(f"{folder}/store", size) if folder else torch.distributed.HashStore()
         store.set_timeout(datetime.timedelta(seconds=START))
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE if backend == "gloo" else None)
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         self.messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
         # The half million objects of the imports stay for good: without this, each of the two collections a trial makes
         # walks them for 0.3 s.
@@ -86,20 +89,22 @@ class Group:
         """In rank 0, around its own part of a trial: the other ranks do theirs.
 
         Raises:
-            resume.TrialFailed: another rank has failed, or this one alone.
-            ConnectionError: another rank's process is lost.
+            resume.TrialFailed: one rank has failed at what would come again.
+            OSError: storage is full or gone, or another rank's process is lost.
         """
         killed_before = resume.oom_kills()
         futures = [actor.train.remote(config) for actor in self.others]
-        over = threading.Event()
-        lost: list[Exception] = []
+        over, lost = threading.Event(), []
         watch = threading.Thread(target=self._watch, args=(futures, over, lost), daemon=True)
         watch.start()
         try:
             yield
             ray.get(futures)
-        except FloatingPointError:  # comes from numbers that all ranks have: each has ended its part
-            ray.wait(futures, num_returns=len(futures), timeout=START)
+        except FloatingPointError:  # comes from numbers that all ranks have: each ends its part
+            over.set()
+            _, at_work = ray.wait(futures, num_returns=len(futures), timeout=START)
+            if at_work:
+                raise ConnectionError("a rank does not end its part of a trial") from None
             raise
         except Exception as error:
             if not self.others:
@@ -107,21 +112,14 @@ class Group:
             over.set()
             watch.join()
             ended, _ = ray.wait(futures, num_returns=len(futures), timeout=5)
-            for future in ended:  # another rank's error has come first: this one has only lost the connection
+            for future in ended:
                 try:
                     ray.get(future)
-                except Exception as first:
-                    lost.append(first)
+                except Exception as its_error:
+                    lost.append(its_error)
             for actor in self.others:
                 ray.kill(actor)
-            cause = lost[0] if lost else error
-            if isinstance(cause, RayActorError) and resume.oom_kills() > killed_before:
-                cause = MemoryError("the kernel has killed a rank at the memory limit of job or node")
-            cause = cause.cause if isinstance(cause, RayTaskError) else cause
-            gpu_fails = "CUDA error" in str(cause) and not isinstance(cause, torch.OutOfMemoryError)
-            if isinstance(cause, RayActorError) or gpu_fails:
-                raise ConnectionError(f"a rank is lost: {' '.join(str(cause).split())[:300]}") from error
-            raise resume.TrialFailed(f"{type(cause).__name__} {' '.join(str(cause).split())[:300]}") from error
+            raise _cause([error, *lost], resume.oom_kills() > killed_before) from lost[0] if lost else error
         finally:
             over.set()
             watch.join()
@@ -139,12 +137,28 @@ class Group:
                 lost.append(error)
                 for actor in self.others:  # gloo's connections break
                     ray.kill(actor)
-                if torch.cuda.is_available():  # NCCL's have to be aborted
+                if torch.cuda.is_available():  # NCCL's have to be aborted, those of DeepSpeed's own groups too
                     with contextlib.suppress(Exception):
-                        torch.distributed.group.WORLD._get_backend(torch.device("cuda")).abort()
+                        torch.distributed.distributed_c10d._abort_process_group()
                 if not over.wait(60):
                     os._exit(1)  # the trial starts again from its checkpoint, in another process
                 return
+
+
+def _cause(errors: list[Exception], killed: bool) -> Exception:
+    """What to make of the errors of several ranks, of which all but one have perhaps only lost the connection to that one."""
+    errors = [error.cause if isinstance(error, RayTaskError) else error for error in errors]
+    for error in errors:
+        if inputs.is_storage(error):
+            return error
+    for error in errors:
+        connection = isinstance(error, (RayActorError, OSError, torch.distributed.DistError)) or re.search("gloo|NCCL", str(error))
+        gpu_fails = "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+        if not connection and not gpu_fails:
+            return resume.TrialFailed(f"{type(error).__name__} {' '.join(str(error).split())[:300]}")
+    if killed:
+        return resume.TrialFailed("out of memory: the kernel has killed a rank at the memory limit of job or node")
+    return ConnectionError("a rank is lost: " + " | ".join(" ".join(str(error).split())[:200] for error in errors))
 
 
 @ray.remote(max_restarts=0)
@@ -176,6 +190,9 @@ def start(module: str, run: dict, size: int) -> Group:
         strategy = PlacementGroupSchedulingStrategy(here, placement_group_bundle_index=rank)
         resources = {"num_cpus": bundles[rank].get("CPU", 0), "num_gpus": bundles[rank].get("GPU", 0)}
         others.append(Rank.options(scheduling_strategy=strategy, **resources).remote(module, run, rank, size, folder))
-    group = Group(0, size, folder)
+    try:
+        group = Group(0, size, folder)
+    except Exception as error:  # no fault of the trial's: an OSError, so that Tune starts it again in another process
+        raise ConnectionError(f"the ranks have not met within {START} s: {' '.join(str(error).split())[:200]}") from error
     group.others = others
     return group

@@ -70,12 +70,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_t", type=int, default=50, help="a full training has so many iterations, each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="one in so many trials is promoted at a rung")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
-    add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs")
-    add("--cpus_per_trial", type=int, default=1)
+    add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs; a process for each")
+    add("--cpus_per_trial", type=int, default=1, help="of all its processes together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as the machine has room for")
     add("--metric", choices=list(MODES), default="eval_loss", help="what trials are compared by")
     add("--deepspeed", default=str(Path(__file__).with_name("ds_config.json")), help="DeepSpeed configuration")
-    add("--seed", type=int, default=42)
+    add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
     add("--report_to", choices=inputs.TRACKERS, default="tensorboard", help="experiment tracker")
@@ -710,7 +710,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
                 save_best_model(found[-1], run, run_dir / "best_model")
             record.tidy([])
             print(f"best model: {run_dir / 'best_model'}; testing it", flush=True)
-            resources = {"num_cpus": args.cpus_per_trial, "num_gpus": args.gpus_per_trial}
+            resources = {"num_cpus": args.cpus_per_trial, "num_gpus": min(1, args.gpus_per_trial)}
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
         except BaseException as error:

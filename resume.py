@@ -159,6 +159,7 @@ def saving_folder() -> tempfile.TemporaryDirectory:
 def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
     """Instead of Tune's own, which copies: written once, and there as a whole or not at all."""
     self._check_validation_file()
+    shutil.rmtree(self.checkpoint_fs_path, ignore_errors=True)  # of a process that was lost before Tune had heard of it
     os.rename(checkpoint.path, self.checkpoint_fs_path)
     return Checkpoint(self.checkpoint_fs_path, self.storage_filesystem)
 

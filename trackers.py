@@ -24,8 +24,12 @@ class Guarded(Callback):
     Tune would end the search.
     """
 
-    def __init__(self, name: str, logger: LoggerCallback):
-        self.name, self.logger = name, logger
+    def __init__(self, name: str, make, *args):
+        self.name, self.logger = name, self
+        self.call("made_by", make, *args)
+
+    def made_by(self, make, *args) -> None:
+        self.logger = make(*args)
 
     def call(self, method: str, *args, **kwargs) -> None:
         try:
@@ -63,8 +67,20 @@ def tracker(report_to: str, run_dir: Path) -> list[Callback]:
     A trial is one run in a tracker, also one that was paused or resumed. Where it goes is for the tracker's own environment variables to
     say; by default MLflow writes to <run_dir>/mlruns, and wandb to the project bloom_bohb, with its files in <run_dir>/wandb.
     """
-    makers = {"none": None, "tensorboard": TBXLoggerCallback, "mlflow": lambda: mlflow_logger(run_dir), "wandb": lambda: wandb_logger(run_dir)}
-    return [Guarded(report_to, makers[report_to]())] if makers[report_to] else []
+    makers = {"tensorboard": tensorboard_logger, "mlflow": mlflow_logger, "wandb": wandb_logger}
+    return [Guarded(report_to, makers[report_to], run_dir)] if report_to in makers else []
+
+
+def tensorboard_logger(run_dir: Path) -> LoggerCallback:
+    class Logger(TBXLoggerCallback):
+        """Writes to the run's folder at once, where Ray's writes to another one, of which an interruption leaves no copy."""
+
+        def log_trial_start(self, trial):
+            if trial not in self._trial_writer:
+                self._trial_writer[trial] = self._summary_writer_cls(trial.path, flush_secs=30)
+            self._trial_result[trial] = {}
+
+    return Logger()
 
 
 def mlflow_logger(run_dir: Path) -> LoggerCallback:

@@ -26,6 +26,7 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     (folder / "optimizer.json").write_text(json.dumps(ds_config | {"optimizer": {"type": "AdamW"}}))
     (folder / "stage3.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 3}}))
+    (folder / "offload.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     (folder / "fp16.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": True}}))
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
     shutil.copytree(tiny_squad, folder / "moved")
@@ -66,6 +67,7 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "ds_config with optimizer": (["--deepspeed", "@/optimizer.json"], r"remove 'optimizer'"),
     "ds_config with batch size": (["--deepspeed", "@/batch.json"], r'train_micro_batch_size_per_gpu must be "auto"'),
     "ds_config with stage 3": (["--deepspeed", "@/stage3.json"], r"stage 3 splits a model over GPUs"),
+    "ds_config with offload": (["--deepspeed", "@/offload.json"], r"offload is not supported"),
     "ds_config with fp16": (["--deepspeed", "@/fp16.json"], r'fp16: enabled must be "auto"'),
     "name too long": (["--output_dir", "x" * 300], r"x{300}.*: File name too long"),
     "data set without files": (["--dataset", "@/empty"], r"--dataset .*empty: one file train\*.json"),
@@ -199,11 +201,12 @@ def test_prefetch_on_a_login_node_does_not_look_for_gpus():
     inputs.check(args, raytune_bayesian.SEARCH_SPACE)
 
 
-def test_help_lists_all_flags():
+def test_help_lists_and_explains_all_flags():
     process = run_script("--help")
     assert process.returncode == 0
-    for flag in "model dataset max_train_samples max_eval_samples num_train_epochs max_t reduction_factor num_samples gpus_per_trial cpus_per_trial max_concurrent_trials metric deepspeed seed output_dir run_name prefetch".split():  # fmt: skip
-        assert f"--{flag}" in process.stdout
+    flags = re.findall(r"^  --(\w+)(?: [^ ]+)*? {2,}\S|^  --(\w+) .*\n {20,}\S", process.stdout, re.MULTILINE)
+    explained = {first or second for first, second in flags}
+    assert explained == set(vars(raytune_bayesian.parse_arguments([]))) - {"given"}, process.stdout
 
 
 def test_defaults():

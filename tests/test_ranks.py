@@ -1,5 +1,6 @@
 """Trials of several ranks, on real Ray and real DeepSpeed: two processes on the CPU, as no GPU is here."""
 
+import errno
 import json
 import os
 import tempfile
@@ -10,10 +11,13 @@ import ray
 import torch
 from conftest import ROOT
 from ray import tune
+from ray.exceptions import RayActorError
 from test_trial import PauseAtRungs, config, prepare
 from transformers import AutoModelForCausalLM
 
+import ranks
 import raytune_bayesian
+import resume
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,11 +96,13 @@ def harmed_trial(config, run):
     def harm():
         while not list(Path(c["folder"]).glob("ray/*/checkpoint_*")):
             time.sleep(0.05)
-        (rank,) = [p for p in psutil.process_iter() if "ray::Rank" in " ".join(p.cmdline())]
+        (rank,) = [p for p in psutil.Process(os.getppid()).children(recursive=True) if "".join(p.cmdline()).startswith("ray::Rank")]
         rank.send_signal(signal.SIGKILL)
+        rank.wait(60)
+        Path(c["folder"], "harmed").write_text(str(rank.pid))
 
-    if "folder" in c and not os.path.exists(c["folder"] + "/harmed"):
-        Path(c["folder"], "harmed").touch()
+    if "folder" in c and not os.path.exists(c["folder"] + "/started"):
+        Path(c["folder"], "started").touch()
         threading.Thread(target=harm, daemon=True).start()
     raytune_bayesian.train(c, run)
 
@@ -106,7 +112,7 @@ def test_a_dead_rank_costs_the_trial_its_work_since_the_last_rung(tmp_path, tiny
     run = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 8, "--max_eval_samples", 45)
     c = config(per_device_bs=1, rungs=(1, 8))
     harmed, through = run_trials(tmp_path, harmed_trial, run, [c | {"folder": str(tmp_path)}, c], max_failures=1)
-    assert (tmp_path / "harmed").exists() and harmed.error is None and through.error is None
+    assert (tmp_path / "harmed").read_text() and harmed.error is None and through.error is None
     assert harmed.metrics["eval_loss"] == through.metrics["eval_loss"] and harmed.metrics["training_iteration"] == 8
 
 
@@ -114,14 +120,14 @@ def failing_trial(config, run):
     import raytune_bayesian
 
     c = config["configs"][config["i"]]
-    raytune_bayesian.train(c, run | {"train": OneBadQuestion(run["train"])} if c["bad"] else run)
+    raytune_bayesian.train(c, run | {"train": Unreadable(run["train"])} if c["bad"] else run)
 
 
-class OneBadQuestion:
-    """Read by rank 1 only: the second question of the order."""
+class Unreadable:
+    """Cannot be read by rank 1."""
 
     def __init__(self, data):
-        self.data, self.lengths, self.reads = data, data.lengths, 0
+        self.data, self.lengths = data, data.lengths
 
     def __len__(self):
         return len(self.lengths)
@@ -130,6 +136,24 @@ class OneBadQuestion:
         if os.environ["RANK"] == "1":
             raise ValueError("cannot read question 7")
         return self.data[i]
+
+
+@pytest.mark.parametrize(
+    "errors, killed, kind, text",
+    [
+        ([OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(2, "gone")], False, OSError, "No space left"),
+        ([RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory")], False, resume.TrialFailed, "CUDA out of memory"),
+        ([ValueError("no"), RuntimeError("gloo: Connection reset by peer")], False, resume.TrialFailed, "ValueError no"),
+        ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], False, ConnectionError, "a rank is lost"),
+        ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], True, resume.TrialFailed, "out of memory"),
+        ([torch.distributed.DistBackendError("NCCL error: unhandled system error")], False, ConnectionError, "NCCL error"),
+        ([RuntimeError("CUDA error: an illegal memory access")], False, ConnectionError, "CUDA error"),
+    ],
+)
+def test_what_to_make_of_errors(errors, killed, kind, text):
+    """A full disk is waited for, a lost rank or a broken GPU is the node's fault, and all else the trial's, which is not tried again."""
+    cause = ranks._cause(errors, killed)
+    assert type(cause) is kind and text in str(cause)
 
 
 def test_what_one_rank_alone_fails_at_is_the_trial_s_failure(tmp_path, tiny_model, tiny_squad):

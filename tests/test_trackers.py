@@ -1,6 +1,7 @@
 """Experiment trackers: what arrives in them, after an interruption too, and that the search goes on without them."""
 
 import collections
+import contextlib
 import http.server
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, run_script
+from slurm_cluster import wait_for
 
 import report
 
@@ -125,11 +127,15 @@ def test_wandb_offline(runs):
         found[name] = (*(config[key] for key in ("lr", "per_device_bs", "wd")), history)
     assert found == expected(folder)
     assert Server.requests == []
-    for path in Path("/proc").glob("[0-9]*/environ"):  # wandb has a process of its own, which has ended
-        try:
-            assert f"WANDB_BASE_URL={address}".encode() not in path.read_bytes(), path
-        except OSError:
-            pass
+    mark = f"WANDB_BASE_URL={address}".encode()
+    wait_for("the end of wandb's own process", lambda: not any(mark in environment for environment in environments()))
+
+
+def environments():
+    """Of all processes of this machine."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # has ended
+            yield path.read_bytes()
 
 
 class SomeTrial:
