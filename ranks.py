@@ -92,6 +92,9 @@ class Group:
             resume.TrialFailed: one rank has failed at what would come again.
             OSError: storage is full or gone, or another rank's process is lost.
         """
+        if self.size == 1:
+            yield
+            return
         killed_before = resume.oom_kills()
         futures = [actor.train.remote(config) for actor in self.others]
         over, lost = threading.Event(), []
@@ -107,8 +110,6 @@ class Group:
                 raise ConnectionError("a rank does not end its part of a trial") from None
             raise
         except Exception as error:
-            if not self.others:
-                raise
             over.set()
             watch.join()
             ended, _ = ray.wait(futures, num_returns=len(futures), timeout=5)
