@@ -104,7 +104,7 @@ def shared_squad() -> Path:
 
 def pytest_collection_modifyitems(items):
     """Quick ones first."""
-    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "trial", "ranks", "trackers", "run", "slurm", "demo"]
+    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "trial", "trackers", "run", "slurm", "demo"]
     rank = {f"test_{name}": i for i, name in enumerate(order)}
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
