@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 from ray.tune import Callback
@@ -10,6 +11,7 @@ from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 from report import METRICS
 
 PATIENCE = 20  # seconds that the search waits for a tracker's server
+SHARE = 0.1  # of the search's time that a tracker may take, above the first PATIENCE seconds: the search waits meanwhile
 MLFLOW = {  # unless the user's environment says otherwise
     "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder; MLflow 3.17 wants to be told
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
@@ -21,20 +23,26 @@ MLFLOW = {  # unless the user's environment says otherwise
 
 class Guarded(Callback):
     """Hands a logger the metrics of each trial and how it ended. The first error of the logger is told, and it is left out from then on:
-    Tune would end the search.
+    Tune would end the search. So is one that is too slow.
     """
 
     def __init__(self, name: str, make, *args):
         self.name, self.logger = name, self
+        self.began, self.took = time.time(), 0.0
         self.call("made_by", make, *args)
 
     def made_by(self, make, *args) -> None:
         self.logger = make(*args)
 
     def call(self, method: str, *args, **kwargs) -> None:
+        if self.logger is None:
+            return
+        called_at = time.time()
         try:
-            if self.logger:
-                getattr(self.logger, method)(*args, **kwargs)
+            getattr(self.logger, method)(*args, **kwargs)
+            self.took += time.time() - called_at
+            if self.took > PATIENCE + SHARE * (time.time() - self.began):
+                raise TimeoutError(f"it has taken {self.took:.0f} of {time.time() - self.began:.0f} s")
         except Exception as error:
             self.logger = None
             reason = " ".join([type(error).__name__, *str(error).split()])[:300]

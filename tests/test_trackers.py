@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from conftest import ROOT, run_script
 from slurm_cluster import wait_for
 
 import report
+import trackers
 
 
 def in_mlflow(folder: Path) -> list[tuple]:
@@ -211,6 +213,22 @@ def test_an_error_of_a_tracker_is_told_once_and_ends_nothing(tmp_path):
     for out in both_parts("mlflow", tmp_path / "x", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"):
         told, done = out.splitlines()
         assert re.match("WARNING: nothing more goes to --report_to mlflow: MlflowException .*127.0.0.1:9", told) and done == "done"
+
+
+def test_a_tracker_that_is_too_slow_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "PATIENCE", 0.2)
+    calls = []
+
+    class Slow:
+        def on_experiment_end(self, trials):
+            calls.append(trials)
+            time.sleep(0.15)
+
+    guarded = trackers.Guarded("slow", Slow)
+    for i in range(5):
+        guarded.on_experiment_end([i])
+    assert calls in ([[0]], [[0], [1]])
+    assert re.fullmatch(r"WARNING: nothing more goes to --report_to slow: TimeoutError it has taken 0 of 0 s\n", capsys.readouterr().out)
 
 
 HIDE = """
