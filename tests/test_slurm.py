@@ -75,7 +75,7 @@ def test_search_on_two_nodes(project, tiny):
     with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
     script.write_text(text.replace('"node": socket.gethostname()', with_gpu))
     job = project.submit(
-        *tiny, "--max_t", 16, "--num_train_epochs", 4, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
+        *tiny, "--max_t", 16, "--num_train_epochs", 8, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
@@ -117,12 +117,21 @@ def most_at_a_time(iterations: list[dict]) -> int:
 
 
 def test_trials_of_two_gpus(project, tiny):
-    """Each trial has both GPUs of a node, a rank on each, and ZeRO 3 splits the model between them; a checkpoint goes on on either node."""
+    """Each trial has both GPUs of a node, a rank on each, and ZeRO 3 splits the model between them; a checkpoint goes on on either node.
+
+    The second rank of the first trial fails: so has the trial, once, and the search goes on.
+    """
     script, zero3 = project.folder / "raytune_bayesian.py", project.folder / "ds_config.json"
     text = script.read_text()
     assert text.count('"node": socket.gethostname()') == 1
     each = """"node": "+".join(self.group.gather(socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]))"""
-    script.write_text(text.replace('"node": socket.gethostname()', each))
+    text, start = text.replace('"node": socket.gethostname()', each), '    hyperparameters = config["train_loop_config"]\n    transformers.set_seed'
+    assert text.count(start) == 1
+    once = f"""    if group.rank == 1 and not os.path.exists("{project.folder}/failed"):
+        Path("{project.folder}/failed").touch()
+        raise ValueError("no second rank")
+"""
+    script.write_text(text.replace(start, once + start))
     zero3.write_text(json.dumps(json.loads(zero3.read_text()) | {"zero_optimization": {"stage": 3}}))
     job = project.submit(*tiny, *SHORT, "--gpus_per_trial", 2, "--run_name", "x", NUM_WORKERS="2")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
@@ -132,7 +141,10 @@ def test_trials_of_two_gpus(project, tiny):
     assert set(where) <= {(f"{node} GPU 0", f"{node} GPU 1") for node in ("node2", "node3")}, where
     assert most_at_a_time(iterations) <= 2
     trials = report.read_csv(project.folder / "results" / "x" / "trials.csv")
-    assert sorted(t["training_iteration"] for t in trials) == [1] * 3 + [4] * 3 and max(t["resumes"] for t in trials) == 1, project.log(job)
+    assert sorted(t["training_iteration"] for t in trials) == [0] + [1] * 2 + [4] * 3 and max(t["resumes"] for t in trials) == 1, project.log(job)
+    assert [t["status"] for t in trials if t["training_iteration"] == 0] == ["failed"]
+    assert re.search("failed after 0 iterations: .*TrialFailed: ValueError no second rank", project.log(job)), project.log(job)
+    assert "goes on from iteration" not in project.log(job)
 
 
 # -- 2. side by side ----------------------------------------------------------------------------------------------------
