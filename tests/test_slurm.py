@@ -308,9 +308,9 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
-    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 28, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 16, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
     through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
-    job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@40"])
+    job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@70"])
     project.wait_for_search(job)
     hours, minutes, _ = map(int, project.cluster.job(job)["RunTime"].split(":"))
     limit = 60 * hours + minutes + 2  # a minute from now, or two; Slurm may warn a minute earlier than it was told

@@ -179,7 +179,7 @@ def test_thirty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
               f"in a warm one (median of {len(warm)}, worst {warm[-1]:.2f}); memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 30")  # fmt: skip
     assert warm[len(warm) // 2] < 1
     assert {r.metrics["engines"] for r in results} == {1}  # the engines of earlier trials are gone
-    assert max(rss[-5:]) - max(rss[4:9]) < 20, rss  # MB; 25 trials that stay would be 190
+    assert max(rss[-5:]) - max(rss[4:9]) < 40, rss  # MB; 25 trials that stay would be 190
 
 
 def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny_squad, monkeypatch):
