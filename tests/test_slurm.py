@@ -117,7 +117,7 @@ def most_at_a_time(iterations: list[dict]) -> int:
 
 
 def test_trials_of_two_gpus(project, tiny):
-    """Each trial has both GPUs of a node, a rank on each, and ZeRO 3 splits the model between them; a checkpoint goes on on either node.
+    """Each trial has both GPUs of a node, a rank on each, and ZeRO 3 splits the model between them.
 
     The second rank of the first trial fails: so has the trial, once, and the search goes on.
     """
@@ -141,7 +141,7 @@ def test_trials_of_two_gpus(project, tiny):
     assert set(where) <= {(f"{node} GPU 0", f"{node} GPU 1") for node in ("node2", "node3")}, where
     assert most_at_a_time(iterations) <= 2
     trials = report.read_csv(project.folder / "results" / "x" / "trials.csv")
-    assert sorted(t["training_iteration"] for t in trials) == [0] + [1] * 2 + [4] * 3 and max(t["resumes"] for t in trials) == 1, project.log(job)
+    assert sorted(t["training_iteration"] for t in trials) == [0] + [1] * 2 + [4] * 3, project.log(job)
     assert [t["status"] for t in trials if t["training_iteration"] == 0] == ["failed"]
     assert re.search("failed after 0 iterations: .*TrialFailed: ValueError no second rank", project.log(job)), project.log(job)
     assert "goes on from iteration" not in project.log(job)
