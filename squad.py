@@ -325,8 +325,8 @@ def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: in
     """
     answers: list[list[int]] = [[] for _ in input_ids]
     rows, through, cache = list(range(len(answers))), False, None
+    positions = _positions(model, mask)
     for _ in range(max_new_tokens):
-        positions = {name: ids[:, -input_ids.shape[1] :] for name, ids in _positions(model, mask).items()}
         output = model(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
         )
@@ -342,9 +342,10 @@ def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: in
         going = going or [0]
         if len(going) < len(rows):
             rows, kept = [rows[k] for k in going], torch.tensor(going, device=tokens.device)
-            tokens, mask = tokens[kept], mask[kept]
+            tokens, mask, positions = tokens[kept], mask[kept], {name: ids[kept] for name, ids in positions.items()}
             cache.batch_select_indices(kept)
         input_ids, mask = tokens[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
+        positions = {name: ids[:, -1:] + 1 for name, ids in positions.items()}
     return answers
 
 
