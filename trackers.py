@@ -1,5 +1,6 @@
 """Experiment trackers that a search can report to: Ray Tune's own logger callbacks, kept from ending the search."""
 
+import contextlib
 import math
 import os
 import time
@@ -26,20 +27,16 @@ class Guarded(Callback):
     Tune would end the search. So is one that is too slow.
     """
 
-    def __init__(self, name: str, make, *args):
-        self.name, self.logger = name, self
+    def __init__(self, name: str, make):
+        self.name, self.make, self.logger = name, make, None
         self.began, self.took = time.time(), 0.0
-        self.call("made_by", make, *args)
 
-    def made_by(self, make, *args) -> None:
-        self.logger = make(*args)
-
-    def call(self, method: str, *args, **kwargs) -> None:
-        if self.logger is None:
-            return
+    @contextlib.contextmanager
+    def guard(self):
+        """Around each use of the logger."""
         called_at = time.time()
         try:
-            getattr(self.logger, method)(*args, **kwargs)
+            yield
             self.took += time.time() - called_at
             if self.took > PATIENCE + SHARE * (time.time() - self.began):
                 raise TimeoutError(f"it has taken {self.took:.0f} of {time.time() - self.began:.0f} s")
@@ -48,8 +45,15 @@ class Guarded(Callback):
             reason = " ".join([type(error).__name__, *str(error).split()])[:300]
             print(f"WARNING: nothing more goes to --report_to {self.name}: {reason}", flush=True)
 
+    def call(self, method: str, *args, **kwargs) -> None:
+        if self.logger:
+            with self.guard():
+                getattr(self.logger, method)(*args, **kwargs)
+
     def setup(self, **info):
-        self.call("setup", **info)
+        with self.guard():
+            self.logger = self.make()
+            self.logger.setup(**info)
 
     def on_trial_start(self, iteration, trials, trial, **info):
         self.call("log_trial_start", trial)
@@ -76,7 +80,7 @@ def tracker(report_to: str, run_dir: Path) -> list[Callback]:
     say; by default MLflow writes to <run_dir>/mlruns, and wandb to the project bloom_bohb, with its files in <run_dir>/wandb.
     """
     makers = {"tensorboard": tensorboard_logger, "mlflow": mlflow_logger, "wandb": wandb_logger}
-    return [Guarded(report_to, makers[report_to], run_dir)] if report_to in makers else []
+    return [Guarded(report_to, lambda: makers[report_to](run_dir))] if report_to in makers else []
 
 
 def tensorboard_logger(run_dir: Path) -> LoggerCallback:

@@ -220,11 +220,15 @@ def test_a_tracker_that_is_too_slow_is_left_out(monkeypatch, capsys):
     calls = []
 
     class Slow:
+        def setup(self):
+            pass
+
         def on_experiment_end(self, trials):
             calls.append(trials)
             time.sleep(0.15)
 
     guarded = trackers.Guarded("slow", Slow)
+    guarded.setup()
     for i in range(5):
         guarded.on_experiment_end([i])
     assert calls in ([[0]], [[0], [1]])
