@@ -55,12 +55,9 @@ class Run:
         (folder / "tmp").mkdir(parents=True)
         self.cluster, self.project, self.output = cluster, Project(cluster, folder, folder / "tmp"), output
         self.rows = output / "x" / "iterations.csv"
-        script = self.project.folder / "raytune_bayesian.py"
         start = "    GROUPS or GROUPS.append("
-        if start not in script.read_text():
-            raise RuntimeError(f"no place in {script} for a GPU that fails")
         broken = '    if (Path(run["run_dir"]) / f"broken-{socket.gethostname()}").exists():\n        raise RuntimeError("CUDA error: unknown")\n'
-        script.write_text(script.read_text().replace(start, broken + start))
+        self.project.edit(start, broken + start)
         self.job = self.submit(*ARGUMENTS, *more)
         self.project.wait_for("the middle of the search", lambda: len(self.iterations()) >= HIT_AFTER, 240)
         self.hit_at = self.gone_at = time.time()

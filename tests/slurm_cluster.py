@@ -219,6 +219,14 @@ class Project:
             shutil.copy(ROOT / name, folder)
         (folder / "logs").mkdir()
 
+    def edit(self, old: str, new: str) -> None:
+        """Puts `new` in the place of `old` in the copy's raytune_bayesian.py; RuntimeError unless `old` is there once."""
+        script = self.folder / "raytune_bayesian.py"
+        text = script.read_text()
+        if text.count(old) != 1:
+            raise RuntimeError(f"{text.count(old)} times in {script}, not once: {old}")
+        script.write_text(text.replace(old, new))
+
     def submit(self, *arguments, node="node1", options=(), **environment) -> str:
         """Submits the head job; its id."""
         settings = {

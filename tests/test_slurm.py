@@ -69,11 +69,8 @@ def tiny(tiny_model, tiny_squad):
 
 def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one; the log ends with the result; nothing is left."""
-    script = project.folder / "raytune_bayesian.py"
-    text = script.read_text()
-    assert text.count('"node": socket.gethostname()') == 1
     with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
-    script.write_text(text.replace('"node": socket.gethostname()', with_gpu))
+    project.edit('"node": socket.gethostname()', with_gpu)
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 8, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
@@ -121,17 +118,15 @@ def test_trials_of_two_gpus(project, tiny):
 
     The second rank of the first trial fails: so has the trial, once, and the search goes on.
     """
-    script, zero3 = project.folder / "raytune_bayesian.py", project.folder / "ds_config.json"
-    text = script.read_text()
-    assert text.count('"node": socket.gethostname()') == 1
+    zero3 = project.folder / "ds_config.json"
     each = """"node": "+".join(self.group.gather(socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]))"""
-    text, start = text.replace('"node": socket.gethostname()', each), '    hyperparameters = config["train_loop_config"]\n    transformers.set_seed'
-    assert text.count(start) == 1
+    project.edit('"node": socket.gethostname()', each)
+    start = '    hyperparameters = config["train_loop_config"]\n    transformers.set_seed'
     once = f"""    if group.rank == 1 and not os.path.exists("{project.folder}/failed"):
         Path("{project.folder}/failed").touch()
         raise ValueError("no second rank")
 """
-    script.write_text(text.replace(start, once + start))
+    project.edit(start, once + start)
     zero3.write_text(json.dumps(json.loads(zero3.read_text()) | {"zero_optimization": {"stage": 3}}))
     job = project.submit(*tiny, *SHORT, "--gpus_per_trial", 2, "--run_name", "x", NUM_WORKERS="2")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
@@ -355,11 +350,9 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
 
 def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     """CUDA errors on one of two nodes: its job goes, Slurm keeps off the node, no trial is lost and none is told to the model as bad."""
-    script, broken = project.folder / "raytune_bayesian.py", project.folder / "broken"
-    text, start = script.read_text(), "    GROUPS or GROUPS.append("
-    assert text.count(start) == 1
+    broken, start = project.folder / "broken", "    GROUPS or GROUPS.append("
     fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
-    script.write_text(text.replace(start, fails + start))
+    project.edit(start, fails + start)
     arguments = ["--max_t", 16, "--num_train_epochs", 5, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
@@ -382,11 +375,9 @@ def test_idle_nodes_are_given_back(project, tiny):
 
     The trial waits for that after its first iteration, however slow the second node is to join.
     """
-    script, go_on = project.folder / "raytune_bayesian.py", project.folder / "go_on"
-    text, at = script.read_text(), "        iteration = self.last_steps.index(state.global_step, 1)\n"
-    assert text.count(at) == 1
+    go_on, at = project.folder / "go_on", "        iteration = self.last_steps.index(state.global_step, 1)\n"
     hold = f'        while iteration == 2 and not os.path.exists("{go_on}"):\n            time.sleep(0.2)\n'
-    script.write_text(text.replace(at, at + hold))
+    project.edit(at, at + hold)
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))

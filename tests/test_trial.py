@@ -43,20 +43,27 @@ def prepare(model, dataset, *more):
     return run
 
 
-def run_trials(folder, trainable, run, configs, scheduler=None, cpus=1):
-    """One trial a config; returns Tune's results in the order of the configs."""
+def fit(folder, trainable, run, configs, resources, scheduler=None, max_failures=0, at_a_time=None):
+    """One trial a config; Tune's results in the order of the configs, those of trials that failed among them."""
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trainable, run=run), {"cpu": cpus}),
+        tune.with_resources(tune.with_parameters(trainable, run=run), resources),
         param_space={"i": tune.grid_search(list(range(len(configs)))), "configs": configs},
-        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True),
+        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True, max_concurrent_trials=at_a_time),
         run_config=tune.RunConfig(
-            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1)
+            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            failure_config=tune.FailureConfig(max_failures=max_failures),
         ),
-    )
-    results = tuner.fit()
-    for error in results.errors:
-        raise error
-    return sorted(results, key=lambda result: result.config["i"])
+    )  # fmt: skip
+    return sorted(tuner.fit(), key=lambda result: result.config["i"])
+
+
+def run_trials(folder, trainable, run, configs, scheduler=None, cpus=1):
+    """As fit, of trials of one process; raises the error of one that failed."""
+    results = fit(folder, trainable, run, configs, {"cpu": cpus}, scheduler)
+    for result in results:
+        if result.error:
+            raise result.error
+    return results
 
 
 def trial(config, run):
@@ -207,18 +214,9 @@ def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny
 
 
 def run_ranks(folder, trainable, run, configs, scheduler=None, size=2, max_failures=0):
-    """As run_trials, with a bundle for each rank; results of trials that failed are among them."""
+    """As fit, one at a time, of trials with a bundle for each rank."""
     bundles = tune.PlacementGroupFactory([{"CPU": 1 / size}] * size, strategy="STRICT_PACK")
-    tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trainable, run=run | {"gpus_per_trial": size}), bundles),
-        param_space={"i": tune.grid_search(list(range(len(configs)))), "configs": configs},
-        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True, max_concurrent_trials=1),
-        run_config=tune.RunConfig(
-            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
-            failure_config=tune.FailureConfig(max_failures=max_failures),
-        ),
-    )  # fmt: skip
-    return sorted(tuner.fit(), key=lambda result: result.config["i"])
+    return fit(folder, trainable, run | {"gpus_per_trial": size}, configs, bundles, scheduler, max_failures, at_a_time=1)
 
 
 def with_stage(run, stage):
