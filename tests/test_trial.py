@@ -10,7 +10,7 @@ import types
 import pytest
 import ray
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_squad
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
@@ -210,6 +210,27 @@ def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny
     assert [p.name for p in lock.parent.parent.iterdir()] == ["deepspeed_shm_comm"]
 
 
+def trial_after_a_lost_process(config, run):
+    """What a process leaves that was lost between the change of a checkpoint's name and Tune's hearing of it, and while it wrote one."""
+    from pathlib import Path
+
+    import raytune_bayesian
+
+    for name in ("checkpoint_000000", "saving-lost"):
+        folder = Path(tune.get_context().get_storage().trial_fs_path) / name
+        folder.mkdir(parents=True)
+        (folder / "left").touch()
+    raytune_bayesian.train(config["configs"][config["i"]], run)
+
+
+def test_what_a_lost_process_has_left_is_in_nobody_s_way(tmp_path, tiny_model, tiny_squad):
+    run = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
+    (result,) = run_trials(tmp_path, trial_after_a_lost_process, run, [config(rungs=[1])])
+    names = {path.name for path in (tmp_path / "ray").glob("*/*")}
+    assert "checkpoint_000000" in names and not [name for name in names if name.startswith("saving-")]
+    assert not list((tmp_path / "ray").glob("*/*/left")) and (tmp_path / "ray").joinpath(result.path, "checkpoint_000000", "trainer_state.json").exists()
+
+
 # -- several ranks: two processes on the CPU, as no GPU is here ----------------------------------------------------------
 
 
@@ -229,10 +250,22 @@ def losses(result):
     return result.metrics_dataframe["eval_loss"].tolist()
 
 
+@pytest.fixture(scope="module")
+def uneven_squad(tmp_path_factory):
+    """Answers of different lengths: the mean over ranks of their means is not the mean over tokens."""
+    folder = make_squad(tmp_path_factory.mktemp("uneven"))
+    content = json.loads((folder / "train.json").read_text())
+    for i, paragraph in enumerate(paragraph for article in content["data"] for paragraph in article["paragraphs"]):
+        if i % 3 == 0:  # "a red hat" instead of "red" is the one to learn
+            paragraph["qas"][0]["answers"].reverse()
+    (folder / "train.json").write_text(json.dumps(content))
+    return folder
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, tiny_squad, stage):
+def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, uneven_squad, stage):
     """Also where the trial was paused at two rungs: to the last bit what it is without a pause."""
-    run = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
+    run = prepare(tiny_model, uneven_squad, "--max_t", 8, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
     one = run_ranks(tmp_path / "one", trial, with_stage(run, min(stage, 2)), [config(per_device_bs=2)], size=1)[0]
     scheduler = PauseAtRungs([1, 3])
     configs = [config(per_device_bs=1), config(per_device_bs=1)]
