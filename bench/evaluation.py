@@ -63,7 +63,7 @@ def one_at_a_time(model, tokenizer, data: squad.TokenizedSquad, indices, max_new
 def generate_in_batches(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int) -> list[dict]:
     """What squad.predict would be with model.generate."""
     predictions = [{}] * len(data)
-    for indices in squad._batches(data.prompt_lengths, EVAL_BATCH_SIZE):
+    for indices, _ in squad._shares(data.prompt_lengths, EVAL_BATCH_SIZE, None):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = squad.collate(prompts, tokenizer.pad_token_id)
         output = model.generate(
