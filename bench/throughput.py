@@ -9,6 +9,7 @@ seconds are those of its CPU, which other work on the machine disturbs less than
 """
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -56,7 +57,6 @@ def train(way: str, vocabulary: int) -> None:
     """Prints a row as JSON: samples a second by window, peak memory in GB, tokens a sample."""
     group = ranks.Group()
     transformers.set_seed(0)
-    torch.set_num_threads(1)
     files = squad.find_squad_files(SHARED_SQUAD if SHARED_SQUAD.is_dir() else ROOT / "demo" / "squad")
     examples = squad.subset(squad.read_squad(files["train"]), QUESTIONS, seed=0)
     tokenizer = raytune_bayesian.load_tokenizer(ROOT / "demo" / "model")
@@ -104,7 +104,8 @@ def main() -> None:
         rows = {}
         for way in ("plain", "ours"):
             command = [sys.executable, __file__, way, str(vocabulary)]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # without it accelerate takes as many threads as there are cores
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=one_thread).stdout
             row = rows[way] = json.loads(output.splitlines()[-1])
             rate, spread = statistics.median(row["rates"]), f"{min(row['rates']):.2f}-{max(row['rates']):.2f}"
             times, lower = rate / statistics.median(rows["plain"]["rates"]), 1 - row["peak"] / rows["plain"]["peak"]
