@@ -51,7 +51,7 @@ SELECTION_SIZE = 1000  # questions held out of the training set, to compare tria
 EVAL_BATCH_SIZE = 32  # sequences of like length
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
-CHECKPOINT_BYTES = 18  # a parameter, at most: AdamW's state, weights as DeepSpeed and as the Trainer save them, tied ones twice
+CHECKPOINT_BYTES = 18  # a parameter, at most: AdamW's state with master weights, weights, tied ones twice
 MAX_OVERFLOWS = 40  # optimizer steps in a row; each halves the loss scale, which starts at 2**16
 MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
 STORAGE_PATIENCE = 3600  # seconds; a file system that is full or gone is waited for, then the search goes on from its last saved state
@@ -228,6 +228,16 @@ class Trainer(transformers.Trainer):
         # DeepSpeed takes the mean over ranks: so that each token counts alike, as on one GPU.
         return total * self.group.size / sum(self.group.gather(count))
 
+    def save_model(self, *args, **kwargs):
+        """As a model only at the end of the full training: before that, DeepSpeed's files have the weights."""
+        if self.state.global_step == self.state.max_steps:
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """DeepSpeed's files, weights too: not at the end, where nobody goes on."""
+        if self.state.global_step < self.state.max_steps:
+            super()._save_optimizer_and_scheduler(output_dir)
+
 
 def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
     """Indices of the questions of a full training: like lengths share a batch, each epoch in another order."""
@@ -402,8 +412,10 @@ def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
         max_steps = math.ceil(len(order) / (batch_size * group.size))
         trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, lambda: trainer.model_wrapped, group))
         checkpoint = tune.get_checkpoint() if group.rank == 0 else None
+        checkpoint = group.broadcast(checkpoint and checkpoint.path)
         try:
-            trainer.train(resume_from_checkpoint=group.broadcast(checkpoint and checkpoint.path))
+            if not (checkpoint and is_model(checkpoint)):  # or it was through when its search was cut
+                trainer.train(resume_from_checkpoint=checkpoint)
         finally:  # Tune ends a paused trial by SystemExit out of tune.report
             if hasattr(trainer.model_wrapped, "destroy"):
                 trainer.model_wrapped.destroy()
@@ -618,10 +630,32 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | N
     sys.stdout.flush()
 
 
+def is_model(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint is that of the end of a full training, a model as from_pretrained takes it; others are DeepSpeed's, to go on from."""
+    return not any(Path(checkpoint).glob("global_step*"))
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
+    """Gives a model the weights of a checkpoint to go on from."""
+    files = list(checkpoint.glob("global_step*/mp_rank_00_model_states.pt"))
+    if files:
+        weights = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)["module"]
+    else:  # ZeRO 3: each rank has written its part
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow, and hardly ever needed
+
+        weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
+    model.load_state_dict(weights)
+    return model
+
+
 def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
     """Writes a checkpoint's model and tokenizer whole, in the form that from_pretrained takes."""
     temporary = path.with_name(f".{path.name}.tmp")
-    transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").save_pretrained(temporary)
+    if is_model(checkpoint):
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    else:  # no trial has come to the end
+        model = load_weights(checkpoint, pretrained(run["model"]))
+    model.save_pretrained(temporary)
     load_tokenizer(run["model"]).save_pretrained(temporary)
     temporary.rename(path)
 

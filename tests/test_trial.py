@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 import types
+from pathlib import Path
 
 import pytest
 import ray
@@ -22,6 +23,7 @@ import inputs
 import ranks
 import raytune_bayesian
 import resume
+import squad
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -99,9 +101,9 @@ def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_
     run = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
     configs = [config(per_device_bs=batch_size)]
     through = run_trials(tmp_path / "through", trial, run, configs)[0]
-    scheduler = PauseAtRungs([1, 3])
+    scheduler = PauseAtRungs([1, 3, 8])  # at 8 as where a search is cut before it has heard that the trial is through
     paused = run_trials(tmp_path / "paused", trial, run, configs, scheduler)[0]
-    assert scheduler.pauses == 2
+    assert scheduler.pauses == 3
     assert paused.metrics["eval_loss"] == through.metrics["eval_loss"]
     iterations = paused.metrics_dataframe["training_iteration"].tolist()
     assert iterations == through.metrics_dataframe["training_iteration"].tolist() == list(range(1, 9))
@@ -277,6 +279,24 @@ def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, unev
     models = [AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)]  # as best_model is made
     for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
         assert torch.allclose(weight, other, atol=1e-4), name
+
+
+@pytest.mark.parametrize("stage, size", [(0, 1), (2, 1), (3, 2)])
+def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad, stage, size):
+    """Weights are written once: as a model at the end, before that by DeepSpeed, of which a model is made where no trial came to the end."""
+    run = prepare(demo_model, tiny_squad, "--max_t", 3, "--num_train_epochs", 0.05, "--max_eval_samples", 20)
+    ended, cut = [config(rungs=[3]), config(rungs=[2])]
+    ended, cut = run_ranks(tmp_path / "ray", trial, with_stage(run, stage), [ended, cut], size=size)
+    files = [[path.name for path in Path(result.checkpoint.path).rglob("*")] for result in (ended, cut)]
+    assert "model.safetensors" in files[0] and not [name for name in files[0] if name.endswith("_states.pt")]
+    assert "model.safetensors" not in files[1] and [name for name in files[1] if name.endswith("_states.pt")]
+    sizes = [sum(path.stat().st_size for path in Path(result.checkpoint.path).rglob("*")) for result in (ended, cut)]
+    assert sizes[0] < sizes[1] / 2 and raytune_bayesian.checkpoint_bytes(demo_model) / 2 < sizes[1] < raytune_bayesian.checkpoint_bytes(demo_model)
+    for result, iteration in ((ended, 3), (cut, 2)):
+        raytune_bayesian.save_best_model(Path(result.checkpoint.path), run, tmp_path / f"model-{iteration}")
+        model = squad.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
+        loss = squad.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_BATCH_SIZE)
+        assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
 
 
 def harmed_trial(config, run):
