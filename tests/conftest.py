@@ -103,11 +103,9 @@ def shared_squad() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """Quick ones first. Of two processes (make test) one has the cluster, of which there can be one, from the start; the other the rest."""
-    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "trial", "trackers", "bench", "run", "slurm", "demo"]
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        order.insert(0, "slurm")
-    rank = {f"test_{name}": i for i, name in reversed(list(enumerate(order)))}
+    """Quick ones first."""
+    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "bench", "trial", "trackers", "run", "slurm", "demo"]
+    rank = {f"test_{name}": i for i, name in enumerate(order)}
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
 

@@ -31,14 +31,9 @@ SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
 
 def ours():
-    """Processes of Ray on this machine, but for those on the nodes of a cluster (test_slurm.py), which have networks of their own."""
-    found, network = set(), os.readlink("/proc/self/ns/net")
-    for line in subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines():
-        if "raylet" in line or "gcs_server" in line or " ray::" in line:
-            with contextlib.suppress(OSError):  # has ended meanwhile
-                if os.readlink(f"/proc/{line.split()[0]}/ns/net") == network:
-                    found.add(line.split()[0])
-    return found
+    """Processes of Ray on this machine."""
+    listing = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
+    return {line.split()[0] for line in listing.splitlines() if "raylet" in line or "gcs_server" in line or " ray::" in line}
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +595,7 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     total, used = psutil.virtual_memory().total, psutil.virtual_memory().used
     process = run_script(
         "--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16, "--output_dir", tmp_path,
-        "--run_name", "x", script=script, PYTHONPATH=str(tmp_path), RAY_memory_usage_threshold=str((used + 6 * 2**30) / total),
+        "--run_name", "x", script=script, PYTHONPATH=str(tmp_path), RAY_memory_usage_threshold=str((used + 4 * 2**30) / total),
     )  # fmt: skip
     out = process.stdout
     assert process.returncode == 0, out + process.stderr
