@@ -1,10 +1,10 @@
 """The real size on this machine's CPU: a search with a randomly initialised model of BLOOM-560M's exact shape and vocabulary.
 
-    make demo-data && .venv/bin/python bench/full_size.py [folder]        # 15 minutes, 16 GB of memory, 60 GB of disk
+    make demo-data && .venv/bin/python bench/full_size.py [folder]        # 27 minutes, 24 GB of memory, 71 GB of disk
 
-Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best is resumed and trains to the end, and
-becomes best_model. Real SQuAD where it is beside this folder, else the demo's questions. Shows that it works and what it takes; it says
-nothing about fp16 or a GPU; bench/gpu.sh runs it there.
+Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best goes on, resumed unless it was the
+last of the four, trains to the end, and becomes best_model. Real SQuAD where it is beside this folder, else the demo's questions. Shows
+that it works and what it takes; it says nothing about fp16 or a GPU; bench/gpu.sh runs it there.
 """
 
 import contextlib

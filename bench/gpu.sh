@@ -2,7 +2,7 @@
 # The real size in fp16 on a GPU: a short search with a random BLOOM-560M (bench/full_size.py), then the speed of training and
 # evaluation. Not run yet: nobody who wrote this had a GPU.
 #
-#   make demo-data && bash bench/gpu.sh        # one GPU of 24 GB, 60 GB of disk
+#   make demo-data && bash bench/gpu.sh        # one GPU of 24 GB, 71 GB of disk
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${VENV:-.venv}/bin/python
