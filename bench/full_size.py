@@ -2,9 +2,9 @@
 
     make demo-data && .venv/bin/python bench/full_size.py [folder]        # 27 minutes, 24 GB of memory, 71 GB of disk
 
-Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best is resumed (the last
-of the four would go on without a pause; the seed makes it the first), trains to the end, and becomes best_model. Real SQuAD where it is beside this folder, else the demo's questions. Shows
-that it works and what it takes; it says nothing about fp16 or a GPU; bench/gpu.sh runs it there.
+Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best is resumed (the last of the four
+would go on without a pause; by the seed it is the first), trains to the end, and becomes best_model. Real SQuAD where it is beside this
+folder, else the demo's questions. Shows that it works and what it takes; it says nothing about fp16 or a GPU; bench/gpu.sh runs it there.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ import report
 
 VOCABULARY = 250_880
 ARGUMENTS = ["--max_t", "4", "--num_samples", "4", "--max_concurrent_trials", "1", "--max_train_samples", "32", "--num_train_epochs", "0.5",
-             "--max_eval_samples", "8", "--seed", "45", "--run_name", "full_size"]  # fmt: skip; the first trial has the largest lr
+             "--max_eval_samples", "8", "--seed", "45", "--run_name", "full_size"]  # fmt: skip
 
 
 def make_model(folder: Path) -> int:
