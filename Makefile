@@ -17,7 +17,7 @@ demo-data: $(READY)
 	$(VENV)/bin/python demo/make_demo.py
 
 test: demo-data
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(READY): requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

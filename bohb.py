@@ -198,10 +198,13 @@ class TuneBOHB(ray.tune.search.bohb.TuneBOHB):
         """All that the next suggestion depends on; to be pickled before anything else happens."""
         return {name: getattr(self, name) for name in ("bohber", "suggested", "observations", "trial_to_params", "paused", "running")}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a state. What was running counts as running: the scheduler will resume it first."""
+    def set_state(self, state: dict[str, Any], live: set[str]) -> None:
+        """Goes on from a state. What was running counts as running: the scheduler will resume it first. What is not live was saved between
+        the report that ended it and Tune's word of its end: it takes no slot."""
         for name, value in state.items():
             setattr(self, name, value)
+        for trial_id in (self.running | self.paused) - live:
+            self.on_trial_complete(trial_id)
         self._restored = True
 
     def set_search_properties(self, metric, mode, config, **spec) -> bool:
@@ -209,7 +212,7 @@ class TuneBOHB(ray.tune.search.bohb.TuneBOHB):
         state = self.get_state() if self._restored else None
         done = super().set_search_properties(metric, mode, config, **spec)
         if state:
-            self.set_state(state)
+            self.set_state(state, live=state["running"] | state["paused"])
         return done
 
     def suggest(self, trial_id: str) -> dict | None:

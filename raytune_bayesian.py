@@ -309,8 +309,10 @@ class Iterations(transformers.TrainerCallback):
         return self.group.broadcast(stop)
 
     def on_save(self, args, state, control, **kwargs):
-        folder = f"{args.output_dir}/checkpoint-{state.global_step}"
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.group.gather(None)  # all ranks have written their part
+        if self.group.rank == 0:
+            resume.sync(*folder.rglob("*"), folder)
         if "evaluation_seconds" in self.metrics:
             self.metrics["checkpoints_seconds"] = time.time() - self.saving_since
         self.report(tune.Checkpoint.from_directory(folder))
@@ -411,10 +413,10 @@ def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
         trainer.remove_callback(transformers.PrinterCallback)
         max_steps = math.ceil(len(order) / (batch_size * group.size))
         trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, lambda: trainer.model_wrapped, group))
-        checkpoint = tune.get_checkpoint() if group.rank == 0 else None
-        checkpoint = group.broadcast(checkpoint and checkpoint.path)
         try:
-            if not (checkpoint and is_model(checkpoint)):  # or it was through when its search was cut
+            checkpoint = tune.get_checkpoint() if group.rank == 0 else None
+            checkpoint, through = group.broadcast((checkpoint.path, is_model(Path(checkpoint.path))) if checkpoint else (None, False))
+            if not through:  # else its search was cut, or its process lost, after its last report
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:  # Tune ends a paused trial by SystemExit out of tune.report
             if hasattr(trainer.model_wrapped, "destroy"):
@@ -458,10 +460,11 @@ def search(
     spent = bill.Bill(record, resources, args.max_concurrent_trials)
     algorithm = resume.ResumableSearch(searcher, run_dir)
     if state:
+        live = {trial["trial_id"] for trial in state["live"]}
         spent.set_state(state["bill"])
-        searcher.set_state(state["searcher"])
+        searcher.set_state(state["searcher"], live)
         scheduler.set_state(state["scheduler"], {t["trial_id"] for t in state["live"] if t["status"] == Trial.PENDING})
-        record.set_state(state["record"])
+        record.set_state(state["record"], live)
         algorithm = resume.ResumableSearch(searcher, run_dir, state["live"], created=len(searcher.suggested))
     record.tidy([trial["checkpoint"] for trial in state["live"]] if state else [])
     script, meeting = __name__, os.environ.get("MEETING")  # where head_node.slurm and its workers meet
@@ -630,9 +633,15 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | N
     sys.stdout.flush()
 
 
-def is_model(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint is that of the end of a full training, a model as from_pretrained takes it; others are DeepSpeed's, to go on from."""
-    return not any(Path(checkpoint).glob("global_step*"))
+def is_model(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the end of a full training, a model as from_pretrained takes it; others are DeepSpeed's, to go on from.
+
+    Raises FileNotFoundError where it is neither, as when a file system is not mounted.
+    """
+    through = (checkpoint / "config.json").exists()
+    if not through and not any(checkpoint.glob("global_step*")):
+        raise FileNotFoundError(f"{checkpoint} is no checkpoint, or no more")
+    return through
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
@@ -649,15 +658,19 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
-    """Writes a checkpoint's model and tokenizer whole, in the form that from_pretrained takes."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    if is_model(checkpoint):
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    """Makes a checkpoint a folder with model and tokenizer, as from_pretrained takes it: there as a whole or not at all."""
+    if is_model(checkpoint):  # becomes it: weights are written once
+        folder = checkpoint
+        for file in folder.iterdir():
+            if not file.name.startswith(("config.json", "generation_config.json", "model")):  # the Trainer's
+                file.unlink()
     else:  # no trial has come to the end
-        model = load_weights(checkpoint, pretrained(run["model"]))
-    model.save_pretrained(temporary)
-    load_tokenizer(run["model"]).save_pretrained(temporary)
-    temporary.rename(path)
+        folder = path.with_name(f".{path.name}.tmp")
+        load_weights(checkpoint, pretrained(run["model"])).save_pretrained(folder)
+    load_tokenizer(run["model"]).save_pretrained(folder)
+    resume.sync(*folder.rglob("*"), folder)
+    folder.rename(path)
+    resume.sync(path.parent)
 
 
 def take_lock(run_dir: Path, patience: float):

@@ -188,15 +188,19 @@ class Record(Callback):
         kept = {name: getattr(self, name) for name in ("trials", "iterations", "configs", "best", "referenced")}
         return kept | {"seconds": time.time() - self.started_at}
 
-    def set_state(self, state: dict) -> None:
-        """Goes on from a state: what it shows as running has been interrupted, and its time goes on."""
+    def set_state(self, state: dict, live: set[str]) -> None:
+        """Goes on from a state: what it shows as running has been interrupted, and its time goes on. What is not live and not ended was
+        saved between the report that ended it and Tune's word of its end."""
         state = dict(state)
         self.started_at = time.time() - state.pop("seconds")
         for name, value in state.items():
             setattr(self, name, value)
         self.started = set(self.trials)
-        for row in self.trials.values():
-            row["status"] = "paused" if row["status"] == "running" else row["status"]
+        for trial_id, row in self.trials.items():
+            if row["status"] not in ENDED and trial_id not in live:
+                row["status"] = "stopped"
+            elif row["status"] == "running":
+                row["status"] = "paused"
 
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
@@ -204,7 +208,9 @@ class Record(Callback):
         row = self.row(trial)
         row["resumes"] += trial.trial_id in self.started
         self.started.add(trial.trial_id)
-        row["status"], self.changed = "running", True
+        self.changed = True
+        if row["status"] != "completed":  # else its process was lost after its last report
+            row["status"] = "running"
 
     def row(self, trial) -> dict:
         """The trial's row of trials.csv. Metrics and training_iteration are those of the last rung that it came to."""
@@ -251,6 +257,9 @@ class Record(Callback):
                 self.doomed.add(trial.trial_id)
             self.say(f"{self._describe(row)} at {done}/{rungs[-1]}")
 
+    def on_checkpoint(self, **info):  # after its result: before, a state has the checkpoint before it
+        self.changed = True
+
     def on_trial_complete(self, iteration, trials, trial, **info):
         row = self.row(trial)
         if row["status"] not in ("completed", "failed"):
@@ -259,14 +268,16 @@ class Record(Callback):
 
     def on_trial_recover(self, iteration, trials, trial, **info):
         row = self.row(trial)
-        row["status"] = "pending"
+        if row["status"] != "completed":
+            row["status"] = "pending"
         reason = last_line(Path(trial.error_file)) if trial.error_file else "its process has ended"
         self.say(f"{self._describe(row)} goes on from iteration {row['training_iteration']}: {reason}")
         self.changed = True
 
     def on_trial_error(self, iteration, trials, trial, **info):
         file = trial.error_file and Path(trial.error_file)
-        self._failed(self.row(trial), f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started")
+        if self.row(trial)["status"] != "completed":
+            self._failed(self.row(trial), f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started")
         self._end(trial)
 
     def _failed(self, row: dict, reason: str):
@@ -310,7 +321,7 @@ class Record(Callback):
         doomed, self.doomed = self.doomed, set()
         self.save_state(record=self.get_state(), live=live)
         for trial_id in doomed - {self.best}:
-            for folder in self.checkpoints(trial_id):
+            for folder in [*self.checkpoints(trial_id), *(self.run_dir / "ray" / trial_id).glob("saving-*")]:
                 shutil.rmtree(folder, ignore_errors=True)
         for trial_id, path in self.referenced.items():
             for folder in self.checkpoints(trial_id):

@@ -156,11 +156,25 @@ def saving_folder() -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="saving-", dir=folder, ignore_cleanup_errors=True)
 
 
+def sync(*paths: Path) -> None:
+    """Returns when files, and the names in folders, are on the disk: a loss of power does not take them any more."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # not every file system can do it for folders
+                raise
+        finally:
+            os.close(descriptor)
+
+
 def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
     """Instead of Tune's own, which copies: written once, and there as a whole or not at all."""
     self._check_validation_file()
     shutil.rmtree(self.checkpoint_fs_path, ignore_errors=True)  # of a process that was lost before Tune had heard of it
     os.rename(checkpoint.path, self.checkpoint_fs_path)
+    sync(Path(self.checkpoint_fs_path).parent)
     return Checkpoint(self.checkpoint_fs_path, self.storage_filesystem)
 
 

@@ -125,7 +125,7 @@ class Simulation:
         new.search_alg = SearchAlgorithm(searcher, self.search_alg.num_samples)
         new.search_alg.created = self.search_alg.created
         new.scheduler, new.trials, new._live, new._events = scheduler, [], {}, []
-        searcher.set_state(state[0])
+        searcher.set_state(state[0], {t.trial_id for t in live})
         scheduler.set_state(state[1], {t.trial_id for t in live if t.status == Trial.PENDING})
         for old in live:
             trial = SimulatedTrial(old.trial_id, old.config)
@@ -137,8 +137,13 @@ class Simulation:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def run(self, max_reports: int = 1_000_000) -> None:
-        """Runs to the end, or to so many reports; RuntimeError when nothing can run although trials are left (a hang)."""
+    def run(self, max_reports: int = 1_000_000, abrupt: bool = False) -> None:
+        """Runs to the end, or to so many reports; RuntimeError when nothing can run although trials are left (a hang).
+
+        Where it ends abruptly the scheduler has decided upon the last report, and nothing has been done about it: Tune stops and pauses
+        in a later step.
+        """
+        self._cut_at = max_reports if abrupt else None
         while len(self.reports) < max_reports:
             progress = self._start_trials()
             if self._events:
@@ -213,6 +218,8 @@ class Simulation:
         if decision != TrialScheduler.STOP:
             searcher.on_trial_result(trial.trial_id, result)
         trial.last_result = result
+        if len(self.reports) == self._cut_at:
+            return
         if decision == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
             self._checkpoints[trial.trial_id] = trial.iteration

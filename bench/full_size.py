@@ -90,7 +90,7 @@ def main(folder: Path) -> None:
     results = folder / "results" / "full_size"
     run, iterations = json.loads((results / "run.json").read_text()), report.read_csv(results / "iterations.csv")
     trials = report.read_csv(results / "trials.csv")
-    foretold = float(re.search(r"disk: up to ([\d.]+) GB in .* for (\d+) checkpoints", "".join(lines)).group(1))
+    disk, count = map(float, re.search(r"disk: up to ([\d.]+) GB in .* for (\d+) checkpoints", "".join(lines)).groups())
     model = sum(file.stat().st_size for file in (results / "best_model").iterdir())
     bill = {name: 60 * minutes for name, minutes in run["bill"].items()}
     milestones = sum(i["exact_match"] is not None for i in iterations)
@@ -99,9 +99,9 @@ def main(folder: Path) -> None:
         ["trials; paused and resumed", f"{len(trials)}; {sum(t['resumes'] for t in trials)}"],
         ["seconds an iteration of 4 questions, training alone", f"{bill['training'] / len(iterations):.1f}"],
         ["seconds an evaluation of 8 questions", f"{bill['evaluation'] / len(iterations):.1f}"],
-        ["seconds a checkpoint", f"{bill['checkpoints'] / milestones:.1f}"],
-        ["GB a checkpoint; as the disk forecast counts", f"{checkpoint / 1e9:.2f}; {parameters * 18 / 1e9:.2f}"],
-        ["GB on disk at most, by the forecast", f"{foretold:.1f}"],
+        ["seconds a checkpoint, the last one, a model only, too", f"{bill['checkpoints'] / milestones:.1f}"],
+        ["GB a checkpoint; as the disk forecast counts", f"{checkpoint / 1e9:.2f}; {disk / (count + 1):.2f}"],
+        ["GB on disk at most, by the forecast", f"{disk:.1f}"],
         ["GB of best_model", f"{model / 1e9:.2f}"],
         ["GB of memory of the largest process, at its peak", f"{peak.most / 1e9:.1f}"],
         ["test of best_model", ", ".join(f"{name} {run['test'][name]:.3f}" for name in report.METRICS)],

@@ -50,7 +50,8 @@ class Choices(FIFOScheduler):
         at = self.chosen_at.pop(trial.trial_id, None)
         if at:
             self.seconds["started" if result["training_iteration"] == 1 else "resumed"].append(result["first_step_at"] - at)
-        self.bytes, self.saving = result["checkpoint_bytes"], result["checkpoints_seconds"]
+        if result["training_iteration"] == 1:  # the last one is a model only
+            self.bytes, self.saving = result["checkpoint_bytes"], result["checkpoints_seconds"]
         return TrialScheduler.PAUSE if self.pause and result["training_iteration"] == 1 else TrialScheduler.CONTINUE
 
 

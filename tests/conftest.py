@@ -103,8 +103,10 @@ def shared_squad() -> Path:
 
 
 def pytest_collection_modifyitems(items):
-    """Quick ones first."""
-    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "bench", "trial", "trackers", "run", "slurm", "demo"]
+    """Quick ones first. Where two processes share them (make test) one begins with the cluster's, which mostly wait, the other with the rest."""
+    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "bench", "trial", "trackers", "run", "faults", "slurm", "demo"]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        order.insert(0, order.pop(order.index("slurm")))
     rank = {f"test_{name}": i for i, name in enumerate(order)}
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 

@@ -553,8 +553,8 @@ def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, 
     simulation = Simulation(search_alg, scheduler, num_samples, loss, slots=slots, max_t=max_t, fault=fault)
     may_repeat = 0
     for _ in range(chance.randint(0, 8)):
-        simulation.run(len(simulation.reports) + chance.randint(1, 60))
         saved = chance.random() < 0.5
+        simulation.run(len(simulation.reports) + chance.randint(1, 60), abrupt=not saved)
         if not saved:
             running = [t for t in simulation.trials if t.status == Trial.RUNNING]
             may_repeat += sum(t.iteration - simulation._checkpoints.get(t.trial_id, 0) for t in running)

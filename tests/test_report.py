@@ -46,6 +46,29 @@ def fail(record, trial):
     record.on_trial_error(0, [], trial)
 
 
+def test_a_state_has_the_checkpoint_of_its_last_report(record, tmp_path):
+    """Tune knows a report before its checkpoint: what is saved in between is saved again."""
+    a, saved = SomeTrial("a", tmp_path), []
+    record.save_state = lambda record, live: saved.append(live[0]["checkpoint"])
+    record.on_trial_start(0, [a], a)
+    tell(record, a, 3, 1.0)
+    record.on_step_end(0, [a])
+    a.checkpoint = types.SimpleNamespace(path=str(tmp_path / "ray" / "a" / "checkpoint_000000"))
+    record.on_checkpoint(iteration=0, trials=[a], trial=a, checkpoint=a.checkpoint)
+    record.pace = 0
+    record.on_step_end(1, [a])
+    assert saved == [None, "ray/a/checkpoint_000000"]
+
+
+def test_a_trial_stays_completed_whatever_becomes_of_its_process(record, tmp_path):
+    a = SomeTrial("a", tmp_path)
+    record.on_trial_start(0, [a], a)
+    tell(record, a, 50, 1.0)
+    for event in (record.on_trial_recover, record.on_trial_start, record.on_trial_error):
+        event(0, [a], a)
+        assert record.trials["a"]["status"] == "completed"
+
+
 def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(record, tmp_path):
     a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
     for trial in (a, b):

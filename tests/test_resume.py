@@ -1,4 +1,4 @@
-"""What watches over the trials, and waits for storage: without a cluster. With one: test_run.py and test_slurm.py."""
+"""What watches over the trials, and waits for storage: without a cluster. With one: test_run.py, test_faults.py and test_slurm.py."""
 
 import os
 import signal
