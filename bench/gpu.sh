@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The real size in fp16 on a GPU: a short search with a random BLOOM-560M (bench/full_size.py), then how long a trial takes to its
-# first step (bench/turnaround.py). Not run yet: nobody who wrote this had a GPU.
+# first step (bench/turnaround.py). It has not been run yet.
 #
 #   make demo-data && bash bench/gpu.sh        # one GPU of 24 GB, 71 GB of disk
 set -euo pipefail

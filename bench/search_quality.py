@@ -3,7 +3,7 @@
     pip install …                                                 # as bench/requirements.txt says
     python bench/search_quality.py                                # about 40 minutes on two cores
     python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
-    python bench/search_quality.py --variants                     # other settings of our model
+    python bench/search_quality.py --variants                     # other settings of our model, and other models
 
 Every method runs with its defaults, one trial at a time, on the same budget in iterations; `full trainings` are iterations
 by max_t. A trial that goes on from a checkpoint pays only for the iterations it adds, also where the method's own package
@@ -26,6 +26,8 @@ import math
 import multiprocessing
 import sys
 import tempfile
+import types
+import unittest.mock
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,6 +36,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import ConfigSpace
 import numpy as np
 import ray.tune.schedulers
 import ray.tune.search.bohb
@@ -41,7 +44,7 @@ import scipy.stats
 from ray import tune
 from ray.tune.search.sample import Categorical
 
-from bohb import HyperBandForBOHB, TuneBOHB, rungs
+from bohb import HyperBandForBOHB, Model, TuneBOHB, rungs
 from simulate import Simulation
 
 BUDGETS = [6, 11, 23]  # full trainings; one band is 11.4
@@ -176,21 +179,76 @@ class Ledger:
         return values
 
 
-def simulated(classes, ledger: Ledger, searcher_options: dict, **scheduler_options) -> None:
+def simulated(classes, ledger: Ledger, searcher_options: dict, slots: int = 1, **scheduler_options) -> None:
     searcher_class, scheduler_class = classes
     searcher = searcher_class(seed=ledger.seed, **searcher_options)
     searcher.set_search_properties("loss", "min", ledger.problem.space)
     options = {"time_attr": "training_iteration", "metric": "loss", "mode": "min", "max_t": ledger.problem.max_t}
     full_length = scheduler_class is ray.tune.schedulers.FIFOScheduler
     scheduler = scheduler_class() if full_length else scheduler_class(**options, **scheduler_options)
-    Simulation(searcher, scheduler, MANY, ledger.step, max_t=ledger.problem.max_t).run()
+    Simulation(searcher, scheduler, MANY, ledger.step, slots, max_t=ledger.problem.max_t).run()
 
 
 RANDOM = {"bohb_config": {"random_fraction": 1}}
 
 
-def ours(ledger: Ledger, **model) -> None:
-    simulated((TuneBOHB, HyperBandForBOHB), ledger, {"bohb_config": model}, reduction_factor=4)
+def ours(ledger: Ledger, model: type[Model] = Model, slots: int = 1, **settings) -> None:
+    with unittest.mock.patch("bohb.Model", model):
+        simulated((TuneBOHB, HyperBandForBOHB), ledger, {"bohb_config": settings}, slots, reduction_factor=4)
+
+
+class SmallestBudget(Model):
+    """Of the smallest budget with enough results, where ours takes the largest."""
+
+    def get_config(self, budget=None):
+        every = self.kde_models
+        self.kde_models = {budget: every[budget] for budget in sorted(every)[:1]}
+        try:
+            return super().get_config()
+        finally:
+            self.kde_models = every
+
+
+class NoDuplicates(Model):
+    """Leaves out candidates within 5 % of the range of an earlier suggestion in each dimension, unless all are."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.suggested = []
+
+    def get_config(self, budget=None):
+        config, info = super().get_config()
+        self.suggested.append(ConfigSpace.Configuration(self.configspace, config).get_array())
+        return config, info
+
+    def _candidates(self, good):
+        candidates = super()._candidates(good)
+        distances = [np.abs(candidates - known).max(axis=1) for known in self.suggested]
+        fresh = candidates[np.min(distances, axis=0) > 0.05] if distances else candidates
+        return fresh if len(fresh) else candidates
+
+
+class PendingAreBad(Model):
+    """Counts what was suggested and has no result yet among the bad."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pending = []
+
+    def get_config(self, budget=None):
+        config, info = super().get_config()
+        self.pending.append(ConfigSpace.Configuration(self.configspace, config).get_array())
+        return config, info
+
+    def new_result(self, job, update_model=True):
+        told = ConfigSpace.Configuration(self.configspace, job.kwargs["config"]).get_array()
+        self.pending = [each for each in self.pending if not np.array_equal(each, told)]
+        super().new_result(job, update_model)
+
+    def _density(self, kde, points):
+        if self.pending and any(kde is pair["bad"] for pair in self.kde_models.values()):
+            kde = types.SimpleNamespace(bw=kde.bw, data=np.concatenate([kde.data, self.pending]))
+        return super()._density(kde, points)
 
 
 def rays_own(ledger: Ledger) -> None:
@@ -291,6 +349,8 @@ VARIANTS = {
     "bandwidth 0.001": {"min_bandwidth": 0.001}, "bandwidth 0.03": {"min_bandwidth": 0.03}, "bandwidth 0.1": {"min_bandwidth": 0.1},
     "bandwidth 0.2": {"min_bandwidth": 0.2}, "bandwidth 0.3": {"min_bandwidth": 0.3}, "bandwidth factor 1": {"bandwidth_factor": 1},
     "256 candidates": {"num_samples": 256}, "random 10 %": {"random_fraction": 0.1}, "random 100 %": {"random_fraction": 1},
+    "smallest budget": {"model": SmallestBudget}, "no duplicates": {"model": NoDuplicates},
+    "8 slots": {"slots": 8}, "8 slots, pending are bad": {"slots": 8, "model": PendingAreBad},
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,7 +432,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
-    parser.add_argument("--variants", action="store_true", help="compare settings of our model; ratio: that with 0.03 by ours")
+    parser.add_argument("--variants", action="store_true", help="compare settings of our model and other models; ratio: that with 0.03 by ours")
     parser.add_argument("--keep", type=Path, help="a file that keeps the runs: a second call goes on from there")
     args = parser.parse_args()
     methods = ["ours", *VARIANTS] if args.variants else args.methods
