@@ -111,6 +111,25 @@ def test_storage_that_stays_away_or_full_is_not_waited_for_for_ever(tmp_path):
     assert resume.wait_for_storage(tmp_path, 10**6, 0.3)
 
 
+def test_files_and_folders_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
+    """Folders where the file system can do it."""
+    (tmp_path / "file").touch()
+    synced, refused = [], tmp_path
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(path)
+        if path == refused:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    resume.sync(tmp_path / "file", tmp_path)
+    assert synced == [tmp_path / "file", tmp_path]
+    refused = tmp_path / "file"
+    with pytest.raises(OSError):
+        resume.sync(tmp_path / "file", tmp_path)
+
+
 @pytest.mark.parametrize("code", inputs.STORAGE)
 def test_errors_of_storage_are_known_as_they_come_out_of_tune(code):
     assert inputs.is_storage(OSError(code, "text")) and inputs.is_storage(RuntimeError(f"Traceback …\n{OSError(code, inputs.os.strerror(code))}"))

@@ -1,10 +1,13 @@
 """Data, objective and metric: squad.py, and SquadMetric in raytune_bayesian.py."""
 
 import copy
+import dataclasses
 import gzip
 import json
 import math
 import string
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+import ranks
 import raytune_bayesian
 import squad
 from raytune_bayesian import SquadMetric
@@ -250,6 +254,34 @@ def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, famil
         assert [p["prediction_text"] for p in predictions] == alone
         assert [p["id"] for p in predictions] == [r["id"] for r in data.references]
     assert len(set(alone)) > 10
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
+    """Ranks as threads that meet at a barrier; batches of 4, of which some rank has one more."""
+    model = random_model("llama", tokenizer, std=0.3)
+    few = dataclasses.replace(data, references=data.references[:17], prompt_lengths=data.prompt_lengths[:17], offsets=data.offsets[:18])
+    predictions, loss = squad.predict(model, tokenizer, few, 4, 5), squad.evaluate_loss(model, few, tokenizer.pad_token_id, 4)
+    assert len({p["prediction_text"] for p in predictions}) > 5
+    barrier, box = threading.Barrier(size, timeout=60), {}
+
+    class Group(ranks.Group):
+        def __init__(self, rank):
+            self.rank, self.size, self.calls = rank, size, 0
+
+        def gather(self, value):
+            self.calls += 1
+            box[self.rank, self.calls] = value
+            barrier.wait()
+            return [box[rank, self.calls] for rank in range(size)]
+
+    def work(rank):
+        group = Group(rank)
+        return squad.predict(model, tokenizer, few, 4, 5, group), squad.evaluate_loss(model, few, tokenizer.pad_token_id, 4, group)
+
+    with ThreadPoolExecutor(size) as pool:
+        for found in pool.map(work, range(size)):
+            assert found == (predictions, pytest.approx(loss, rel=1e-6))
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.floats(0.1, 3), st.integers(1, 4))

@@ -275,7 +275,6 @@ def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, unev
     assert scheduler.pauses == 2
     assert losses(two) == losses(through) and len(losses(two)) == 8
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
-    assert two.metrics["exact_match"] == one.metrics["exact_match"]
     models = [AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)]  # as best_model is made
     for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
         assert torch.allclose(weight, other, atol=1e-4), name
@@ -292,6 +291,8 @@ def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad,
     assert "model.safetensors" not in files[1] and [name for name in files[1] if name.endswith("_states.pt")]
     sizes = [sum(path.stat().st_size for path in Path(result.checkpoint.path).rglob("*")) for result in (ended, cut)]
     assert sizes[0] < sizes[1] / 2 and raytune_bayesian.checkpoint_bytes(demo_model) / 2 < sizes[1] < raytune_bayesian.checkpoint_bytes(demo_model)
+    with pytest.raises(FileNotFoundError, match="no checkpoint, or no more"):  # not "trained to the end"
+        raytune_bayesian.is_model(tmp_path / "not mounted")
     for result, iteration in ((ended, 3), (cut, 2)):
         raytune_bayesian.save_best_model(Path(result.checkpoint.path), run, tmp_path / f"model-{iteration}")
         model = squad.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
