@@ -3,6 +3,7 @@
 import os
 import signal
 import types
+from pathlib import Path
 
 import pytest
 import ray
