@@ -72,7 +72,7 @@ def test_search_on_two_nodes(project, tiny):
     with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
     project.edit('"node": socket.gethostname()', with_gpu)
     job = project.submit(
-        *tiny, "--max_t", 16, "--num_train_epochs", 8, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
+        *tiny, "--max_t", 16, "--num_train_epochs", 5, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
@@ -303,7 +303,7 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
-    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 16, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 10, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
     through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
     job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@70"])
     project.wait_for_search(job)
@@ -327,7 +327,7 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
 
 def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     """kill -9 of all of Ray on a node: each trial is accounted for, and comes to the rung that it would have come to."""
-    job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 4, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
+    job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 3, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
     for pid, command in project.cluster.processes("node2").items():
