@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
         ["trials; paused and resumed", f"{len(trials)}; {sum(t['resumes'] for t in trials)}"],
         ["seconds an iteration of 4 questions, training alone", f"{bill['training'] / len(iterations):.1f}"],
         ["seconds an evaluation of 8 questions", f"{bill['evaluation'] / len(iterations):.1f}"],
-        ["seconds a checkpoint, the last one, a model only, too", f"{bill['checkpoints'] / milestones:.1f}"],
+        ["seconds a checkpoint", f"{bill['checkpoints'] / milestones:.1f}"],
         ["GB a checkpoint; as the disk forecast counts", f"{checkpoint / 1e9:.2f}; {disk / (count + 1):.2f}"],
         ["GB on disk at most, by the forecast", f"{disk:.1f}"],
         ["GB of best_model", f"{model / 1e9:.2f}"],
