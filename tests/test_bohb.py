@@ -486,7 +486,7 @@ def test_13_a_category_that_the_good_lack_is_not_chosen_for_it():
     seed=st.integers(0, 10**6),
     stop_last_trials=st.booleans(),
 )
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=1000)
 def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, stop_last_trials):
     """Never hangs; no (trial, budget) told twice; no more trials at a rung than planned; all trials accounted for."""
     chance = random.Random(seed)
@@ -537,7 +537,7 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
     seed=st.integers(0, 10**6),
     faulty=st.booleans(),
 )
-@settings(deadline=None, max_examples=700)
+@settings(deadline=None, max_examples=1500)
 def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """As above, with the whole search stopped at random moments, planned or not, and taken up by new objects from its state.
 
@@ -575,7 +575,7 @@ def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, 
 
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 2))
 @example(1, [16], 0)  # the trial that was promoted on the spot has to go on first
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=200)
 def test_one_slot_a_planned_stop_changes_nothing(seed, stops, max_concurrent):
     """Same suggestions, same results in the same order as a search that ran through."""
     options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}

@@ -275,6 +275,7 @@ def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, unev
     assert scheduler.pauses == 2
     assert losses(two) == losses(through) and len(losses(two)) == 8
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    assert two.metrics["exact_match"] == one.metrics["exact_match"]
     models = [AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)]  # as best_model is made
     for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
         assert torch.allclose(weight, other, atol=1e-4), name
