@@ -209,8 +209,8 @@ class SmallestBudget(Model):
             self.kde_models = every
 
 
-class NoDuplicates(Model):
-    """Leaves out candidates within 5 % of the range of an earlier suggestion in each dimension, unless all are."""
+class Remembering(Model):
+    """Keeps what it suggested, as vectors."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -221,6 +221,10 @@ class NoDuplicates(Model):
         self.suggested.append(ConfigSpace.Configuration(self.configspace, config).get_array())
         return config, info
 
+
+class NoDuplicates(Remembering):
+    """Leaves out candidates within 5 % of the range of an earlier suggestion in each dimension, unless all are."""
+
     def _candidates(self, good):
         candidates = super()._candidates(good)
         distances = [np.abs(candidates - known).max(axis=1) for known in self.suggested]
@@ -228,26 +232,17 @@ class NoDuplicates(Model):
         return fresh if len(fresh) else candidates
 
 
-class PendingAreBad(Model):
+class PendingAreBad(Remembering):
     """Counts what was suggested and has no result yet among the bad."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.pending = []
-
-    def get_config(self, budget=None):
-        config, info = super().get_config()
-        self.pending.append(ConfigSpace.Configuration(self.configspace, config).get_array())
-        return config, info
 
     def new_result(self, job, update_model=True):
         told = ConfigSpace.Configuration(self.configspace, job.kwargs["config"]).get_array()
-        self.pending = [each for each in self.pending if not np.array_equal(each, told)]
+        self.suggested = [each for each in self.suggested if not np.array_equal(each, told)]
         super().new_result(job, update_model)
 
     def _density(self, kde, points):
-        if self.pending and any(kde is pair["bad"] for pair in self.kde_models.values()):
-            kde = types.SimpleNamespace(bw=kde.bw, data=np.concatenate([kde.data, self.pending]))
+        if self.suggested and any(kde is pair["bad"] for pair in self.kde_models.values()):
+            kde = types.SimpleNamespace(bw=kde.bw, data=np.concatenate([kde.data, self.suggested]))
         return super()._density(kde, points)
 
 
