@@ -208,9 +208,7 @@ class Record(Callback):
         row = self.row(trial)
         row["resumes"] += trial.trial_id in self.started
         self.started.add(trial.trial_id)
-        self.changed = True
-        if row["status"] != "completed":  # else its process was lost after its last report
-            row["status"] = "running"
+        self._becomes(row, "running")
 
     def row(self, trial) -> dict:
         """The trial's row of trials.csv. Metrics and training_iteration are those of the last rung that it came to."""
@@ -261,24 +259,26 @@ class Record(Callback):
         self.changed = True
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        row = self.row(trial)
-        if row["status"] not in ("completed", "failed"):
-            row["status"] = "stopped"
+        self._becomes(self.row(trial), "stopped")
         self._end(trial)
 
     def on_trial_recover(self, iteration, trials, trial, **info):
         row = self.row(trial)
-        if row["status"] != "completed":
-            row["status"] = "pending"
+        self._becomes(row, "pending")
         reason = last_line(Path(trial.error_file)) if trial.error_file else "its process has ended"
         self.say(f"{self._describe(row)} goes on from iteration {row['training_iteration']}: {reason}")
-        self.changed = True
 
     def on_trial_error(self, iteration, trials, trial, **info):
         file = trial.error_file and Path(trial.error_file)
         if self.row(trial)["status"] != "completed":
             self._failed(self.row(trial), f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started")
         self._end(trial)
+
+    def _becomes(self, row: dict, status: str):
+        """Sets the status, but of a trial that its own report has ended: whatever comes of its process afterwards."""
+        if row["status"] not in ("completed", "failed"):
+            row["status"] = status
+        self.changed = True
 
     def _failed(self, row: dict, reason: str):
         row["status"], self.changed = "failed", True

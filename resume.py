@@ -42,8 +42,7 @@ def save_state(run_dir: Path, state: dict) -> None:
     temporary, path = run_dir / f".{FILE}.tmp", run_dir / FILE
     with open(temporary, "wb") as file:
         file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-        file.flush()
-        os.fsync(file.fileno())
+    sync(temporary)
     if path.exists():
         os.replace(path, run_dir / f"{FILE}.1")
     os.replace(temporary, path)

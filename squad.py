@@ -330,7 +330,7 @@ def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: in
         output = model(
             input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
         )
-        cache, tokens = output.past_key_values, output.logits[:, -1].max(-1).indices  # on a CPU twice as fast as argmax
+        cache, tokens = output.past_key_values, _argmax(output.logits[:, -1])
         going = []
         for k, token in enumerate(tokens.tolist()):
             if token != eos_token_id and not through:
@@ -347,6 +347,11 @@ def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: in
         input_ids, mask = tokens[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
         positions = {name: ids[:, -1:] + 1 for name, ids in positions.items()}
     return answers
+
+
+def _argmax(logits: torch.Tensor) -> torch.Tensor:
+    """torch.argmax of each row; on a CPU by numpy's, which is ten times as fast."""
+    return torch.from_numpy(logits.float().numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
 
 
 def normalize_answer(text: str) -> list[str]:

@@ -4,7 +4,8 @@
     .venv/bin/python bench/turnaround.py --full                      # and a random BLOOM-560M: 20 minutes, 20 GB of memory, 30 GB of disk
 
 One trial at a time on real Ray with the real DeepSpeed engine. Fresh: Tune's default, a process for each trial. Warm: reuse_actors, as
-raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
+raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Until the first step is done, and until it begins: on a CPU it takes
+a big model seconds. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
 """
 
 import os
@@ -49,22 +50,26 @@ class Choices(FIFOScheduler):
     def on_trial_result(self, tune_controller, trial, result):
         at = self.chosen_at.pop(trial.trial_id, None)
         if at:
-            self.seconds["started" if result["training_iteration"] == 1 else "resumed"].append(result["first_step_at"] - at)
+            seconds = result["first_step_at"] - at, result["first_step_began"] - at
+            self.seconds["started" if result["training_iteration"] == 1 else "resumed"].append(seconds)
         if result["training_iteration"] == 1:  # the last one is a model only
             self.bytes, self.saving = result["checkpoint_bytes"], result["checkpoints_seconds"]
         return TrialScheduler.PAUSE if self.pause and result["training_iteration"] == 1 else TrialScheduler.CONTINUE
 
 
 def trial(config, run):
-    """A trial that also reports when its first step was done, and the size of its checkpoint."""
+    """A trial that also reports when its first step began and was done, and the size of its checkpoint."""
     import time
 
     import raytune_bayesian
 
     class Iterations(raytune_bayesian.Iterations):
         def on_train_begin(self, *args, **kwargs):
-            self.first_step_at = None
+            self.first_step_began = self.first_step_at = None
             super().on_train_begin(*args, **kwargs)
+
+        def on_step_begin(self, *args, **kwargs):
+            self.first_step_began = self.first_step_began or time.time()
 
         def on_step_end(self, *args, **kwargs):
             self.first_step_at = self.first_step_at or time.time()
@@ -72,7 +77,7 @@ def trial(config, run):
 
         def report(self, checkpoint=None):
             size = sum(file.stat().st_size for file in Path(checkpoint.path).rglob("*") if file.is_file())
-            self.metrics |= {"first_step_at": self.first_step_at, "checkpoint_bytes": size}
+            self.metrics |= {"first_step_at": self.first_step_at, "first_step_began": self.first_step_began, "checkpoint_bytes": size}
             super().report(checkpoint)
 
     original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
@@ -108,12 +113,14 @@ def table(name: str, model: Path, trials: int) -> float:
         paused = measure(run, Path(folder) / "paused", trials, reuse=True, pause=True)
     rows = {"fresh process": fresh.seconds["started"], "warm": warm.seconds["started"][1:], "resumed, warm": paused.seconds["resumed"]}
     print(f"\n{name}: {fresh.bytes / 1e9:.3g} GB a checkpoint, written in {statistics.median([fresh.saving, warm.saving, paused.saving]):.2f} s")
-    print(f"{'seconds to the first step':28}{'median':>8}{'least':>8}{'most':>8}{'times':>8}   limit of warm: {LIMIT}")
-    baseline = statistics.median(rows["fresh process"])
+    print(f"{'seconds to the first step':28}{'median':>8}{'least':>8}{'most':>8}{'times':>8}{'its begin':>11}{'times':>8}   limit of warm: {LIMIT}")
+    medians = {row: [statistics.median(column) for column in zip(*seconds)] for row, seconds in rows.items()}
     for row, seconds in rows.items():
-        median = statistics.median(seconds)
-        print(f"{row:28}{median:8.2f}{min(seconds):8.2f}{max(seconds):8.2f}{baseline / median:8.1f}", flush=True)
-    return baseline / statistics.median(rows["warm"])
+        at, began = medians[row]
+        times, times_began = (fresh / own for fresh, own in zip(medians["fresh process"], medians[row]))
+        done = [at for at, _ in seconds]
+        print(f"{row:28}{at:8.2f}{min(done):8.2f}{max(done):8.2f}{times:8.1f}{began:11.2f}{times_began:8.1f}", flush=True)
+    return medians["fresh process"][0] / medians["warm"][0]
 
 
 def main() -> None:

@@ -31,7 +31,6 @@ def test_demo_search_learns(tmp_path):
     print("\n" + "\n".join(process.stdout.splitlines()[-40:]))
     assert len(trials) >= 20 and len(completed) == 6
     assert best["exact_match"] >= 0.5 and run["test"]["exact_match"] >= 0.5
-    assert min(t["exact_match"] for t in completed) <= best["exact_match"] - 0.2
     searched = best["config"]["train_loop_config"]
     assert searched["lr"] > 5e-5  # of 5e-6 to 2e-4
     k = run["model_based_suggestions"]["k"]
@@ -39,6 +38,7 @@ def test_demo_search_learns(tmp_path):
     # what the model suggested is better than what was drawn at random, at the rung that all of a bracket came to
     iterations = report.read_csv(folder / "iterations.csv")
     first = {i["trial_id"]: i["eval_loss"] for i in iterations if i["training_iteration"] == 1}
+    assert max(first.values()) > 2 * min(first.values())  # hyperparameters matter; by the last rung a good search has only good ones left
     from_model = [first[t["trial_id"]] for t in trials[:16] if t["model_based"]]
     at_random = [first[t["trial_id"]] for t in trials[:16] if not t["model_based"]]
     assert sum(from_model) / len(from_model) < sum(at_random) / len(at_random)

@@ -19,7 +19,7 @@ from test_run import closing_block
 import bill
 import report
 
-LONG = ["--max_t", 50, "--num_train_epochs", 100, "--max_eval_samples", 20]  # goes on until it is cancelled
+LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # slowed down, goes on until it is cancelled
 SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
 
 
@@ -71,8 +71,9 @@ def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one; the log ends with the result; nothing is left."""
     with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]"""
     project.edit('"node": socket.gethostname()', with_gpu)
+    project.slow_down()
     job = project.submit(
-        *tiny, "--max_t", 16, "--num_train_epochs", 5, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
+        *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
@@ -161,6 +162,7 @@ def test_two_experiments_in_one_folder(project, tiny):
 
 
 def test_cancelling_one_leaves_the_other(project, tiny):
+    project.slow_down()
     one = project.submit(*tiny, *LONG, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
     other = project.submit(*tiny, *SHORT, "--num_samples", 8, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
     project.wait_for_search(one)
@@ -176,6 +178,7 @@ def test_cancelling_one_leaves_the_other(project, tiny):
 
 def test_nobody_else_gets_in(project, tiny):
     """Another user on the head's node, a client on another node without the token, and a scan of the head's ports."""
+    project.slow_down()
     job = project.submit(*tiny, *LONG)
     project.wait_for_search(job)
     address = re.search(r"Ray is up at (\S+)", project.log(job)).group(1)
@@ -243,6 +246,7 @@ def drain(project, *nodes):
 def test_scancel_is_clean(project, tiny, phase):
     if phase == "waiting":
         drain(project, "node2", "node3")
+    project.slow_down()
     job = project.submit(*tiny, *LONG)
     if phase == "before workers":
         project.wait_for("the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values()))
@@ -258,6 +262,7 @@ def test_scancel_is_clean(project, tiny, phase):
 
 
 def test_a_worker_that_comes_late_joins(project, tiny):
+    project.slow_down()
     drain(project, "node3")
     job = project.submit(*tiny, *LONG, "--run_name", "late", NUM_WORKERS="2")
     project.wait_for_search(job)
@@ -281,6 +286,7 @@ def test_no_worker_comes(project, tiny):
 
 def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
     """The head's processes are killed with no chance to say so."""
+    project.slow_down()
     job = project.submit(*tiny, *LONG)
     project.wait_for_search(job)
     worker = project.workers(job)[0]
@@ -303,7 +309,8 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
-    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 10, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    project.slow_down()
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
     through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
     job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@70"])
     project.wait_for_search(job)
@@ -327,7 +334,8 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
 
 def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     """kill -9 of all of Ray on a node: each trial is accounted for, and comes to the rung that it would have come to."""
-    job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 3, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
+    project.slow_down()
+    job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
     for pid, command in project.cluster.processes("node2").items():
@@ -353,7 +361,8 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     broken, start = project.folder / "broken", "    GROUPS or GROUPS.append("
     fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
     project.edit(start, fails + start)
-    arguments = ["--max_t", 16, "--num_train_epochs", 5, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
+    project.slow_down()
+    arguments = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}

@@ -99,10 +99,9 @@ class PauseAtRungs(FIFOScheduler):
 def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, batch_size):
     """Same weights to the last bit and same eval_loss: optimizer, lr schedule, data order and RNG (dropout) carry on."""
     run = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
-    configs = [config(per_device_bs=batch_size)]
-    through = run_trials(tmp_path / "through", trial, run, configs)[0]
-    scheduler = PauseAtRungs([1, 3, 8])  # at 8 as where a search is cut before it has heard that the trial is through
-    paused = run_trials(tmp_path / "paused", trial, run, configs, scheduler)[0]
+    configs = [config(per_device_bs=batch_size), config(per_device_bs=batch_size), config(per_device_bs=batch_size, lr=2e-3)]
+    scheduler = PauseAtRungs([1, 3, 8])  # the first, at 8 as where a search is cut before it has heard that the trial is through
+    paused, through, other = run_trials(tmp_path, trial, run, configs, scheduler)
     assert scheduler.pauses == 3
     assert paused.metrics["eval_loss"] == through.metrics["eval_loss"]
     iterations = paused.metrics_dataframe["training_iteration"].tolist()
@@ -110,8 +109,7 @@ def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_
     assert paused.metrics_dataframe["eval_loss"].tolist() == through.metrics_dataframe["eval_loss"].tolist()
     weights = [load_file(f"{result.checkpoint.path}/model.safetensors") for result in (through, paused)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    first = run_trials(tmp_path / "other", trial, run, [config(per_device_bs=batch_size, lr=2e-3)])[0]
-    assert first.metrics["eval_loss"] != through.metrics["eval_loss"]  # or the comparison would say nothing
+    assert other.metrics["eval_loss"] != through.metrics["eval_loss"]  # or the comparison would say nothing
 
 
 def spying_trial(config, run):
@@ -331,7 +329,7 @@ def harmed_trial(config, run):
 
 def test_a_dead_rank_costs_the_trial_its_work_since_the_last_rung(tmp_path, tiny_model, tiny_squad):
     """kill -9: the trial goes on from its checkpoint, in other processes, and comes to what it would have come to."""
-    run = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 8, "--max_eval_samples", 45)
+    run = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 4, "--max_eval_samples", 45)
     c = config(per_device_bs=1, rungs=(1, 8))
     harmed, through = run_ranks(tmp_path, harmed_trial, run, [c | {"folder": str(tmp_path)}, c], max_failures=1)
     assert (tmp_path / "harmed").read_text() and harmed.error is None and through.error is None
