@@ -16,7 +16,7 @@ demo: demo-data
 demo-data: $(READY)
 	$(VENV)/bin/python demo/make_demo.py
 
-test: demo-data
+test: $(READY)
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(READY): requirements.txt

@@ -270,19 +270,20 @@ class Record(Callback):
 
     def on_trial_error(self, iteration, trials, trial, **info):
         file = trial.error_file and Path(trial.error_file)
-        if self.row(trial)["status"] != "completed":
-            self._failed(self.row(trial), f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started")
+        self._failed(self.row(trial), f"{last_line(file)} ({file})" if file and file.exists() else "its process could not be started")
         self._end(trial)
 
-    def _becomes(self, row: dict, status: str):
-        """Sets the status, but of a trial that its own report has ended: whatever comes of its process afterwards."""
-        if row["status"] not in ("completed", "failed"):
-            row["status"] = status
+    def _becomes(self, row: dict, status: str) -> bool:
+        """Sets the status, and says whether it has: a trial that its own report has ended stays so, whatever becomes of its process."""
         self.changed = True
+        if row["status"] in ("completed", "failed"):
+            return False
+        row["status"] = status
+        return True
 
     def _failed(self, row: dict, reason: str):
-        row["status"], self.changed = "failed", True
-        self.say(f"{self._describe(row)} failed after {self.reached.get(row['trial_id'], 0)} iterations: {reason}")
+        if self._becomes(row, "failed"):
+            self.say(f"{self._describe(row)} failed after {self.reached.get(row['trial_id'], 0)} iterations: {reason}")
         first = list(self.trials.values())[: self.first_rung]
         if len(first) == self.first_rung and all(r["status"] == "failed" for r in first):
             self.give_up = RuntimeError(f"all {len(first)} trials of the first rung failed, the last one: {reason}")

@@ -1,6 +1,6 @@
 """The real size on this machine's CPU: a search with a randomly initialised model of BLOOM-560M's exact shape and vocabulary.
 
-    make demo-data && .venv/bin/python bench/full_size.py [folder]        # 27 minutes, 24 GB of memory, 71 GB of disk
+    make demo-data && .venv/bin/python bench/full_size.py [folder]        # about 25 minutes, 24 GB of memory, 71 GB of disk
 
 Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best is resumed (the last of the four
 would go on without a pause; by the seed it is the first), trains to the end, and becomes best_model. Real SQuAD where it is beside this

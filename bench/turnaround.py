@@ -43,8 +43,8 @@ class Choices(FIFOScheduler):
     def choose_trial_to_run(self, tune_controller):
         trials = [t for t in tune_controller.get_trials() if t.status in (t.PENDING, t.PAUSED)]
         trial = min(trials, key=lambda t: (t.status == t.PAUSED, t.trial_id), default=None)
-        if trial:
-            self.chosen_at[trial.trial_id] = time.time()
+        if trial and not any(t.status == t.RUNNING for t in tune_controller.get_trials()):  # else it has to wait for that one
+            self.chosen_at.setdefault(trial.trial_id, time.time())  # Tune asks again until its process is there
         return trial
 
     def on_trial_result(self, tune_controller, trial, result):
@@ -113,13 +113,13 @@ def table(name: str, model: Path, trials: int) -> float:
         paused = measure(run, Path(folder) / "paused", trials, reuse=True, pause=True)
     rows = {"fresh process": fresh.seconds["started"], "warm": warm.seconds["started"][1:], "resumed, warm": paused.seconds["resumed"]}
     print(f"\n{name}: {fresh.bytes / 1e9:.3g} GB a checkpoint, written in {statistics.median([fresh.saving, warm.saving, paused.saving]):.2f} s")
-    print(f"{'seconds to the first step':28}{'median':>8}{'least':>8}{'most':>8}{'times':>8}{'its begin':>11}{'times':>8}   limit of warm: {LIMIT}")
+    print(f"{'seconds to the first step':28}{'median':>8}{'least':>8}{'most':>8}{'times':>8}{'to its begin':>14}{'times':>8}   limit of warm: {LIMIT}")
     medians = {row: [statistics.median(column) for column in zip(*seconds)] for row, seconds in rows.items()}
     for row, seconds in rows.items():
         at, began = medians[row]
         times, times_began = (fresh / own for fresh, own in zip(medians["fresh process"], medians[row]))
         done = [at for at, _ in seconds]
-        print(f"{row:28}{at:8.2f}{min(done):8.2f}{max(done):8.2f}{times:8.1f}{began:11.2f}{times_began:8.1f}", flush=True)
+        print(f"{row:28}{at:8.2f}{min(done):8.2f}{max(done):8.2f}{times:8.1f}{began:14.2f}{times_began:8.1f}", flush=True)
     return medians["fresh process"][0] / medians["warm"][0]
 
 
@@ -132,7 +132,7 @@ def main() -> None:
 
             with tempfile.TemporaryDirectory() as folder:
                 full_size.make_model(Path(folder) / "model")
-                table("BLOOM-560M, random weights", Path(folder) / "model", 3)
+                table("BLOOM-560M, random weights", Path(folder) / "model", 4)
         ray.shutdown()
     print(f"\nratio: {ratio:.2f}")
 

@@ -1,5 +1,6 @@
 """A tiny model and a tiny data set, made in a second: what a test needs that does not look at learning."""
 
+import fcntl
 import json
 import os
 import random
@@ -89,9 +90,12 @@ def tokenizer(tiny_model):
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """The demo's model; its data is beside it."""
+    """The demo's model; its data is beside it. Made by the first of the tests' processes that asks for it."""
     folder = ROOT / "demo" / "model"
-    assert folder.is_dir(), "make demo-data makes demo/model and demo/squad"
+    with open(__file__) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            subprocess.run([sys.executable, ROOT / "demo" / "make_demo.py"], check=True, timeout=1200)
     return folder
 
 

@@ -227,10 +227,10 @@ class Project:
             raise RuntimeError(f"{text.count(old)} times in {script}, not once: {old}")
         script.write_text(text.replace(old, new))
 
-    def slow_down(self, seconds=0.05) -> None:
+    def slow_down(self) -> None:
         """Each optimizer step waits, as for a GPU: a long training on the processor would take it from what is tested."""
         end_of_step = "        if state.global_step not in self.last_steps[1:]:\n"
-        self.edit(end_of_step, f"        time.sleep({seconds})\n" + end_of_step)
+        self.edit(end_of_step, "        time.sleep(0.05)\n" + end_of_step)
 
     def submit(self, *arguments, node="node1", options=(), **environment) -> str:
         """Submits the head job; its id."""

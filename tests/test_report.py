@@ -60,13 +60,20 @@ def test_a_state_has_the_checkpoint_of_its_last_report(record, tmp_path):
     assert saved == [None, "ray/a/checkpoint_000000"]
 
 
-def test_a_trial_stays_completed_whatever_becomes_of_its_process(record, tmp_path):
+@pytest.mark.parametrize("end", ["completed", "failed"])
+def test_a_trial_stays_what_its_own_report_has_made_it(record, tmp_path, capsys, end):
+    """Whatever becomes of its process afterwards, and that is not told as another failure."""
     a = SomeTrial("a", tmp_path)
     record.on_trial_start(0, [a], a)
-    tell(record, a, 50, 1.0)
-    for event in (record.on_trial_recover, record.on_trial_start, record.on_trial_error):
+    if end == "completed":
+        tell(record, a, 50, 1.0)
+    else:
+        record.on_trial_result(0, [a], a, {"training_iteration": 0, "eval_loss": math.nan, "failed": "ValueError no"})
+    capsys.readouterr()
+    for event in (record.on_trial_recover, record.on_trial_start, record.on_trial_error, record.on_trial_complete):
         event(0, [a], a)
-        assert record.trials["a"]["status"] == "completed"
+        assert record.trials["a"]["status"] == end
+    assert "failed after" not in capsys.readouterr().out
 
 
 def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(record, tmp_path):

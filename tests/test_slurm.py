@@ -310,7 +310,7 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
     project.slow_down()
-    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 2, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
     through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
     job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@70"])
     project.wait_for_search(job)
@@ -362,7 +362,7 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
     project.edit(start, fails + start)
     project.slow_down()
-    arguments = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
+    arguments = ["--max_t", 16, "--num_train_epochs", 2, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}

@@ -79,7 +79,7 @@ def config(lr=1e-3, per_device_bs=2, wd=0.01, rungs=(1, 3, 8)):
 
 
 class PauseAtRungs(FIFOScheduler):
-    """Pauses the first trial at all rungs but the last."""
+    """Pauses the first trial at these rungs."""
 
     def __init__(self, rungs):
         super().__init__()
