@@ -1,6 +1,6 @@
 """The whole demo search against the textbook recipe, at equal settings, one after the other on this machine.
 
-    make demo-data && .venv/bin/python bench/recipe.py        # more than 20 minutes on two cores
+    make demo-data && .venv/bin/python bench/recipe.py        # half an hour on two cores
 
 The textbook recipe: Ray's own TuneBOHB and HyperBandForBOHB; each trial is a fresh process that tokenises the data and
 pads it to 512; no checkpoint, so that a promoted trial starts again from zero; eval_loss only, no EM and no F1.
