@@ -16,11 +16,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import ray
 import ray.train._internal.storage
+import ray._private.state
 import ray.tune.execution.tune_controller
 import ray.tune.tune
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
@@ -208,13 +209,20 @@ def oom_kills(root: Path = Path("/")) -> int:
 
 
 class TuneController(ray.tune.execution.tune_controller.TuneController):
-    """Tune's own, corrected where a process is lost. docs/upstream.md has this as a patch.
+    """Tune's own, corrected where a process is lost (docs/upstream.md has this as a patch), and with each slot's process kept.
 
     Tune's own ends the search when Ray ends a process for its memory, and retries one that the kernel has killed for it; here such a
     trial has failed, and is not tried again, as it would need as much again. A trial whose node has failed it too often has failed
     too, but the scheduler does not hear of it as a bad result. A process that is lost, or fails, while it changes over to its next trial costs that trial all its
     retries with Tune's own, or it is never started; here the trial is started again in another process.
+
+    Tune's own starts one process after the other, and as soon as a warm one is free, which takes the trial over, ends the one that is
+    starting: with rungs shorter than that start, slots stay empty. And while trials wait for the others of their rung it ends all idle
+    processes but one, so that those that are promoted start in fresh ones. Here processes start side by side, as many as there are slots,
+    and each stays as long as a trial may need it.
     """
+
+    START = 120.0  # seconds that a process may take before a warm one takes its trial over
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -222,6 +230,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, when it was first seen: control groups may be older than a search
         self._told_of: Counter = Counter()  # kills since then, by node
         self._looked_at = 0.0
+        self._starting_since: dict = {}  # by process
+        self._actor_cache._max_num_objects = defaultdict(lambda: math.inf)  # _cleanup_cached_actors has the limit
 
         def _actor_task_failed(tracked_actor_task, exception: Exception) -> None:
             if isinstance(exception, OutOfMemoryError):
@@ -238,6 +248,9 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             for node in ray.nodes():
                 if node["Alive"] and node["NodeID"] not in self._oom_kills:
                     self._oom_kills[node["NodeID"]] = self._ask_for_oom_kills(node["NodeID"])
+        # One trial waits for a slot, so that none is suggested long before it starts; those whose process is starting do not count.
+        none_waits = all(self._is_starting(trial) and not trial.checkpoint for trial in self._pending_trials)
+        self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
         super().step()
 
     @staticmethod
@@ -258,6 +271,51 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         more = now - before > self._told_of[node]
         self._told_of[node] += more
         return more
+
+    def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
+        actor = self._trial_to_actor[trial]
+        if not self._actor_manager.is_actor_started(actor) or actor not in self._started_actors:
+            return False
+        self._actor_cache.cache_object(trial.placement_group_factory, actor)
+        self._trial_to_actor.pop(trial)
+        self._actor_to_trial.pop(actor)
+        trial.set_ray_actor(None)
+        return True
+
+    def _cleanup_cached_actors(self, force_all: bool = False) -> None:
+        waiting = len(self._paused_trials) + len(self._pending_trials)
+        while self._search_alg.is_finished() and self._actor_cache.num_cached_objects > waiting:
+            self._end_warm_process(self._trials[0].placement_group_factory)  # all trials ask for the same resources
+        super()._cleanup_cached_actors(force_all)
+
+    def _is_starting(self, trial: Trial) -> bool:
+        """Whether a process of its own is starting, which has its resources; one that takes long, on a sick node perhaps, does not count."""
+        actor = self._trial_to_actor.get(trial)
+        if trial in self._resetting_trials or actor not in self._actor_manager._live_actors_to_ray_actors_resources:
+            return False
+        return time.time() < self._starting_since.setdefault(actor.actor_id, time.time()) + self.START
+
+    def _maybe_add_actors(self) -> None:
+        super()._maybe_add_actors()
+        for trial in self._pending_trials & self._staged_trials:  # where Tune has tried one that is starting
+            self._maybe_reuse_cached_actor(trial)
+
+    def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
+        if self._is_starting(trial):
+            return False
+        bundles = trial.placement_group_factory
+        while trial not in self._resetting_trials and self._actor_cache.has_cached_object(bundles):
+            ray_actor, _ = self._actor_manager._live_actors_to_ray_actors_resources[self._actor_cache._cached_objects[bundles][0]]
+            if ray._private.state.actors(ray_actor._actor_id.hex()).get("State") == "ALIVE":
+                break
+            self._end_warm_process(bundles)  # lost while it was idle, with its node perhaps: of that nobody tells Tune
+        return super()._maybe_reuse_cached_actor(trial)
+
+    def _end_warm_process(self, bundles) -> None:
+        actor = self._actor_cache.pop_cached_object(bundles)
+        actor.set_on_stop(None)
+        actor.set_on_error(None)
+        self._remove_actor(tracked_actor=actor)
 
     def _actor_failed(self, tracked_actor, exception: Exception) -> None:
         self._resetting_trials.discard(self._actor_to_trial.get(tracked_actor))

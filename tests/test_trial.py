@@ -4,7 +4,9 @@ import errno
 import json
 import math
 import os
+import signal
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -187,6 +189,46 @@ def test_thirty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
     assert warm[len(warm) // 2] < 1
     assert {r.metrics["engines"] for r in results} == {1}  # the engines of earlier trials are gone
     assert max(rss[-5:]) - max(rss[4:9]) < 40, rss  # MB; 25 trials that stay would be 190
+
+
+class OneRung(FIFOScheduler):
+    """All trials wait for each other after their first iteration; then one of the idle processes may get lost."""
+
+    def __init__(self, lose):
+        super().__init__()
+        self.lose, self.pids, self.through = lose, [], False
+
+    def on_trial_result(self, tune_controller, trial, result):
+        self.pids.append(result["pid"])
+        return TrialScheduler.PAUSE if len(self.pids) <= 8 else TrialScheduler.CONTINUE
+
+    def choose_trial_to_run(self, tune_controller):
+        trials = tune_controller.get_trials()
+        waiting = [t for t in trials if t.status == Trial.PENDING]
+        paused = [t for t in trials if t.status == Trial.PAUSED]
+        if len(paused) == 8:
+            self.through = True
+            if self.lose:
+                os.kill(self.pids[0], signal.SIGKILL)
+                time.sleep(3)  # Ray hears of it
+        return waiting[0] if waiting else paused[0] if paused and self.through else None
+
+
+@pytest.mark.parametrize("lose", [False, True])
+def test_each_slot_keeps_its_process(tmp_path, lose):
+    """Over a rung, and from the start: none is started that is not used. One that is lost while it is idle costs no trial a try."""
+
+    def three_iterations(config, run):
+        for i in range(3):
+            time.sleep(0.2)
+            tune.report({"x": i})
+
+    scheduler = OneRung(lose)
+    results = fit(tmp_path, three_iterations, {}, list(range(8)), {"cpu": 1}, scheduler)
+    assert [result.error for result in results] == [None] * 8
+    slots = len(os.sched_getaffinity(0))
+    started = [set(scheduler.pids[:8]), set(scheduler.pids)]
+    assert [len(pids) for pids in started] == [slots, slots + lose], scheduler.pids
 
 
 def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny_squad, monkeypatch):
