@@ -48,7 +48,7 @@ SEARCH_SPACE = {
 # Fixed for all trials:
 MAX_LENGTH = 1024  # tokens; the longest of SQuAD's questions with its passage has 835 in BLOOM's tokens
 SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on
-EVAL_BATCH_SIZE = 32  # sequences of like length
+EVAL_TOKENS = 8192  # of a batch of sequences of like length in evaluation, padding included: 9 rows of 835 tokens, or 140 of 58
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
 CHECKPOINT_BYTES = 18  # a parameter, at most, as with ZeRO 1 and 2 in fp32: AdamW's state, master weights, weights, tied ones twice
@@ -56,6 +56,9 @@ MAX_OVERFLOWS = 40  # optimizer steps in a row; each halves the loss scale, whic
 MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
 STORAGE_PATIENCE = 3600  # seconds; a file system that is full or gone is waited for, then the search goes on from its last saved state
 MAX_STORAGE_WAITS = 10  # in all
+# For the C library of a trial's process. Each trial is a new thread of it, for which glibc would keep memory; and it would give back each
+# block above 32 MB at once, as the logits of a batch are on a CPU, and have the next one made of fresh pages.
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
 
@@ -205,7 +208,7 @@ class SquadMetric(evaluate.Metric):
 
 def score(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int, group=None) -> dict[str, float]:
     """EM and F1 of greedy answers."""
-    predictions = squad.predict(model, tokenizer, data, EVAL_BATCH_SIZE, max_new_tokens, group)
+    predictions = squad.predict(model, tokenizer, data, EVAL_TOKENS, max_new_tokens, group)
     return SquadMetric().compute(predictions=predictions, references=data.references)
 
 
@@ -285,7 +288,7 @@ class Iterations(transformers.TrainerCallback):
             return
         iteration = self.last_steps.index(state.global_step, 1)
         selection, began = self.run["selection"], time.time()
-        loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_BATCH_SIZE, self.group)
+        loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_TOKENS, self.group)
         if not math.isfinite(loss):
             raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
         self.count_overflows(state.global_step, iteration)
@@ -546,7 +549,7 @@ def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
         "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
         "HF_HUB_OFFLINE": "1",  # all was loaded before
         "TOKENIZERS_PARALLELISM": "false",
-        "MALLOC_ARENA_MAX": "2",  # each trial is a new thread of its process: glibc would keep memory for each
+        **MALLOC,
     }
     if not args.gpus_per_trial:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -570,7 +573,7 @@ def test(run: dict, folder: str) -> dict[str, float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder)
     model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder)).to(device)
-    loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_BATCH_SIZE)
+    loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_TOKENS)
     return {"eval_loss": loss, **score(model, tokenizer, run["test"], run["max_new_tokens"])}
 
 

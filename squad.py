@@ -271,10 +271,14 @@ def _positions(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
 
 
-def _shares(lengths: np.ndarray, batch_size: int, group) -> list[tuple[np.ndarray, bool]]:
-    """Indices by batch, the longest sequences first: those of this rank, see ranks.Group.mine."""
-    order = np.argsort(-lengths, kind="stable")
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+def _shares(lengths: np.ndarray, batch_tokens: int, group) -> list[tuple[np.ndarray, bool]]:
+    """Indices by batch, the longest sequences first: those of this rank, see ranks.Group.mine. A batch has batch_tokens tokens at most
+    with its padding, or one sequence: so its memory does not hang on how long sequences are, and short ones share a step with many."""
+    order, batches = np.argsort(-lengths, kind="stable"), []
+    while len(order):
+        rows = max(1, batch_tokens // int(lengths[order[0]]))
+        batches.append(order[:rows])
+        order = order[rows:]
     return group.mine(batches) if group else [(batch, True) for batch in batches]
 
 
@@ -283,13 +287,13 @@ def _shares(lengths: np.ndarray, batch_size: int, group) -> list[tuple[np.ndarra
 
 
 @torch.no_grad()
-def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_size: int, group=None) -> float:
+def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: int, group=None) -> float:
     """Mean cross entropy (nats) over all answer tokens of a set: not a mean of batch means. All ranks of a group (see ranks.py) share
     the work, and each returns the whole set's."""
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for indices, counts in _shares(data.lengths, batch_size, group):
+    for indices, counts in _shares(data.lengths, batch_tokens, group):
         batch = collate([data[i] for i in indices], pad_token_id)
         loss, n = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
         total, count = total + loss.item() * counts, count + n * counts
@@ -298,13 +302,13 @@ def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_size: in
 
 
 @torch.no_grad()
-def predict(model, tokenizer, data: TokenizedSquad, batch_size: int, max_new_tokens: int, group=None) -> list[dict]:
+def predict(model, tokenizer, data: TokenizedSquad, batch_tokens: int, max_new_tokens: int, group=None) -> list[dict]:
     """Greedy answers, in the order of the data: [{"id", "prediction_text"}]. Prompts of like length share a batch; all ranks of a group
     (see ranks.py) share the batches, and each returns all answers."""
     model.eval()
     device = next(model.parameters()).device
     texts = {}
-    for indices, _ in _shares(data.prompt_lengths, batch_size, group):
+    for indices, _ in _shares(data.prompt_lengths, batch_tokens, group):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = collate(prompts, tokenizer.pad_token_id)
         input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)

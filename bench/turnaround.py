@@ -2,10 +2,15 @@
 
     make demo-data && .venv/bin/python bench/turnaround.py           # the demo's model, two minutes on two cores
     .venv/bin/python bench/turnaround.py --full                      # and a random BLOOM-560M: 20 minutes, 20 GB of memory, 30 GB of disk
+    .venv/bin/python bench/turnaround.py --searches                  # only the processes of whole searches, ten minutes
 
 One trial at a time on real Ray with the real DeepSpeed engine. Fresh: Tune's default, a process for each trial. Warm: reuse_actors, as
 raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Until the first step is done, and until it begins: on a CPU it takes
 a big model seconds. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
+
+--searches: how many processes a search starts, and what that costs, with Tune's own control loop and with resume.TuneController, which keeps
+one for each slot. Searcher, scheduler and trials are the same. A trial's process imports what it needs to train, for real, and sleeps for
+ITERATION instead of training, so that four slots fit two cores.
 """
 
 import os
@@ -24,13 +29,17 @@ import raytune_bayesian  # first: sets up Ray's environment
 
 # isort: split
 import ray
+import ray.tune.tune
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 import inputs
+import resume
+from bohb import HyperBandForBOHB, TuneBOHB
 
 TRIALS = 6  # the first of the warm ones is cold and does not count
 LIMIT = 10  # a warm process at least so many times faster than a fresh one
+SLOTS, SEARCHES, ITERATION = 4, 3, 2.0  # seconds
 
 
 class Choices(FIFOScheduler):
@@ -123,9 +132,71 @@ def table(name: str, model: Path, trials: int) -> float:
     return medians["fresh process"][0] / medians["warm"][0]
 
 
+def sleeping(config):
+    """A trial whose process starts as one that trains."""
+    import time
+    from pathlib import Path
+
+    import raytune_bayesian  # noqa: F401
+
+    checkpoint = tune.get_checkpoint()
+    done = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
+    for t in range(done + 1, config["rungs"][-1] + 1):
+        times = {"started_at": time.time()}
+        time.sleep(ITERATION)
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "t").write_text(str(t))
+            checkpoint = tune.Checkpoint.from_directory(folder) if t in config["rungs"] else None
+            loss = abs(config["train_loop_config"]["lr"] - 1e-4) + 1e-5 / t
+            tune.report({"loss": loss, "training_iteration": t, **times, "ended_at": time.time()}, checkpoint=checkpoint)
+
+
+class Iterations(tune.Callback):
+    """Keeps what trials report."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        self.rows.append(result)
+
+
+def searches() -> None:
+    controllers = {"Tune's own": resume.TuneController.__mro__[1], "ours": resume.TuneController}
+    rows = {name: [] for name in controllers}
+    for seed in range(SEARCHES):
+        for name, controller in controllers.items():
+            ray.tune.tune.TuneController, heard = controller, Iterations()
+            started = time.time()
+            with tempfile.TemporaryDirectory() as folder:
+                tune.Tuner(
+                    tune.with_resources(sleeping, {"cpu": len(os.sched_getaffinity(0)) / SLOTS}),
+                    param_space=raytune_bayesian.SEARCH_SPACE,
+                    tune_config=tune.TuneConfig(
+                        metric="loss", mode="min", num_samples=25, search_alg=TuneBOHB(seed=seed), reuse_actors=True,
+                        scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=16, reduction_factor=4, stop_last_trials=False),
+                    ),
+                    run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0, callbacks=[heard]),
+                ).fit()  # fmt: skip
+            wall = max(row["ended_at"] for row in heard.rows) - started
+            work = sum(row["ended_at"] - row["started_at"] for row in heard.rows)
+            rows[name].append((wall, len({row["pid"] for row in heard.rows}), work / wall / SLOTS))
+            print(f"  {name}, seed {seed}: {wall:.1f} s, {rows[name][-1][1]} processes", flush=True)
+    print(f"\na search of 25 trials on {SLOTS} slots, 136 iterations of {ITERATION:g} s; limit: ours is never slower")
+    print(f"{'control loop':14}{'seconds':>9}{'least-most':>16}{'processes':>11}{'slots at work':>15}")
+    for name, results in rows.items():
+        wall, processes, busy = (statistics.median(column) for column in zip(*results))
+        walls = sorted(wall for wall, _, _ in results)
+        print(f"{name:14}{wall:9.1f}{f'{walls[0]:.1f}-{walls[-1]:.1f}':>16}{processes:11.0f}{busy:15.0%}")
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
         raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=inputs.machines()[1]), temp_dir, trials_dir)
+        if "--searches" in sys.argv:
+            searches()
+            ray.shutdown()
+            return
         ratio = table("demo's model", ROOT / "demo" / "model", TRIALS)
         if "--full" in sys.argv:
             import full_size

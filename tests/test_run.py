@@ -207,7 +207,7 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     for examples, expected in ((selection, result), (tested, run["test"])):
         data = squad.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
         assert raytune_bayesian.score(model, tokenizer, data, longest) == {k: expected[k] for k in ("exact_match", "f1")}
-        loss = squad.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_BATCH_SIZE)
+        loss = squad.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(expected["eval_loss"], rel=1e-5)  # as the run fuses GELU
 
 

@@ -161,8 +161,8 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
         with torch.no_grad():
             total += model(input_ids=ids, labels=labels).loss.item() * n
         count += n
-    for batch_size in (1, 7, 60):
-        assert squad.evaluate_loss(model, data, tokenizer.pad_token_id, batch_size) == pytest.approx(total / count, abs=1e-5)
+    for rows in (1, 7, 60):
+        assert squad.evaluate_loss(model, data, tokenizer.pad_token_id, rows * int(data.lengths.max())) == pytest.approx(total / count, abs=1e-5)
     assert total / count == pytest.approx(math.log(model.config.vocab_size), rel=0.05)  # random weights know nothing
 
 
@@ -191,7 +191,7 @@ def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad
     examples[1]["context"] *= 2
     data = squad.tokenize(examples, tokenizer, 512, training=False)
     assert len(set(data.lengths)) > 1
-    assert squad.evaluate_loss(model, data, 0, 3) == pytest.approx(squad.evaluate_loss(model, data, 0, 1), rel=1e-5)
+    assert squad.evaluate_loss(model, data, 0, 3 * int(data.lengths.max())) == pytest.approx(squad.evaluate_loss(model, data, 0, 1), rel=1e-5)
 
 
 def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
@@ -249,8 +249,9 @@ def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, famil
     other = copy.deepcopy(tokenizer)
     other.eos_token = other.convert_ids_to_tokens(eos)
     alone = [other.decode(generate(i, eos), skip_special_tokens=True).strip() for i in range(len(data))]
-    for batch_size in (7, 60):
-        predictions = squad.predict(model, other, data, batch_size, max_new_tokens=n)
+    longest = int(data.prompt_lengths.max())
+    for batch_tokens in (7 * longest, 60 * longest):
+        predictions = squad.predict(model, other, data, batch_tokens, max_new_tokens=n)
         assert [p["prediction_text"] for p in predictions] == alone
         assert [p["id"] for p in predictions] == [r["id"] for r in data.references]
     assert len(set(alone)) > 10
@@ -258,10 +259,11 @@ def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, famil
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
-    """Ranks as threads that meet at a barrier; batches of 4, of which some rank has one more."""
+    """Ranks as threads that meet at a barrier; batches of about 4, of which some rank has one more."""
     model = random_model("llama", tokenizer, std=0.3)
     few = dataclasses.replace(data, references=data.references[:17], prompt_lengths=data.prompt_lengths[:17], offsets=data.offsets[:18])
-    predictions, loss = squad.predict(model, tokenizer, few, 4, 5), squad.evaluate_loss(model, few, tokenizer.pad_token_id, 4)
+    four = 4 * int(few.lengths.max())
+    predictions, loss = squad.predict(model, tokenizer, few, four, 5), squad.evaluate_loss(model, few, tokenizer.pad_token_id, four)
     assert len({p["prediction_text"] for p in predictions}) > 5
     barrier, box = threading.Barrier(size, timeout=60), {}
 
@@ -277,11 +279,23 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
 
     def work(rank):
         group = Group(rank)
-        return squad.predict(model, tokenizer, few, 4, 5, group), squad.evaluate_loss(model, few, tokenizer.pad_token_id, 4, group)
+        return squad.predict(model, tokenizer, few, four, 5, group), squad.evaluate_loss(model, few, tokenizer.pad_token_id, four, group)
 
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(work, range(size)):
             assert found == (predictions, pytest.approx(loss, rel=1e-6))
+
+
+@given(st.lists(st.integers(1, 1024), min_size=1, max_size=200), st.integers(1, 10_000))
+@settings(deadline=None)
+def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_tokens):
+    batches = [batch for batch, _ in squad._shares(np.array(lengths), batch_tokens, None)]
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    widths = [max(lengths[i] for i in batch) for batch in batches]
+    assert widths == sorted(widths, reverse=True)  # the one that needs most memory comes first
+    for batch, width, following in zip(batches, widths, widths[1:] + [0]):
+        assert len(batch) == 1 or len(batch) * width <= batch_tokens
+        assert not following or (len(batch) + 1) * width > batch_tokens  # as many as have room
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.floats(0.1, 3), st.integers(1, 4))

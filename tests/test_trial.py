@@ -337,7 +337,7 @@ def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad,
     for result, iteration in ((ended, 3), (cut, 2)):
         raytune_bayesian.save_best_model(Path(result.checkpoint.path), run, tmp_path / f"model-{iteration}")
         model = squad.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
-        loss = squad.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_BATCH_SIZE)
+        loss = squad.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
 
 
