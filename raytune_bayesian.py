@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -48,7 +49,7 @@ SEARCH_SPACE = {
 # Fixed for all trials:
 MAX_LENGTH = 1024  # tokens; the longest of SQuAD's questions with its passage has 835 in BLOOM's tokens
 SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on
-EVAL_TOKENS = 8192  # of a batch of sequences of like length in evaluation, padding included: 9 rows of 835 tokens, or 140 of 58
+EVAL_TOKENS = 8192  # of a batch of sequences of like length in evaluation, padding included: 9 rows of 835 tokens, or 141 of 58
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
 CHECKPOINT_BYTES = 18  # a parameter, at most, as with ZeRO 1 and 2 in fp32: AdamW's state, master weights, weights, tied ones twice
@@ -57,8 +58,11 @@ MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes 
 STORAGE_PATIENCE = 3600  # seconds; a file system that is full or gone is waited for, then the search goes on from its last saved state
 MAX_STORAGE_WAITS = 10  # in all
 # For the C library of a trial's process. Each trial is a new thread of it, for which glibc would keep memory; and it would give back each
-# block above 32 MB at once, as the logits of a batch are on a CPU, and have the next one made of fresh pages.
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+# block above 32 MB at once, as the logits of a batch are on a CPU, and have the next one made of fresh pages. Before 2.35 it takes no such
+# threshold, and setting the other alone would make it worse.
+MALLOC = {"MALLOC_ARENA_MAX": "1"}
+if platform.libc_ver()[0] == "glibc" and tuple(map(int, platform.libc_ver()[1].split(".")[:2])) >= (2, 35):
+    MALLOC |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
 
@@ -473,8 +477,7 @@ def search(
     script, meeting = __name__, os.environ.get("MEETING")  # where head_node.slurm and its workers meet
 
     def trial(config, run):
-        # Imported here, not with the process: Tune gives a trial whose process is still starting the first warm one that
-        # is free, and ends the new one, so that with slow imports and short rungs a slot might never come up.
+        # Imported here, not with the process: Ray waits a minute for a process to register, and resume.TuneController two for it to start.
         module = importlib.import_module(script)
         try:
             module.train(config, run)
@@ -549,7 +552,6 @@ def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
         "TUNE_FUNCTION_THREAD_TIMEOUT_S": "600",
         "HF_HUB_OFFLINE": "1",  # all was loaded before
         "TOKENIZERS_PARALLELISM": "false",
-        **MALLOC,
     }
     if not args.gpus_per_trial:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -563,7 +565,7 @@ def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
         options |= {"_temp_dir": temp_dir, "include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
     os.environ.update(environment)
     with contextlib.chdir(Path(__file__).parent):  # its processes look for modules there first, not in a folder with another copy
-        ray.init(**options, runtime_env={"env_vars": environment})
+        ray.init(**options, runtime_env={"env_vars": environment | MALLOC})
     resume.stop_at_once()  # after Ray has set its own handlers, so that all is put away
 
 

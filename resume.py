@@ -209,7 +209,7 @@ def oom_kills(root: Path = Path("/")) -> int:
 
 
 class TuneController(ray.tune.execution.tune_controller.TuneController):
-    """Tune's own, corrected where a process is lost (docs/upstream.md has this as a patch), and with each slot's process kept.
+    """Tune's own, corrected where a process is lost, and with each slot's process kept. docs/upstream.md has this for Ray.
 
     Tune's own ends the search when Ray ends a process for its memory, and retries one that the kernel has killed for it; here such a
     trial has failed, and is not tried again, as it would need as much again. A trial whose node has failed it too often has failed
@@ -248,8 +248,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             for node in ray.nodes():
                 if node["Alive"] and node["NodeID"] not in self._oom_kills:
                     self._oom_kills[node["NodeID"]] = self._ask_for_oom_kills(node["NodeID"])
-        # One trial waits for a slot, so that none is suggested long before it starts; those whose process is starting do not count.
-        none_waits = all(self._is_starting(trial) and not trial.checkpoint for trial in self._pending_trials)
+        # One trial waits for a slot, so that none is suggested long before it starts; those that have one, where their process starts, do not count.
+        none_waits = all(self._has_slot(trial) for trial in self._pending_trials)
         self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
         super().step()
 
@@ -273,6 +273,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         return more
 
     def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
+        if not self._reuse_actors:
+            return False
         actor = self._trial_to_actor[trial]
         if not self._actor_manager.is_actor_started(actor) or actor not in self._started_actors:
             return False
@@ -288,14 +290,22 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             self._end_warm_process(self._trials[0].placement_group_factory)  # all trials ask for the same resources
         super()._cleanup_cached_actors(force_all)
 
+    def _has_slot(self, trial: Trial) -> bool:
+        return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
+
     def _is_starting(self, trial: Trial) -> bool:
-        """Whether a process of its own is starting, which has its resources; one that takes long, on a sick node perhaps, does not count."""
-        actor = self._trial_to_actor.get(trial)
-        if trial in self._resetting_trials or actor not in self._actor_manager._live_actors_to_ray_actors_resources:
+        """Whether a process of its own is starting in a slot; not one that takes long, on a sick node perhaps, or is one too many."""
+        if not self._has_slot(trial) or trial in self._resetting_trials:
             return False
-        return time.time() < self._starting_since.setdefault(actor.actor_id, time.time()) + self.START
+        at_a_time = getattr(getattr(self._search_alg, "searcher", None), "_max_concurrent", 0)
+        if 0 < at_a_time < self._actor_manager.num_live_actors:
+            return False
+        return time.time() < self._starting_since.setdefault(self._trial_to_actor[trial].actor_id, time.time()) + self.START
 
     def _maybe_add_actors(self) -> None:
+        if getattr(self._scheduler_alg, "draining", False):
+            return
+        self.update_max_pending_trials(1)  # here it says how many may ask for a slot at a time: the scheduler's choice comes first
         super()._maybe_add_actors()
         for trial in self._pending_trials & self._staged_trials:  # where Tune has tried one that is starting
             self._maybe_reuse_cached_actor(trial)
@@ -306,9 +316,12 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         bundles = trial.placement_group_factory
         while trial not in self._resetting_trials and self._actor_cache.has_cached_object(bundles):
             ray_actor, _ = self._actor_manager._live_actors_to_ray_actors_resources[self._actor_cache._cached_objects[bundles][0]]
-            if ray._private.state.actors(ray_actor._actor_id.hex()).get("State") == "ALIVE":
+            process = ray._private.state.actors(ray_actor._actor_id.hex())
+            if process.get("State") == "ALIVE":
                 break
-            self._end_warm_process(bundles)  # lost while it was idle, with its node perhaps: of that nobody tells Tune
+            # Lost while it was idle, with its node perhaps: of that nobody tells Tune.
+            self._killed_for_memory(f"ip: {process.get('Address', {}).get('IPAddress')}")  # counts it, if so
+            self._end_warm_process(bundles)
         return super()._maybe_reuse_cached_actor(trial)
 
     def _end_warm_process(self, bundles) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 IGNORE = -100  # a label that torch's cross entropy leaves out
+LOGITS = 8  # so many tokens of a sequence are counted for an answer's position, whose logits need memory: 0.5 GB a batch in fp16 for BLOOM's
 ANSWER_ROOM = 48  # tokens kept free after a prompt in evaluation: its length must not depend on the answer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ def _positions(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def _shares(lengths: np.ndarray, batch_tokens: int, group) -> list[tuple[np.ndarray, bool]]:
     """Indices by batch, the longest sequences first: those of this rank, see ranks.Group.mine. A batch has batch_tokens tokens at most
-    with its padding, or one sequence: so its memory does not hang on how long sequences are, and short ones share a step with many."""
+    with its padding, or one sequence: many short ones need no more memory than few long ones."""
     order, batches = np.argsort(-lengths, kind="stable"), []
     while len(order):
         rows = max(1, batch_tokens // int(lengths[order[0]]))
@@ -293,7 +294,9 @@ def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: 
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for indices, counts in _shares(data.lengths, batch_tokens, group):
+    # logits of a large vocabulary need more memory than anything else: an answer's position counts as LOGITS tokens
+    lengths = np.maximum(data.lengths, LOGITS * (data.lengths - data.prompt_lengths))
+    for indices, counts in _shares(lengths, batch_tokens, group):
         batch = collate([data[i] for i in indices], pad_token_id)
         loss, n = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
         total, count = total + loss.item() * counts, count + n * counts

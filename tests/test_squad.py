@@ -176,6 +176,16 @@ def test_loss_is_a_mean_over_tokens_not_over_batches(tiny_model, tokenizer):
     assert squad.evaluate_loss(model, both, 0, 1) == pytest.approx(sum(sums) / tokens, abs=1e-6)
 
 
+def test_long_answers_of_short_sequences_share_a_batch_with_few(monkeypatch, tiny_model, tokenizer):
+    """The logits of their positions are what needs memory."""
+    examples = [make_example(0) for _ in range(40)] + [make_example(i, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4) for i in (1, 2)]
+    data, shapes, answer_loss = squad.tokenize(examples, tokenizer, 500, True), [], squad.answer_loss
+    monkeypatch.setattr(squad, "answer_loss", lambda model, batch: shapes.append(batch["labels"].shape) or answer_loss(model, batch))
+    squad.evaluate_loss(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), data, 0, 2048)
+    assert len(shapes) > 1 and sum(rows for rows, _ in shapes) == 42 and max(width for _, width in shapes) == data.longest_answer
+    assert all(rows * width * squad.LOGITS <= 2048 for rows, width in shapes), shapes
+
+
 def random_model(family: str, tokenizer, std: float = 0.02):
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -292,7 +302,7 @@ def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_toke
     batches = [batch for batch, _ in squad._shares(np.array(lengths), batch_tokens, None)]
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     widths = [max(lengths[i] for i in batch) for batch in batches]
-    assert widths == sorted(widths, reverse=True)  # the one that needs most memory comes first
+    assert widths == sorted(widths, reverse=True)
     for batch, width, following in zip(batches, widths, widths[1:] + [0]):
         assert len(batch) == 1 or len(batch) * width <= batch_tokens
         assert not following or (len(batch) + 1) * width > batch_tokens  # as many as have room
