@@ -2,7 +2,7 @@
 
     make demo-data && .venv/bin/python bench/turnaround.py           # the demo's model, two minutes on two cores
     .venv/bin/python bench/turnaround.py --full                      # and a random BLOOM-560M: 20 minutes, 20 GB of memory, 30 GB of disk
-    .venv/bin/python bench/turnaround.py --searches                  # only the processes of whole searches, six minutes
+    .venv/bin/python bench/turnaround.py --searches                  # only the processes of whole searches, four minutes
 
 One trial at a time on real Ray with the real DeepSpeed engine. Fresh: Tune's default, a process for each trial. Warm: reuse_actors, as
 raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Until the first step is done, and until it begins: on a CPU it takes
@@ -39,7 +39,7 @@ from bohb import HyperBandForBOHB, TuneBOHB
 
 TRIALS = 6  # the first of the warm ones is cold and does not count
 LIMIT = 10  # a warm process at least so many times faster than a fresh one
-SLOTS, SEARCHES, ITERATION = 4, 3, 1.0  # seconds
+SLOTS, SEARCHES, ITERATION = 4, 3, 0.2  # seconds: shorter than the start of a process
 
 
 class Choices(FIFOScheduler):
@@ -138,13 +138,14 @@ def sleeping(config):
     from pathlib import Path
 
     import raytune_bayesian  # noqa: F401
+    import resume
 
     checkpoint = tune.get_checkpoint()
     done = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
     for t in range(done + 1, config["rungs"][-1] + 1):
         times = {"started_at": time.time()}
         time.sleep(ITERATION)
-        with tempfile.TemporaryDirectory() as folder:
+        with resume.saving_folder() as folder:
             (Path(folder) / "t").write_text(str(t))
             checkpoint = tune.Checkpoint.from_directory(folder) if t in config["rungs"] else None
             loss = abs(config["train_loop_config"]["lr"] - 1e-4) + 1e-5 / t
