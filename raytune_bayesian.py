@@ -477,7 +477,7 @@ def search(
     script, meeting = __name__, os.environ.get("MEETING")  # where head_node.slurm and its workers meet
 
     def trial(config, run):
-        # Imported here, not with the process: Ray waits a minute for a process to register, and resume.TuneController two for it to start.
+        # Imported here, not with the process, which so is up within seconds: resume.TuneController waits two minutes for one that starts.
         module = importlib.import_module(script)
         try:
             module.train(config, run)

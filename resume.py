@@ -20,8 +20,8 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import ray
-import ray.train._internal.storage
 import ray._private.state
+import ray.train._internal.storage
 import ray.tune.execution.tune_controller
 import ray.tune.tune
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
@@ -236,8 +236,10 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         def _actor_task_failed(tracked_actor_task, exception: Exception) -> None:
             if isinstance(exception, OutOfMemoryError):
                 exception = NodeOutOfMemory(error_msg=f"out of memory: {str(exception).splitlines()[0]}")
-            elif isinstance(exception, RayActorError) and self._killed_for_memory(str(exception)):
-                exception = NodeOutOfMemory(error_msg="out of memory: the kernel has killed its process at the memory limit of job or node")
+            elif isinstance(exception, RayActorError):
+                found = re.search(r"^\s*ip: (\S+)$", str(exception), re.MULTILINE)
+                if found and self._killed_for_memory(found.group(1)):
+                    exception = NodeOutOfMemory(error_msg="out of memory: the kernel has killed its process at the memory limit of job or node")
             task_failed(tracked_actor_task, exception)
 
         self._actor_manager._actor_task_failed = _actor_task_failed
@@ -248,9 +250,6 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             for node in ray.nodes():
                 if node["Alive"] and node["NodeID"] not in self._oom_kills:
                     self._oom_kills[node["NodeID"]] = self._ask_for_oom_kills(node["NodeID"])
-        # One trial waits for a slot, so that none is suggested long before it starts; those that have one, where their process starts, do not count.
-        none_waits = all(self._has_slot(trial) for trial in self._pending_trials)
-        self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
         super().step()
 
     @staticmethod
@@ -258,10 +257,9 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         here = NodeAffinitySchedulingStrategy(node, soft=False)
         return ray.remote(oom_kills).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote()
 
-    def _killed_for_memory(self, message: str) -> bool:
+    def _killed_for_memory(self, address: str) -> bool:
         """Whether the kernel has killed more processes on a lost process's node than are accounted for; asks the node, at most 20 s."""
-        found = re.search(r"^\s*ip: (\S+)$", message, re.MULTILINE)
-        node = next((n["NodeID"] for n in ray.nodes() if n["Alive"] and found and n["NodeManagerAddress"] == found.group(1)), None)
+        node = next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address), None)
         if node not in self._oom_kills:
             return False
         try:
@@ -302,10 +300,16 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             return False
         return time.time() < self._starting_since.setdefault(self._trial_to_actor[trial].actor_id, time.time()) + self.START
 
+    def _maybe_update_trial_queue(self) -> None:
+        # One trial waits for a slot, so that none is suggested long before it starts; those that have one, where their process starts, do not count.
+        none_waits = all(self._has_slot(trial) for trial in self._pending_trials)
+        self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
+        super()._maybe_update_trial_queue()
+        self.update_max_pending_trials(1)  # elsewhere it says how many may ask for a slot at a time: the scheduler's choice comes first
+
     def _maybe_add_actors(self) -> None:
         if getattr(self._scheduler_alg, "draining", False):
             return
-        self.update_max_pending_trials(1)  # here it says how many may ask for a slot at a time: the scheduler's choice comes first
         super()._maybe_add_actors()
         for trial in self._pending_trials & self._staged_trials:  # where Tune has tried one that is starting
             self._maybe_reuse_cached_actor(trial)
@@ -320,7 +324,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             if process.get("State") == "ALIVE":
                 break
             # Lost while it was idle, with its node perhaps: of that nobody tells Tune.
-            self._killed_for_memory(f"ip: {process.get('Address', {}).get('IPAddress')}")  # counts it, if so
+            self._killed_for_memory(process.get("Address", {}).get("IPAddress"))  # counts it, if so
             self._end_warm_process(bundles)
         return super()._maybe_reuse_cached_actor(trial)
 

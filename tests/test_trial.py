@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from safetensors.torch import load_file
+from slurm_cluster import wait_for
 from transformers import AutoModelForCausalLM
 
 import inputs
@@ -210,7 +211,8 @@ class OneRung(FIFOScheduler):
             self.through = True
             if self.lose:
                 os.kill(self.pids[0], signal.SIGKILL)
-                time.sleep(3)  # Ray hears of it
+                lost = lambda: {p["State"] for p in ray._private.state.actors().values() if p["Pid"] == self.pids[0]} == {"DEAD"}  # noqa: E731
+                wait_for("Ray's hearing of the lost process", lost, 30)
         return waiting[0] if waiting else paused[0] if paused and self.through else None
 
 
