@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import ray
 import slurm_cluster
+from conftest import ROOT
 from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
 
@@ -271,6 +273,25 @@ def test_a_worker_that_comes_late_joins(project, tiny):
     rows = project.folder / "results" / "late" / "iterations.csv"
     project.wait_for("a trial on the late node", lambda: {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
     assert "joined node3" in project.log(job)
+
+
+@pytest.mark.parametrize("script, says", [("head_node.slurm", r"\[head\] ended after \d+ s, exit code 143"), ("worker_node.slurm", r"left after \d+ s, exit code 143")])
+def test_a_cancel_while_a_job_ends_leaves_nothing_undone(tmp_path, script, says):
+    """The signal comes in the first lines of what a job does at its end: here each job ends at once, without Slurm."""
+    text = (ROOT / script).read_text()
+    begin = "\tset +e # each of these is tried\n"
+    assert text.count(begin) == 1
+    hit = '\tif [[ ! -e hit ]]; then touch hit; kill -TERM $$; fi\n'
+    (tmp_path / script).write_text(text.replace(begin, hit + begin))
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    (meeting / "head").write_text("down\n")
+    (meeting / "version").write_text(ray.__version__ + "\n")
+    shutil.copy(ROOT / "cluster.env", tmp_path)  # and no raytune_bayesian.py for the head
+    environment = {**os.environ, "VENV": sys.prefix, "SLURMD_NODENAME": "node1", "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    process = subprocess.run(["bash", script, str(meeting)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert (tmp_path / "hit").exists() and process.returncode == 143, process
+    assert re.search(says, process.stdout), process
 
 
 def test_no_worker_comes(project, tiny):
