@@ -2,15 +2,15 @@
 
     make demo-data && .venv/bin/python bench/turnaround.py           # the demo's model, two minutes on two cores
     .venv/bin/python bench/turnaround.py --full                      # and a random BLOOM-560M: 20 minutes, 20 GB of memory, 30 GB of disk
-    .venv/bin/python bench/turnaround.py --searches                  # only the processes of whole searches, four minutes
+    .venv/bin/python bench/turnaround.py --starts                    # only how soon all slots of a search are at work, five minutes
 
 One trial at a time on real Ray with the real DeepSpeed engine. Fresh: Tune's default, a process for each trial. Warm: reuse_actors, as
 raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Until the first step is done, and until it begins: on a CPU it takes
 a big model seconds. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
 
---searches: how many processes a search starts, and what that costs, with Tune's own control loop and with resume.TuneController, which keeps
-one for each slot. Searcher, scheduler and trials are the same. A trial's process imports what it needs to train, for real, and sleeps for
-ITERATION instead of training, so that four slots fit two cores.
+--starts: until the first trials of a search train in all slots, with Tune's own control loop, which starts one process after the other, and with
+resume.TuneController, which starts them side by side. Searcher and scheduler are those of a search; a trial waits until all have begun, as one that
+trains for minutes. A process starts as fast as it does here, or some seconds later, as where Python's files come over a network.
 """
 
 import os
@@ -39,7 +39,7 @@ from bohb import HyperBandForBOHB, TuneBOHB
 
 TRIALS = 6  # the first of the warm ones is cold and does not count
 LIMIT = 10  # a warm process at least so many times faster than a fresh one
-SLOTS, SEARCHES, ITERATION = 4, 3, 0.2  # seconds: shorter than the start of a process
+SLOTS, STARTS, LATER = 8, 3, 5  # of --starts; seconds
 
 
 class Choices(FIFOScheduler):
@@ -132,27 +132,19 @@ def table(name: str, model: Path, trials: int) -> float:
     return medians["fresh process"][0] / medians["warm"][0]
 
 
-def sleeping(config):
-    """A trial whose process starts as one that trains."""
-    import time
-    from pathlib import Path
+class Later:
+    """Takes its time where a trial's process unpickles it, as an import does."""
 
-    import raytune_bayesian  # noqa: F401
-    import resume
+    def __init__(self, seconds: float, searching: int):
+        self.seconds, self.searching = seconds, searching
+        if os.getpid() != searching:
+            time.sleep(seconds)
 
-    checkpoint = tune.get_checkpoint()
-    done = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
-    for t in range(done + 1, config["rungs"][-1] + 1):
-        times = {"started_at": time.time()}
-        time.sleep(ITERATION)
-        with resume.saving_folder() as folder:
-            (Path(folder) / "t").write_text(str(t))
-            checkpoint = tune.Checkpoint.from_directory(folder) if t in config["rungs"] else None
-            loss = abs(config["train_loop_config"]["lr"] - 1e-4) + 1e-5 / t
-            tune.report({"loss": loss, "training_iteration": t, **times, "ended_at": time.time()}, checkpoint=checkpoint)
+    def __reduce__(self):
+        return Later, (self.seconds, self.searching)
 
 
-class Iterations(tune.Callback):
+class Reports(tune.Callback):
     """Keeps what trials report."""
 
     def __init__(self):
@@ -162,42 +154,56 @@ class Iterations(tune.Callback):
         self.rows.append(result)
 
 
-def searches() -> None:
+def start(seed: int, later: float) -> float:
+    """Seconds until trials run in all slots."""
+    import_time, heard = Later(later, os.getpid()), Reports()
+
+    def waiting(config, folder):
+        import_time  # noqa: B018
+        (Path(folder) / f"{os.getpid()}").touch()
+        begun, deadline = time.time(), time.time() + 300
+        while len(list(Path(folder).iterdir())) < SLOTS and time.time() < deadline:
+            time.sleep(0.1)
+        tune.report({"loss": begun % 1, "training_iteration": 1, "begun": begun})
+
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as begun:
+        started = time.time()
+        tune.Tuner(
+            tune.with_resources(tune.with_parameters(waiting, folder=begun), {"cpu": len(os.sched_getaffinity(0)) / SLOTS}),
+            param_space=raytune_bayesian.SEARCH_SPACE,
+            tune_config=tune.TuneConfig(
+                metric="loss", mode="min", num_samples=SLOTS, search_alg=TuneBOHB(seed=seed), reuse_actors=True,
+                scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=1, reduction_factor=4, stop_last_trials=False),
+            ),
+            run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0, callbacks=[heard]),
+        ).fit()  # fmt: skip
+        assert len(list(Path(begun).iterdir())) == SLOTS
+    return max(row["begun"] for row in heard.rows) - started
+
+
+def starts() -> None:
     controllers = {"Tune's own": resume.TuneController.__mro__[1], "ours": resume.TuneController}
-    rows = {name: [] for name in controllers}
-    for seed in range(SEARCHES):
-        for name, controller in controllers.items():
-            ray.tune.tune.TuneController, heard = controller, Iterations()
-            started = time.time()
-            with tempfile.TemporaryDirectory() as folder:
-                tune.Tuner(
-                    tune.with_resources(sleeping, {"cpu": len(os.sched_getaffinity(0)) / SLOTS}),
-                    param_space=raytune_bayesian.SEARCH_SPACE,
-                    tune_config=tune.TuneConfig(
-                        metric="loss", mode="min", num_samples=25, search_alg=TuneBOHB(seed=seed), reuse_actors=True,
-                        scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=16, reduction_factor=4, stop_last_trials=False),
-                    ),
-                    run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0, callbacks=[heard]),
-                ).fit()  # fmt: skip
-            wall = max(row["ended_at"] for row in heard.rows) - started
-            work = sum(row["ended_at"] - row["started_at"] for row in heard.rows)
-            rows[name].append((wall, len({row["pid"] for row in heard.rows}), work / wall / SLOTS))
-            print(f"  {name}, seed {seed}: {wall:.1f} s, {rows[name][-1][1]} processes", flush=True)
-    print(f"\na search of 25 trials on {SLOTS} slots, 136 iterations of {ITERATION:g} s; limit: ours is not slower")
-    print(f"{'control loop':14}{'seconds':>9}{'least-most':>16}{'processes':>11}{'slots at work':>15}")
-    for name, results in rows.items():
-        wall, processes, busy = (statistics.median(column) for column in zip(*results))
-        walls = sorted(wall for wall, _, _ in results)
-        print(f"{name:14}{wall:9.1f}{f'{walls[0]:.1f}-{walls[-1]:.1f}':>16}{processes:11.0f}{busy:15.0%}")
-    own, ours = (statistics.median(wall for wall, _, _ in results) for results in rows.values())
-    print(f"\nratio: {own / ours:.2f}")
+    print(f"\nseconds until trials train in all of {SLOTS} slots; limit: ours is not slower")
+    print(f"{'a process starts':28}{'control loop':14}{'median':>8}{'least':>8}{'most':>8}{'times':>8}")
+    for later in (0, LATER):
+        seconds = {name: [] for name in controllers}
+        for seed in range(STARTS):
+            for name, controller in controllers.items():
+                ray.tune.tune.TuneController = controller
+                seconds[name].append(start(seed, later))
+        own = statistics.median(seconds["Tune's own"])
+        for name, row in seconds.items():
+            median = statistics.median(row)
+            when = f"{later:g} s later" if later else "as it does here"
+            print(f"{when:28}{name:14}{median:8.1f}{min(row):8.1f}{max(row):8.1f}{own / median:8.2f}", flush=True)
+    print(f"\nratio: {own / median:.2f}")
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
         raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=inputs.machines()[1]), temp_dir, trials_dir)
-        if "--searches" in sys.argv:
-            searches()
+        if "--starts" in sys.argv:
+            starts()
             ray.shutdown()
             return
         ratio = table("demo's model", ROOT / "demo" / "model", TRIALS)
