@@ -27,6 +27,7 @@ import ranks
 import raytune_bayesian
 import resume
 import squad
+from bohb import HyperBandForBOHB, TuneBOHB
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,14 +49,14 @@ def prepare(model, dataset, *more):
     return run
 
 
-def fit(folder, trainable, run, configs, resources, scheduler=None, max_failures=0, at_a_time=None):
+def fit(folder, trainable, run, configs, resources, scheduler=None, max_failures=0, at_a_time=None, callbacks=()):
     """One trial a config; Tune's results in the order of the configs, those of trials that failed among them."""
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, run=run), resources),
         param_space={"i": tune.grid_search(list(range(len(configs)))), "configs": configs},
         tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True, max_concurrent_trials=at_a_time),
         run_config=tune.RunConfig(
-            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
+            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1), callbacks=list(callbacks),
             failure_config=tune.FailureConfig(max_failures=max_failures),
         ),
     )  # fmt: skip
@@ -232,6 +233,65 @@ def test_each_slot_keeps_its_process(tmp_path, lose):
     assert [result.error for result in results] == [None] * 8
     started = [set(scheduler.pids[:8]), set(scheduler.pids)]
     assert [len(pids) for pids in started] == [slots, slots + lose], scheduler.pids
+
+
+class DrainsForAWhile(FIFOScheduler):
+    """As at a planned stop, from the first report until 20 steps of Tune after its trial's end."""
+
+    draining = heard = False
+
+    def on_trial_result(self, tune_controller, trial, result):
+        self.draining, self.heard = self.draining or not self.heard, True
+        return TrialScheduler.CONTINUE
+
+
+class Starts(tune.Callback):
+    def __init__(self, scheduler):
+        self.scheduler, self.steps, self.starts = scheduler, 0, []
+
+    def on_trial_start(self, iteration, trials, trial, **info):
+        self.starts.append((trial.config["i"], self.scheduler.draining))
+
+    def on_step_end(self, iteration, trials, **info):
+        self.steps += self.scheduler.draining and not any(t.status == Trial.RUNNING for t in trials)
+        self.scheduler.draining &= self.steps < 20
+
+
+def test_no_trial_starts_before_a_planned_stop(tmp_path):
+    """Not one that waits for a slot either, when a process is free."""
+
+    def two_iterations(config, run):
+        for i in range(2):
+            time.sleep(0.2)
+            tune.report({"x": i})
+
+    scheduler = DrainsForAWhile()
+    starts = Starts(scheduler)
+    results = fit(tmp_path, two_iterations, {}, list(range(3)), {"cpu": len(os.sched_getaffinity(0))}, scheduler, callbacks=[starts])
+    assert [result.error for result in results] == [None] * 3 and starts.steps == 20
+    assert sorted(starts.starts) == [(0, False), (1, False), (2, False)]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 2])
+def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
+    """Though there are slots for more."""
+
+    def one_iteration(config):
+        time.sleep(0.2)
+        with resume.saving_folder() as folder:
+            tune.report({"x": config["x"], "training_iteration": 1}, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    results = tune.Tuner(
+        tune.with_resources(one_iteration, {"cpu": len(os.sched_getaffinity(0)) / 4}),
+        param_space={"x": tune.uniform(0, 1)},
+        tune_config=tune.TuneConfig(
+            metric="x", mode="min", num_samples=10, search_alg=TuneBOHB(seed=0, max_concurrent=at_a_time), reuse_actors=True,
+            scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=1, stop_last_trials=False),
+        ),
+        run_config=tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0),
+    ).fit()  # fmt: skip
+    assert results.num_errors == 0
+    assert len({result.metrics["pid"] for result in results}) == at_a_time
 
 
 def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny_squad, monkeypatch):
