@@ -56,7 +56,7 @@ class Group:
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         self.messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
         # The half million objects of the imports stay for good: without this, each of the two collections a trial makes
-        # walks them for 0.3 s.
+        # walks them all.
         gc.collect()
         gc.freeze()
 

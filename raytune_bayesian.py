@@ -240,6 +240,12 @@ class Trainer(transformers.Trainer):
         if self.state.global_step == self.state.max_steps:
             super().save_model(*args, **kwargs)
 
+    def _save(self, output_dir=None, state_dict=None):
+        """Tied weights once: DeepSpeed's state has a copy of them for each name, 1 GB with BLOOM's vocabulary."""
+        if state_dict:
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in self.model.all_tied_weights_keys}
+        super()._save(output_dir, state_dict)
+
     def _save_optimizer_and_scheduler(self, output_dir):
         """DeepSpeed's files, weights too: not at the end, where nobody goes on."""
         if self.state.global_step < self.state.max_steps:
@@ -730,7 +736,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     if args.resume:
         earlier = json.loads((run_dir / "run.json").read_text())
         if earlier.get("status") == "done":
-            print(f"{run_dir} is done already; python report.py {run_dir} shows it")
+            print(f"{run_dir} is done already; {sys.executable} report.py {run_dir} shows it")
             return
         for name in ("ds_config", "questions"):
             if earlier.get(name) != facts[name]:
@@ -785,7 +791,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
         report.write_page(run_dir)
         print(f"figures: {run_dir / 'report.html'}")
     except Exception as error:  # all else is done
-        print(f"WARNING: no report.html ({error!r}); python report.py {run_dir} tries again")
+        print(f"WARNING: no report.html ({error!r}); {sys.executable} report.py {run_dir} tries again")
     print(bill.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples, facts["grid"]))
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")

@@ -1,7 +1,7 @@
 """The folder of a run: written while it runs, read back as a table.
 
-    python report.py results/<run_name>        # at any time, also while the run goes on: the table, and report.html
-    python report.py results/<run_name> --png  # and the figures as PNGs
+    .venv/bin/python report.py results/<run_name>        # at any time, also while the run goes on: the table, and report.html
+    .venv/bin/python report.py results/<run_name> --png  # and the figures as PNGs
 
 trials.csv has a row a trial, iterations.csv a row a report, run.json what was run on what, best_result.json the result.
 """

@@ -222,7 +222,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     and each stays as long as a trial may need it.
     """
 
-    START = 120.0  # seconds that a process may take before a warm one takes its trial over
+    START = 120.0  # seconds that a process may take to start before a warm one takes its trial over
+    HANGS = 1200.0  # and before it is ended, and the trial started again in another
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -230,7 +231,6 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, when it was first seen: control groups may be older than a search
         self._told_of: Counter = Counter()  # kills since then, by node
         self._looked_at = 0.0
-        self._starting_since: dict = {}  # by process
         self._actor_cache._max_num_objects = defaultdict(lambda: math.inf)  # _cleanup_cached_actors has the limit
 
         def _actor_task_failed(tracked_actor_task, exception: Exception) -> None:
@@ -250,6 +250,10 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             for node in ray.nodes():
                 if node["Alive"] and node["NodeID"] not in self._oom_kills:
                     self._oom_kills[node["NodeID"]] = self._ask_for_oom_kills(node["NodeID"])
+            for trial in self._pending_trials:
+                if self._has_slot(trial) and trial not in self._resetting_trials and self._starting_for(trial) > self.HANGS:
+                    print(f"trial {trial.trial_id}: its process has not started for {self.HANGS:.0f} s and is ended", flush=True)
+                    ray.kill(self._actor_manager._live_actors_to_ray_actors_resources[self._trial_to_actor[trial]][0])
         super().step()
 
     @staticmethod
@@ -292,13 +296,12 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
 
     def _is_starting(self, trial: Trial) -> bool:
-        """Whether a process of its own is starting in a slot; not one that takes long, on a sick node perhaps, or is one too many."""
-        if not self._has_slot(trial) or trial in self._resetting_trials:
-            return False
-        at_a_time = getattr(getattr(self._search_alg, "searcher", None), "_max_concurrent", 0)
-        if 0 < at_a_time < self._actor_manager.num_live_actors:
-            return False
-        return time.time() < self._starting_since.setdefault(self._trial_to_actor[trial].actor_id, time.time()) + self.START
+        """Whether a process of its own is starting in a slot; not one that takes long, on a sick node perhaps."""
+        return self._has_slot(trial) and trial not in self._resetting_trials and self._starting_for(trial) < self.START
+
+    def _starting_for(self, trial: Trial) -> float:
+        """Seconds since the process of a trial was first seen to start."""
+        return time.time() - vars(self._trial_to_actor[trial]).setdefault("starting_since", time.time())
 
     def _maybe_update_trial_queue(self) -> None:
         # One trial waits for a slot, so that none is suggested long before it starts; those that have one, where their process starts, do not count.
@@ -452,6 +455,7 @@ class Watchdog(Callback):
             elif trial.status == Trial.PENDING and trial.temporary_state.ray_actor:
                 silent = time.time() - self.changing.setdefault(trial.trial_id, time.time())
             else:
+                self.changing.pop(trial.trial_id, None)
                 continue
             if silent > limit:
                 self.say(f"trial {trial.trial_id} has not reported for {silent:.0f} s: its process is ended")

@@ -1,7 +1,7 @@
 """What each fault costs, on a real Slurm cluster of three nodes on this machine (as root): real kills, signals and cut links.
 
-    python bench/faults.py            # 20 minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
-    python bench/faults.py link hung  # these rows only
+    .venv/bin/python bench/faults.py            # 20 minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
+    .venv/bin/python bench/faults.py link hung  # these rows only
 
 Each row is a search of its own, of 22 trials on two worker nodes of two GPUs, hit in its middle. Run again: iterations that were
 reported twice. Lost: trials that did not come to the rung that the plan has for them. Seconds to go on: from the fault to the

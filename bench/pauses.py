@@ -1,4 +1,4 @@
-"""Two hundred pauses of a trial of two ranks: nothing leaks, of placement groups, processes, memory and open files.
+"""Two hundred pauses of a trial of two ranks: nothing leaks, of placement groups, processes, memory, open files and checkpoints.
 
     make demo-data && .venv/bin/python bench/pauses.py        # on the CPU, real Ray and DeepSpeed
 
@@ -30,7 +30,7 @@ import inputs
 
 PAUSES = 200
 RANKS = 2
-LIMITS = {"placement groups": 0, "processes": 0, "open files": 20, "MB": 60}  # more at the end than after ten pauses
+LIMITS = {"placement groups": 0, "processes": 0, "open files": 20, "MB": 60, "open files, search": 20, "MB, search": 60, "checkpoints": 2}  # more at the end than after ten pauses
 
 
 class PauseAlways(FIFOScheduler):
@@ -42,7 +42,7 @@ class PauseAlways(FIFOScheduler):
         self.paused_at: dict[str, int] = {}
 
     def on_trial_result(self, tune_controller, trial, result):
-        self.rows.append(look())
+        self.rows.append(look(Path(trial.local_experiment_path)))
         self.paused_at[trial.trial_id] = len(self.rows)
         if len(self.rows) % 20 == 10:
             print(f"{len(self.rows):4d} pauses: " + ", ".join(f"{value:.0f} {name}" for name, value in self.rows[-1].items()), flush=True)
@@ -53,8 +53,8 @@ class PauseAlways(FIFOScheduler):
         return min(trials, key=lambda t: self.paused_at.get(t.trial_id, 0), default=None)
 
 
-def look() -> dict[str, float]:
-    """What the trials' processes and Ray hold now."""
+def look(folder: Path) -> dict[str, float]:
+    """What the trials' processes, the search's own, Ray and the results hold now."""
     ours = [p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::")]
     working = [p for p in ours if "ImplicitFunc" in p.name() or "Rank" in p.name()]
     groups = [group for group in placement_group_table().values() if group["state"] == "CREATED"]
@@ -63,6 +63,9 @@ def look() -> dict[str, float]:
         "processes": len(working),
         "open files": sum(p.num_fds() for p in working),
         "MB": sum(p.memory_full_info().uss for p in working) / 2**20,
+        "open files, search": psutil.Process().num_fds(),
+        "MB, search": psutil.Process().memory_full_info().uss / 2**20,
+        "checkpoints": len([*folder.glob("*/checkpoint_*"), *folder.glob("*/saving-*")]),
     }
 
 

@@ -1,7 +1,7 @@
 """How busy the slots are and how long a search takes, in the simulator; and what a decision costs.
 
-    python bench/scheduling.py          # about ten minutes
-    python bench/scheduling.py --ray    # and a real Ray run of 1,000 trials that do nothing, a few minutes more
+    .venv/bin/python bench/scheduling.py          # about ten minutes
+    .venv/bin/python bench/scheduling.py --ray    # and two real Ray runs of 1,000 trials that do nothing, several minutes more
 
 Every row runs the real searcher and scheduler (simulate.py) on whole bands of max_t 50, reduction factor 4, with about ten
 trials a slot, but at least three bands. Suggestions are random and the same for all, trial by trial, because batch size 1
@@ -26,8 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ray
 import ray.tune.schedulers
 import ray.tune.search.bohb
+import ray.tune.tune
 from ray import tune
 
+import resume
 from bohb import HyperBandForBOHB, TuneBOHB, band_size
 from simulate import Simulation
 
@@ -151,15 +153,16 @@ def nothing(config: dict) -> None:
     for t in range(start + 1, config["rungs"][-1] + 1):
         result = {"loss": loss(config, t), "training_iteration": t}
         if t in config["rungs"]:
-            with tempfile.TemporaryDirectory() as folder:
+            with resume.saving_folder() as folder:
                 (Path(folder) / "t").write_text(str(t))
                 tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
         else:
             tune.report(result)
 
 
-def real(trials: int) -> None:
+def real(trials: int, loop: str, controller: type) -> float:
     """A real run: seconds a trial, and how much of the driver's time our decisions take."""
+    ray.tune.tune.TuneController = controller
     searcher = TuneBOHB(seed=0)
     scheduler = HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4, stop_last_trials=False)
     times: dict[str, list[float]] = defaultdict(list)
@@ -179,24 +182,26 @@ def real(trials: int) -> None:
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         ray.shutdown()
     spent = {name: sum(values) for name, values in times.items()}
-    print(f"\nreal Ray, {len(results)} trials that do nothing, 4 slots, max_t 4, {results.num_errors} failed:", end=" ")
-    print(f"{wall:.0f} s, {wall / trials:.3f} s a trial")
-    print(f"driver: {cpu / trials:.3f} s of CPU a trial; decisions {sum(spent.values()) / wall:.1%} of the time: "
-          + ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items()))  # fmt: skip
+    print(f"{loop}: {results.num_errors} failed, {wall:.0f} s, {wall / trials:.3f} s a trial, of which the driver's CPU {cpu / trials:.3f} s; decisions "
+          f"{sum(spent.values()) / wall:.1%} of the time: " + ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items()),
+          flush=True)  # fmt: skip
+    return wall
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, nargs="+", default=[4, 8, 64, 512])
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000], help="for the cost of a decision")
-    parser.add_argument("--ray", action="store_true", help="also a real Ray run of 1,000 trials")
+    parser.add_argument("--ray", action="store_true", help="also real Ray runs of 1,000 trials")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)  # of hpbandster, which prints its densities
     ratio = utilisation(args.slots)
     cost(args.trials)
     if args.ray:
-        real(1000)
+        print("\nreal Ray, 1000 trials that do nothing, 4 slots, max_t 4; limit: our control loop no slower than Tune's own")
+        walls = [real(1000, "Tune's own", resume.TuneController.__mro__[1]), real(1000, "ours", resume.TuneController)]
+        print(f"Tune's seconds by ours: {walls[0] / walls[1]:.2f}")
     print(f"ratio: {ratio:.2f}")
 
 

@@ -1,9 +1,9 @@
 """How good the best configuration is that a search finds for a budget, on problems whose optimum is known.
 
     pip install …                                                 # as bench/requirements.txt says
-    python bench/search_quality.py                                # about half an hour on two cores
-    python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
-    python bench/search_quality.py --variants                     # other settings of our model, and other models
+    .venv/bin/python bench/search_quality.py                                # about half an hour on two cores
+    .venv/bin/python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
+    .venv/bin/python bench/search_quality.py --variants                     # other settings of our model, and other models
 
 Every method runs with its defaults, one trial at a time where no slots are named, on the same budget in iterations; `full trainings` are iterations
 by max_t. A trial that goes on from a checkpoint pays only for the iterations it adds, also where the method's own package

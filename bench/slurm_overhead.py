@@ -1,6 +1,6 @@
 """How long the scripts take around a search, on a real Slurm cluster of three nodes on this machine (as root).
 
-    python bench/slurm_overhead.py        # two minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
+    .venv/bin/python bench/slurm_overhead.py        # two minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
 
 The textbook scripts sleep 10 s for the head and 30 s for the workers before they start anything: that is the baseline.
 """

@@ -1,6 +1,8 @@
-"""That benchmarks still run, at a size that says nothing: those that no other test comes near."""
+"""That benchmarks still run, at a size that says nothing. Not here: those of minutes that call what other tests do (recipe, full_size,
+faults, slurm_overhead), and search_quality, which needs the other methods' packages."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -27,3 +29,19 @@ def test_throughput(way, demo_model):
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout.splitlines()[-1])
     assert len(row["rates"]) == 1 and row["rates"][0] > 0 and 0.1 < row["peak"] < 10
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("import turnaround as bench; bench.SLOTS, bench.STARTS, bench.LATER = 2, 1, 1; sys.argv.append('--starts'); bench.main()", r"ours .*\n\nratio: \d"),
+        ("import turnaround as bench; bench.TRIALS = 2; bench.main()", r"resumed, warm .*\n\nratio: \d"),
+        ("import scheduling as bench; bench.real(8, 'ours', bench.resume.TuneController)", r"ours: 0 failed, "),
+        ("import scheduling as bench; sys.argv += ['--slots', '4', '--trials', '40']; bench.main()", r"\nours +40 .*\nratio: \d"),
+        ("import pauses as bench; bench.PAUSES = 12; bench.main()", r"\n14 pauses of 2 trials of 2 ranks "),
+    ],
+)
+def test_the_others(command, says, demo_model):
+    command = f"import sys; sys.path.insert(0, 'bench'); {command}"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and re.search(says, done.stdout), done.stdout[-2000:] + done.stderr[-2000:]

@@ -38,6 +38,12 @@ def test_a_process_that_does_not_change_over_is_ended(monkeypatch, killed):
     assert not killed
     watchdog.on_step_end(0, [waiting])
     assert killed == ["actor"] and said == ["trial a has not reported for 35 s: its process is ended"]
+    watchdog.on_step_end(0, [trial("a", "PENDING")])  # waits for another
+    for _ in range(8):
+        clock.now += 5
+        watchdog.on_step_end(0, [trial("a", "PENDING")])
+    watchdog.on_step_end(0, [trial("a", "PENDING", "another")])
+    assert killed == ["actor"]  # its time begins anew
 
 
 def test_a_search_that_stood_still_does_not_take_its_trials_for_hung(monkeypatch, killed):

@@ -235,6 +235,31 @@ def test_each_slot_keeps_its_process(tmp_path, lose):
     assert [len(pids) for pids in started] == [slots, slots + lose], scheduler.pids
 
 
+class HangsOnce:
+    """The first process that unpickles it, but for the search's own, does not get through."""
+
+    def __init__(self, mark, searching):
+        self.mark, self.searching = mark, searching
+        if os.getpid() != searching and not os.path.exists(mark):
+            Path(mark).touch()
+            time.sleep(1000)
+
+    def __reduce__(self):
+        return HangsOnce, (self.mark, self.searching)
+
+
+def test_a_process_that_hangs_while_it_starts_is_ended(tmp_path, monkeypatch):
+    """Its trial, the only one, starts in another."""
+    monkeypatch.setattr(resume.TuneController, "HANGS", 5)
+    hangs = HangsOnce(str(tmp_path / "hung"), os.getpid())
+
+    def one_iteration(config, run):
+        tune.report({"mark": hangs.mark})
+
+    (result,) = fit(tmp_path / "run", one_iteration, {}, [None], {"cpu": 1}, max_failures=1)
+    assert result.error is None and os.path.exists(result.metrics["mark"])
+
+
 class DrainsForAWhile(FIFOScheduler):
     """As at a planned stop, from the first report until 20 steps of Tune after its trial's end."""
 
@@ -276,17 +301,21 @@ def test_no_trial_starts_before_a_planned_stop(tmp_path):
 def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
     """Though there are slots for more."""
 
-    def one_iteration(config):
-        time.sleep(0.2)
-        with resume.saving_folder() as folder:
-            tune.report({"x": config["x"], "training_iteration": 1}, checkpoint=tune.Checkpoint.from_directory(folder))
+    def iterations(config):
+        checkpoint = tune.get_checkpoint()
+        done = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
+        for t in range(done + 1, 5):
+            time.sleep(0.2)
+            with resume.saving_folder() as folder:
+                (Path(folder) / "t").write_text(str(t))
+                tune.report({"x": config["x"], "training_iteration": t}, checkpoint=tune.Checkpoint.from_directory(folder))
 
     results = tune.Tuner(
-        tune.with_resources(one_iteration, {"cpu": len(os.sched_getaffinity(0)) / 4}),
+        tune.with_resources(iterations, {"cpu": len(os.sched_getaffinity(0)) / 4}),
         param_space={"x": tune.uniform(0, 1)},
         tune_config=tune.TuneConfig(
             metric="x", mode="min", num_samples=10, search_alg=TuneBOHB(seed=0, max_concurrent=at_a_time), reuse_actors=True,
-            scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=1, stop_last_trials=False),
+            scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4, stop_last_trials=False),
         ),
         run_config=tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0),
     ).fit()  # fmt: skip
@@ -399,6 +428,8 @@ def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad,
         raytune_bayesian.is_model(tmp_path / "not mounted")
     for result, iteration in ((ended, 3), (cut, 2)):
         raytune_bayesian.save_best_model(Path(result.checkpoint.path), run, tmp_path / f"model-{iteration}")
+        names = load_file(tmp_path / f"model-{iteration}" / "model.safetensors").keys()
+        assert names == load_file(demo_model / "model.safetensors").keys()  # tied weights are there once
         model = squad.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
         loss = squad.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
