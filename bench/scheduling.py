@@ -35,6 +35,7 @@ from simulate import Simulation
 
 SPACE = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "wd": tune.choice([0.0, 0.01])}
 MAX_T, REDUCTION_FACTOR = 50, 4
+REAL = 1000  # trials of the real runs
 BAND = band_size(MAX_T, REDUCTION_FACTOR)
 # Median seconds of an iteration of the demo by batch size, two trials at a time on two cores, in the minutes when these did
 # nothing else: from iterations.csv of the second of the two runs behind demo_iterations.csv.
@@ -199,8 +200,8 @@ def main() -> None:
     ratio = utilisation(args.slots)
     cost(args.trials)
     if args.ray:
-        print("\nreal Ray, 1000 trials that do nothing, 4 slots, max_t 4; limit: our control loop no slower than Tune's own")
-        walls = [real(1000, "Tune's own", resume.TuneController.__mro__[1]), real(1000, "ours", resume.TuneController)]
+        print(f"\nreal Ray, {REAL} trials that do nothing, 4 slots, max_t 4; limit: our control loop no slower than Tune's own")
+        walls = [real(REAL, "Tune's own", resume.TuneController.__mro__[1]), real(REAL, "ours", resume.TuneController)]
         print(f"Tune's seconds by ours: {walls[0] / walls[1]:.2f}")
     print(f"ratio: {ratio:.2f}")
 
