@@ -1,8 +1,8 @@
 """Searches learning rate, batch size and weight decay for fine-tuning BLOOM-560M on SQuAD v1.1, with BOHB in Ray Tune.
 
-    python raytune_bayesian.py                       # this machine: its GPUs, else its CPUs
-    python raytune_bayesian.py --prefetch            # on a login node: download model and data, then end
-    python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
+    .venv/bin/python raytune_bayesian.py                # this machine: its GPUs, else its CPUs
+    .venv/bin/python raytune_bayesian.py --prefetch     # on a login node: download model and data, then end
+    .venv/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
 
 Read from top to bottom: search space and knobs · EM and F1 · one trial · the search · main.
 """

@@ -464,7 +464,7 @@ def write_page(run_dir: Path) -> dict:
 def main(argv: list[str]) -> int:
     folders = [Path(argument) for argument in argv if argument != "--png"]
     if len(folders) != 1 or not (folders[0] / "run.json").exists():
-        print("usage: python report.py results/<run_name> [--png]   (a folder with a run.json)", file=sys.stderr)
+        print("usage: .venv/bin/python report.py results/<run_name> [--png]   (a folder with a run.json)", file=sys.stderr)
         return 2
     (folder,) = folders
     drawn = write_page(folder)

@@ -245,13 +245,18 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         self._actor_manager._actor_task_failed = _actor_task_failed
 
     def step(self) -> None:
-        if time.time() > self._looked_at + 5:
+        since = time.time() - self._looked_at
+        if since > 5:
             self._looked_at = time.time()
             for node in ray.nodes():
                 if node["Alive"] and node["NodeID"] not in self._oom_kills:
                     self._oom_kills[node["NodeID"]] = self._ask_for_oom_kills(node["NodeID"])
             for trial in self._pending_trials:
-                if self._has_slot(trial) and trial not in self._resetting_trials and self._starting_for(trial) > self.HANGS:
+                if not self._has_slot(trial) or trial in self._resetting_trials:
+                    continue
+                if since > 15:  # the search itself stood still: what has come up since then it has not heard yet
+                    vars(self._trial_to_actor[trial]).pop("starting_since", None)
+                elif self._starting_for(trial) > self.HANGS:
                     print(f"trial {trial.trial_id}: its process has not started for {self.HANGS:.0f} s and is ended", flush=True)
                     ray.kill(self._actor_manager._live_actors_to_ray_actors_resources[self._trial_to_actor[trial]][0])
         super().step()
@@ -296,8 +301,13 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
 
     def _is_starting(self, trial: Trial) -> bool:
-        """Whether a process of its own is starting in a slot; not one that takes long, on a sick node perhaps."""
-        return self._has_slot(trial) and trial not in self._resetting_trials and self._starting_for(trial) < self.START
+        """Whether a process of its own is starting in a slot; not one that takes long, on a sick node perhaps, or is one too many."""
+        if not self._has_slot(trial) or trial in self._resetting_trials:
+            return False
+        at_a_time = getattr(getattr(self._search_alg, "searcher", None), "_max_concurrent", 0)
+        if 0 < at_a_time < self._actor_manager.num_live_actors:
+            return False
+        return self._starting_for(trial) < self.START
 
     def _starting_for(self, trial: Trial) -> float:
         """Seconds since the process of a trial was first seen to start."""

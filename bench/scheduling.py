@@ -169,8 +169,8 @@ def real(trials: int, loop: str, controller: type) -> float:
     times: dict[str, list[float]] = defaultdict(list)
     time_calls(searcher, ["suggest"], times)
     time_calls(scheduler, ["on_trial_result", "choose_trial_to_run"], times)
-    with tempfile.TemporaryDirectory() as folder:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
         start, cpu = time.perf_counter(), time.process_time()
         results = tune.Tuner(
             tune.with_resources(nothing, {"cpu": 1}),

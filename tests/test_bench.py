@@ -1,5 +1,5 @@
 """That benchmarks still run, at a size that says nothing. Not here: those of minutes that call what other tests do (recipe, full_size,
-faults, slurm_overhead), and search_quality, which needs the other methods' packages."""
+faults, slurm_overhead)."""
 
 import json
 import re
@@ -34,9 +34,10 @@ def test_throughput(way, demo_model):
 @pytest.mark.parametrize(
     "name, command, says",
     [
-        ("turnaround", "bench.SLOTS, bench.STARTS, bench.CONTROLLERS = 2, 1, {'ours': bench.resume.TuneController}; sys.argv.append('--starts')", "\\nratio: "),
+        ("turnaround", "bench.SLOTS, bench.STARTS, bench.LATER = 2, 1, 1; sys.argv.append('--starts')", r"1 s later +Tune's own .*\n1 s later +ours .*\n\nratio: "),
         ("turnaround", "bench.TRIALS = 2", r"resumed, warm .*\n\nratio: \d"),
         ("scheduling", "sys.argv += ['--slots', '4', '--trials', '40', '--ray']; bench.REAL = 8", r"\nours: 0 failed, .*\n.*\nratio: \d"),
+        ("search_quality", "sys.argv += ['--methods', 'ours', 'random', '--problems', 'demo', '--seeds', '2']", r"\nrandom .*\nratio: \d"),
         ("pauses", "bench.PAUSES = 12", r"\n14 pauses of 2 trials of 2 ranks "),
     ],
 )
