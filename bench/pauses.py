@@ -30,7 +30,8 @@ import inputs
 
 PAUSES = 200
 RANKS = 2
-LIMITS = {"placement groups": 0, "processes": 0, "open files": 20, "MB": 60, "open files, search": 20, "MB, search": 60, "checkpoints": 2}  # more at the end than after ten pauses
+# more at the end than after ten pauses
+LIMITS = {"placement groups": 0, "processes": 0, "open files": 20, "MB": 60, "open files, search": 20, "MB, search": 60, "checkpoints": 2}
 
 
 class PauseAlways(FIFOScheduler):
@@ -42,7 +43,7 @@ class PauseAlways(FIFOScheduler):
         self.paused_at: dict[str, int] = {}
 
     def on_trial_result(self, tune_controller, trial, result):
-        self.rows.append(look(Path(trial.local_experiment_path)))
+        self.rows.append(look(Path(trial.storage.experiment_fs_path)))
         self.paused_at[trial.trial_id] = len(self.rows)
         if len(self.rows) % 20 == 10:
             print(f"{len(self.rows):4d} pauses: " + ", ".join(f"{value:.0f} {name}" for name, value in self.rows[-1].items()), flush=True)
