@@ -146,19 +146,9 @@ class Later:
         return Later, (self.seconds, self.searching)
 
 
-class Reports(tune.Callback):
-    """Keeps what trials report."""
-
-    def __init__(self):
-        self.rows = []
-
-    def on_trial_result(self, iteration, trials, trial, result, **info):
-        self.rows.append(result)
-
-
 def start(seed: int, later: float) -> float:
     """Seconds until trials could train in all slots."""
-    before, heard = Later(later, os.getpid()), Reports()
+    before = Later(later, os.getpid())
 
     def waiting(config, folder):
         before  # noqa: B018
@@ -172,17 +162,17 @@ def start(seed: int, later: float) -> float:
 
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as begun:
         started = time.time()
-        tune.Tuner(
+        results = tune.Tuner(
             tune.with_resources(tune.with_parameters(waiting, folder=begun), {"cpu": len(os.sched_getaffinity(0)) / SLOTS}),
             param_space=raytune_bayesian.SEARCH_SPACE,
             tune_config=tune.TuneConfig(
                 metric="loss", mode="min", num_samples=SLOTS, search_alg=TuneBOHB(seed=seed), reuse_actors=True,
                 scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=1, reduction_factor=4, stop_last_trials=False),
             ),
-            run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0, callbacks=[heard]),
+            run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0),
         ).fit()  # fmt: skip
         assert len(list(Path(begun).iterdir())) == SLOTS
-    return max(row["begun"] for row in heard.rows) - started
+    return max(result.metrics["begun"] for result in results) - started
 
 
 def starts() -> None:
