@@ -15,6 +15,7 @@ import optuna
 import plotly.colors
 import plotly.graph_objects as go
 import plotly.offline
+import plotly.subplots
 import scipy.stats
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
@@ -95,6 +96,26 @@ def learning_curves(trials: list[dict], iterations: list[dict], by_rung: dict[in
     return figure
 
 
+def gradients(trials: list[dict], iterations: list[dict]) -> go.Figure | None:
+    """Norm of the gradients, loss scale and tokens a second over the iterations of each trial; None for a run that did not record them."""
+    shown = {"grad_norm": "gradient norm", "loss_scale": "loss scale", "tokens_per_second": "tokens/s"}
+    found = [name for name in shown if any(row.get(name) is not None for row in iterations)]
+    if not found:
+        return None
+    figure = plotly.subplots.make_subplots(rows=len(found), cols=1, shared_xaxes=True, vertical_spacing=0.06)
+    for number, name in enumerate(found, 1):
+        for trial in trials:
+            rows = [row for row in iterations if row["trial_id"] == trial["trial_id"] and row.get(name) is not None]
+            figure.add_scatter(
+                x=[row["training_iteration"] for row in rows], y=[row[name] for row in rows], mode="lines+markers", marker_size=4,
+                line_width=1.5, showlegend=False, hovertext=trial["trial_id"], row=number, col=1,
+            )  # fmt: skip
+        figure.update_yaxes(title_text=shown[name], type="linear" if name == "tokens_per_second" else "log", row=number, col=1)
+    figure.update_xaxes(title_text="iteration", row=len(found), col=1)
+    figure.update_layout(height=120 + 200 * len(found))
+    return figure
+
+
 def lanes(iterations: list[dict]) -> list[tuple[str, dict]]:
     """Puts each iteration on a slot of its node, as few as were used: [(node and slot, row)], in the order of their starts."""
     free: dict[str, list[float]] = defaultdict(list)  # when each slot of a node has been free since
@@ -169,6 +190,9 @@ def draw(trials: list[dict], iterations: list[dict], hyperparameters: list[str],
         figures[f"Importance of the hyperparameters at iteration {widest}"] = optuna.visualization.plot_param_importances(study, evaluator=evaluator)
         if all(t.params.get("learning_rate", 0) > 0 for t in study.trials):
             figures[f"What the model sees of the learning rate, at iteration {widest}"] = view_of_lr(study)
+    training = gradients(trials, iterations)
+    if training:
+        figures["Gradients, loss scale and speed of each trial"] = training
     for figure in figures.values():
         figure.update_layout(title=None, **{k: v for k, v in LAYOUT.items() if k != "height" or figure.layout.height is None})
     return figures

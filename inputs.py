@@ -5,7 +5,6 @@ Imports nothing slow, so that a wrong argument costs a few seconds. Every check 
 
 import argparse
 import csv
-import errno
 import importlib.util
 import json
 import math
@@ -24,6 +23,7 @@ import safetensors
 import torch
 from ray.tune.search.sample import Categorical, Domain, Quantized
 
+import errors
 import squad
 
 
@@ -65,7 +65,8 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
     try:
         if args.plan:
             check_values(args)
-            return {}, None
+            # As on a GPU: what kind of GPU to ask for is a question of the plan, on whatever machine it is made.
+            return read_ds_config(Path(args.deepspeed), max(1, args.gpus_per_trial), args.precision), None
         run_dir = Path(args.output_dir).absolute() / args.run_name
         # Slurm has started the job again, after its time limit or the loss of its node
         args.resume |= int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir / "run.json").exists()
@@ -116,7 +117,7 @@ def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
             raise BadInput(f"--{name} {value}: neither a folder nor the name of a repository on the hub")
     if Path(args.model).is_dir():
         check_model_folder(Path(args.model))
-    ds_config = read_ds_config(Path(args.deepspeed), args.gpus_per_trial or 0)
+    ds_config = read_ds_config(Path(args.deepspeed), args.gpus_per_trial or 0, args.precision)
     return ds_config, load_examples(args.dataset) if Path(args.dataset).is_dir() else None
 
 
@@ -133,6 +134,7 @@ def check_resources(args: argparse.Namespace) -> None:
     _, gpus, cpus = machines()
     if args.gpus_per_trial is None:
         args.gpus_per_trial = min(1, gpus)
+    args.precision = args.precision or ("fp16" if args.gpus_per_trial else "fp32")
     for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": cpus}.items():
         if getattr(args, name) > have:
             raise BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
@@ -190,8 +192,13 @@ def largest(domain) -> float:
     return max(getattr(domain, "categories", None) or [getattr(domain, "upper", domain)])
 
 
-def read_ds_config(path: Path, gpus_per_trial: int) -> dict:
-    """The DeepSpeed configuration of a file."""
+def smallest(domain) -> float:
+    """The smallest value of a domain, or the value itself where it is fixed."""
+    return min(getattr(domain, "categories", None) or [getattr(domain, "lower", domain)])
+
+
+def read_ds_config(path: Path, gpus_per_trial: int, precision: str | None) -> dict:
+    """The DeepSpeed configuration of a file. The kind of mixed precision is not its business, see precision.py."""
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -208,10 +215,20 @@ def read_ds_config(path: Path, gpus_per_trial: int) -> dict:
         if not isinstance(config.get(key, {}), dict):
             raise BadInput(f"--deepspeed {path}: {key} is not a JSON object")
         if config.get(key, {}).get("enabled", "auto") != "auto":
-            raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": fp16 on a GPU, fp32 on a CPU')
+            raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": --precision decides')
+    if "torch_autocast" in config:
+        raise BadInput(f"--deepspeed {path}: remove 'torch_autocast': --precision decides, and stage 0 has it")
+    clip = config.get("gradient_clipping", "auto")
+    if clip != "auto" and (not isinstance(clip, (int, float)) or not 0 < clip < math.inf):
+        raise BadInput(f'--deepspeed {path}: gradient_clipping {clip!r}: must be "auto" or above 0')
     if any(key.startswith(("offload", "cpu_offload")) for key in config.get("zero_optimization", {})):
         raise BadInput(f"--deepspeed {path}: offload is not supported: it needs an optimizer that DeepSpeed compiles")
-    if config.get("zero_optimization", {}).get("stage") == 3:
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise BadInput(f"--deepspeed {path}: zero_optimization: stage {stage!r} is none of 0, 1, 2, 3")
+    if stage and precision == "fp16" and not gpus_per_trial:
+        raise BadInput(f"--deepspeed {path}: DeepSpeed has no fp16 on a CPU at ZeRO stage {stage}: --precision fp32, or stage 0")
+    if stage == 3:
         if gpus_per_trial < 2:
             raise BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2, or --gpus_per_trial")
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # or a checkpoint has no weights to load
@@ -241,16 +258,6 @@ def parameters(folder: Path) -> int:
         with safetensors.safe_open(file, framework="pt") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
     return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
-
-
-STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
-
-
-def is_storage(error: BaseException) -> bool:
-    """Whether an error says that a file system is full or gone. Libraries that write in C or Rust raise errors of their own."""
-    if isinstance(error, OSError) and error.errno in STORAGE:
-        return True
-    return any(word in str(error) for word in (*map(os.strerror, STORAGE), "(os error 28)", "inline_container", "PytorchStreamWriter"))
 
 
 def check_disk(output_dir: Path, needed: int) -> None:
@@ -305,10 +312,11 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
     """With --resume: takes the arguments of the run; those given again, and the search space, must be the same."""
     try:
         run = json.loads((run_dir / "run.json").read_text())
-        earlier, earlier_space = {"report_to": "tensorboard"} | run["arguments"], dict(run["search_space"])  # older runs had no choice
+        older = {"report_to": "tensorboard", "precision": "fp16" if run["arguments"]["gpus_per_trial"] else "fp32"}  # runs that had no choice
+        earlier, earlier_space = older | run["arguments"], dict(run["search_space"])
         for name, value in vars(args).items():
             if name not in ("given", "run_name", *MODES_OF_USE):
-                kind = (int, float, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)
+                kind = (int, float, str, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)
                 if not isinstance(earlier[name], kind):
                     raise ValueError(name)
     except (OSError, ValueError, KeyError, TypeError):
@@ -373,7 +381,7 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool)
     try:
         return Path(huggingface_hub.snapshot_download(**what))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = errors.one_line(error, 200)
         raise BadInput(
             f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it; "
             f"run with --prefetch where there is a network ({reason})"

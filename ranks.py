@@ -10,18 +10,18 @@ import datetime
 import gc
 import importlib
 import os
-import re
 import tempfile
 import threading
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import inputs
+import errors
 import resume
+from errors import Kind
 
 START = 600  # seconds that the ranks may take to meet
 PATIENCE = datetime.timedelta(days=7)  # for Tune to decide what becomes of a trial at its rung; a hung trial is the Watchdog's business
@@ -43,6 +43,7 @@ class Group:
         import deepspeed.ops
 
         self.rank, self.size, self.others = rank, size, []
+        self.checked = False  # whether gradients were checked in this process
         # Each process sees one GPU, its own, as number 0.
         os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         # The one op that DeepSpeed would compile here, communication on a CPU, is not needed. Not compiling it saves
@@ -76,6 +77,22 @@ class Group:
         torch.distributed.all_gather_object(values, value, group=self.messages)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether it is true in rank 0: as `broadcast`, but quick enough for each step."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor(value)
+        torch.distributed.broadcast(flag, src=0, group=self.messages)
+        return flag.item()
+
+    def mean(self, value: float, device) -> torch.Tensor | float:
+        """The mean over all ranks, on their device: the CPU does not wait for it."""
+        if self.size == 1:
+            return value
+        mean = torch.tensor(float(value), device=device)
+        torch.distributed.all_reduce(mean)
+        return mean / self.size
+
     def mine(self, batches: list) -> list[tuple]:
         """This rank's share of batches, as (batch, whether it counts): all ranks get as many, the last one perhaps once more.
 
@@ -89,8 +106,9 @@ class Group:
         """In rank 0, around its own part of a trial: the other ranks do theirs.
 
         Raises:
-            resume.TrialFailed: one rank has failed at what would come again.
+            errors.TrialFailed: one rank has failed at what would come again.
             OSError: storage is full or gone, or another rank's process is lost.
+            Exception: of one rank, where no trial can run with this installation.
         """
         if self.size == 1:
             yield
@@ -146,20 +164,20 @@ class Group:
                 return
 
 
-def _cause(errors: list[Exception], killed: bool) -> Exception:
+def _cause(raised: list[Exception], killed: bool) -> Exception:
     """What to make of the errors of several ranks, of which all but one have perhaps only lost the connection to that one."""
-    errors = [error.cause if isinstance(error, RayTaskError) else error for error in errors]
-    for error in errors:
-        if inputs.is_storage(error):
-            return error
-    for error in errors:
-        connection = isinstance(error, (RayActorError, OSError, torch.distributed.DistError)) or re.search("gloo|NCCL", str(error))
-        gpu_fails = "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError)
-        if not connection and not gpu_fails:
-            return resume.TrialFailed(f"{type(error).__name__} {' '.join(str(error).split())[:300]}")
+    raised = [error.cause if isinstance(error, RayTaskError) else error for error in raised]
+    kinds = [(errors.kind_of(error), error) for error in raised]
+    for first in (Kind.STORAGE, Kind.SETUP):
+        for kind, error in kinds:
+            if kind is first:
+                return error
+    for kind, error in kinds:
+        if kind is not Kind.NODE:
+            return errors.TrialFailed(errors.one_line(f"{type(error).__name__} {error}"))
     if killed:
-        return resume.TrialFailed("out of memory: the kernel has killed a rank at the memory limit of job or node")
-    return ConnectionError("a rank is lost: " + " | ".join(" ".join(str(error).split())[:200] for error in errors))
+        return errors.TrialFailed("out of memory: the kernel has killed a rank at the memory limit of job or node")
+    return ConnectionError("a rank is lost: " + " | ".join(errors.one_line(error, 200) for error in raised))
 
 
 @ray.remote(max_restarts=0)
@@ -194,6 +212,6 @@ def start(module: str, run: dict, size: int) -> Group:
     try:
         group = Group(0, size, folder)
     except Exception as error:  # no fault of the trial's: an OSError, so that Tune starts it again in another process
-        raise ConnectionError(f"the ranks have not met within {START} s: {' '.join(str(error).split())[:200]}") from error
+        raise ConnectionError(f"the ranks have not met within {START} s: {errors.one_line(error, 200)}") from error
     group.others = others
     return group

@@ -53,7 +53,6 @@ EVAL_TOKENS = 8192  # of a batch of sequences of like length in evaluation, padd
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
 CHECKPOINT_BYTES = 18  # a parameter, at most, as with ZeRO 1 and 2 in fp32: AdamW's state, master weights, weights, tied ones twice
-MAX_OVERFLOWS = 40  # optimizer steps in a row; each halves the loss scale, which starts at 2**16
 MAX_FAILURES = 3  # a trial whose process is lost, with its node or alone, goes on from its checkpoint so many times
 STORAGE_PATIENCE = 3600  # seconds; a file system that is full or gone is waited for, then the search goes on from its last saved state
 MAX_STORAGE_WAITS = 10  # in all
@@ -81,6 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cpus_per_trial", type=int, default=1, help="of all its processes together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as the machine has room for")
     add("--metric", choices=list(MODES), default="eval_loss", help="what trials are compared by")
+    add("--precision", choices=["fp16", "bf16", "fp32"], help="of training (default: fp16, and fp32 on a machine without GPUs)")
     add("--deepspeed", default=str(Path(__file__).with_name("ds_config.json")), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
@@ -102,8 +102,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def show_plan(args: argparse.Namespace) -> None:
-    """Prints the plan of the search, or compares those of several settings."""
+def show_plan(args: argparse.Namespace, ds_config: dict) -> None:
+    """Prints the plan of the search, or compares those of several settings; and on which GPUs it fits."""
     import simulate
 
     at_hand = inputs.slots(argparse.Namespace(**{**vars(args), "max_concurrent_trials": 0}))
@@ -119,8 +119,29 @@ def show_plan(args: argparse.Namespace) -> None:
     text = simulate.plan(SEARCH_SPACE, settings, forecasts, seconds, size, inputs.time_limit(Path(__file__).parent))
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
     print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}", flush=True)
+    if folder:
+        print(f"\n{memory_plan(args, folder, ds_config)}", flush=True)
     if size and len(forecasts) == 1:
         inputs.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(size))
+
+
+def memory_plan(args: argparse.Namespace, model: Path, ds_config: dict) -> str:
+    """Which GPUs a trial fits on, as text. In fp16 where no precision is given: the question is which GPU to ask for."""
+    import memory
+    import squad
+
+    precision = args.precision if "precision" in args.given else "fp16"
+    domain = SEARCH_SPACE["train_loop_config"]["per_device_bs"]
+
+    def forecast(ds_config: dict, batch_size: int, ranks: int) -> memory.Forecast:
+        room = squad.ANSWER_ROOM
+        return memory.forecast(model, ds_config, precision, batch_size, MAX_LENGTH, room, EVAL_TOKENS, room, ranks)
+
+    sizes = [int(inputs.smallest(domain)), int(inputs.largest(domain))]
+    try:
+        return memory.plan(forecast, precision, ds_config, sizes, max(1, args.gpus_per_trial))
+    except Exception as error:  # whatever a class of models does that FakeTensors cannot follow
+        return f"memory of a GPU: no forecast for this model: {inputs.errors.one_line(error, 200)}"
 
 
 def checkpoint_bytes(model: Path) -> int:
@@ -135,7 +156,7 @@ if __name__ == "__main__":  # before the slow imports: bad input is told within 
             inputs.use_cluster_env(Path(__file__).parent)
         DS_CONFIG, EXAMPLES = inputs.check(ARGS, SEARCH_SPACE)
         if ARGS.plan:
-            show_plan(ARGS)
+            show_plan(ARGS, DS_CONFIG)
             sys.exit()
     except inputs.BadInput as error:
         inputs.refuse(error)
@@ -148,6 +169,9 @@ import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 import bill
+import errors
+import gpu_check
+import precision
 import ranks
 import report
 import resume
@@ -226,6 +250,7 @@ class Trainer(transformers.Trainer):
     def __init__(self, *args, order: list[int], group: ranks.Group, **kwargs):
         super().__init__(*args, **kwargs)
         self.order, self.group = order, group
+        self.model_accepts_loss_kwargs = False  # the loss counts its tokens itself
 
     def _get_train_sampler(self, train_dataset=None):
         return self.order
@@ -233,7 +258,19 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         total, count = squad.answer_loss(model, inputs)
         # DeepSpeed takes the mean over ranks: so that each token counts alike, as on one GPU.
-        return total * self.group.size / sum(self.group.gather(count))
+        return total / self.group.mean(count, total.device)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward, backward and optimizer step of the DeepSpeed engine `model`. The Trainer's own also walks through all modules, to set
+        them to training."""
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        model.backward(loss)  # scales the loss
+        model.step()  # unscales the gradients, clips them, skips the step where they overflow
+        return loss.detach()
+
+    def floating_point_ops(self, inputs):
+        """Not counted: it takes as long as a quarter of a forward pass of a small batch."""
+        return 0
 
     def save_model(self, *args, **kwargs):
         """As a model only at the end of the full training: before that, DeepSpeed's files have the weights."""
@@ -268,28 +305,24 @@ class Iterations(transformers.TrainerCallback):
     F1 are computed there, or after each iteration when trials are compared by them.
     """
 
-    def __init__(self, run: dict, rungs: list[int], max_steps: int, tokenizer, engine, group: ranks.Group):
-        self.run, self.rungs, self.tokenizer, self.engine, self.group = run, rungs, tokenizer, engine, group
+    def __init__(self, run: dict, rungs: list[int], tokenizer, trainer: Trainer, checkpoint: str | None):
+        self.run, self.rungs, self.tokenizer, self.trainer, self.group = run, rungs, tokenizer, trainer, trainer.group
+        self.checkpoint = checkpoint and Path(checkpoint)
+        self.batch_size = trainer.args.per_device_train_batch_size * self.group.size
+        max_steps = math.ceil(len(trainer.order) / self.batch_size)
         self.last_steps = [round(t * max_steps / run["max_t"]) for t in range(run["max_t"] + 1)]
         self.every_score = run["metric"] != "eval_loss"
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.train()
+        self.engine = self.trainer.model_wrapped
+        self.gradients = precision.Gradients(self.engine, self.run["ds_config"], self.run["precision"], self.checkpoint, self.group.size)
         self.started_at = self.looked_at = time.time()
-        self.seen, self.overflows = (state.global_step, self.skipped_steps()), 0
+        self.first_step = state.global_step
 
-    def skipped_steps(self) -> int:
-        """Optimizer steps that DeepSpeed left out, as their gradients were infinite in fp16."""
-        return getattr(self.engine(), "skipped_steps", 0)
-
-    def count_overflows(self, step: int, iteration: int) -> None:
-        """Raises FloatingPointError when the loss scale cannot fall any further: DeepSpeed would leave out steps for ever."""
-        now = step, self.skipped_steps()
-        steps, skipped = (after - before for after, before in zip(now, self.seen))
-        self.seen, self.overflows = now, self.overflows + steps if skipped == steps else 0
-        if self.overflows > MAX_OVERFLOWS:
-            raise FloatingPointError(f"fp16: no optimizer step without an overflow, {iteration} iterations long")
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
+        if self.gradients.after_step():
+            lr_scheduler.step()  # the Trainer does not where DeepSpeed has skipped a step: the schedule would not come to its end
         if state.global_step not in self.last_steps[1:]:
             if self.stopping():
                 done = sum(step <= state.global_step for step in self.last_steps[1:])
@@ -298,13 +331,15 @@ class Iterations(transformers.TrainerCallback):
             return
         iteration = self.last_steps.index(state.global_step, 1)
         selection, began = self.run["selection"], time.time()
-        loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_TOKENS, self.group)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
-        self.count_overflows(state.global_step, iteration)
-        self.metrics = {"training_iteration": iteration, "eval_loss": loss}
-        if iteration in self.rungs or self.every_score:
-            self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"], self.group))
+        trained_on = self.trainer.order[self.first_step * self.batch_size : state.global_step * self.batch_size]
+        pace = int(self.run["train"].lengths[trained_on].sum()) / (began - self.started_at)
+        self.metrics = {"training_iteration": iteration, "tokens_per_second": pace, **self.gradients.summary()}
+        with precision.autocast(self.run["ds_config"], self.run["precision"], self.engine.device.type):
+            self.metrics["eval_loss"] = loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_TOKENS, self.group)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
+            if iteration in self.rungs or self.every_score:
+                self.metrics.update(score(model, self.tokenizer, selection, self.run["max_new_tokens"], self.group))
         self.saving_since = time.time()
         self.metrics["evaluation_seconds"] = self.saving_since - began
         model.train()
@@ -319,12 +354,13 @@ class Iterations(transformers.TrainerCallback):
         if time.time() > self.looked_at + 1:
             self.looked_at = time.time()
             stop = stop_file(self.run).exists()
-        return self.group.broadcast(stop)
+        return self.group.any(stop)
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         self.group.gather(None)  # all ranks have written their part
         if self.group.rank == 0:
+            self.gradients.save(folder)
             resume.sync(*folder.rglob("*"), folder)
         if "evaluation_seconds" in self.metrics:
             self.metrics["checkpoints_seconds"] = time.time() - self.saving_since
@@ -342,7 +378,7 @@ class Iterations(transformers.TrainerCallback):
             goes_on = self.group.broadcast(goes_on)
         if not goes_on:
             raise ranks.Stopped
-        self.started_at = time.time()
+        self.started_at, self.first_step = time.time(), self.trainer.state.global_step
 
 
 def stop_file(run: dict) -> Path:
@@ -380,8 +416,8 @@ def train(config: dict, run: dict) -> None:
         config: {"train_loop_config": {"lr", "per_device_bs", "wd"}, "rungs": iterations where it may be paused}.
         run: what all trials share, see `main`.
     """
-    if run["gpus_per_trial"] and not torch.cuda.is_available() and "FAKE_GPUS" not in os.environ:  # of the tests
-        raise RuntimeError(f"CUDA error: {socket.gethostname()} has given a GPU to this trial, and CUDA sees none")
+    if run["gpus_per_trial"]:
+        gpu_check.visible()
     GROUPS or GROUPS.append(ranks.start(__name__, run, max(1, run["gpus_per_trial"])))
     with GROUPS[0].trial(config):
         train_rank(config, run, GROUPS[0])
@@ -390,45 +426,20 @@ def train(config: dict, run: dict) -> None:
 def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
     """The part of a trial that one process has: all of it, or with several GPUs one rank."""
     hyperparameters = config["train_loop_config"]
-    transformers.set_seed(run["seed"])
     torch.set_num_threads(max(1, run["cpus_per_trial"] // group.size))
-    tokenizer, model = load_tokenizer(run["model"]), pretrained(run["model"])
-    batch_size = hyperparameters["per_device_bs"]
-    order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size * group.size, run["seed"])
+    tokenizer, model = load_tokenizer(run["model"]), pretrained(run["model"])  # before any Trainer: with ZeRO 3, transformers would split the weights
+    if not group.checked:
+        check_gradients(run, group)
+    transformers.set_seed(run["seed"])
+    batch_size = hyperparameters["per_device_bs"] * group.size
+    order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size, run["seed"])
     with contextlib.ExitStack() as stack:
         folder = group.broadcast(stack.enter_context(resume.saving_folder()) if group.rank == 0 else None)
-        arguments = transformers.TrainingArguments(
-            output_dir=folder,
-            learning_rate=hyperparameters["lr"],
-            weight_decay=hyperparameters["wd"],
-            per_device_train_batch_size=batch_size,
-            lr_scheduler_type=LR_SCHEDULE,
-            max_grad_norm=MAX_GRAD_NORM,
-            num_train_epochs=1,  # the order holds all epochs
-            deepspeed=run["ds_config"],
-            fp16=torch.cuda.is_available(),
-            use_cpu=not torch.cuda.is_available(),
-            seed=run["seed"],
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        )
-        trainer = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=run["train"],
-            data_collator=lambda batch: squad.collate(batch, tokenizer.pad_token_id),
-            order=order,
-            group=group,
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        max_steps = math.ceil(len(order) / (batch_size * group.size))
-        trainer.add_callback(Iterations(run, config["rungs"], max_steps, tokenizer, lambda: trainer.model_wrapped, group))
+        trainer = make_trainer(model, run["train"], order, hyperparameters, run, group, folder, tokenizer.pad_token_id)
         try:
             checkpoint = tune.get_checkpoint() if group.rank == 0 else None
             checkpoint, through = group.broadcast((checkpoint.path, is_model(Path(checkpoint.path))) if checkpoint else (None, False))
+            trainer.add_callback(Iterations(run, config["rungs"], tokenizer, trainer, checkpoint))
             if not through:  # else its search was cut, or its process lost, after its last report
                 trainer.train(resume_from_checkpoint=checkpoint)
         finally:  # Tune ends a paused trial by SystemExit out of tune.report
@@ -436,6 +447,59 @@ def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
                 trainer.model_wrapped.destroy()
             del trainer, model
             gc.collect()
+
+
+def make_trainer(model, data, order: list[int], hyperparameters: dict, run: dict, group: ranks.Group, folder: str, pad_token_id: int) -> Trainer:
+    """The Trainer of one trial, with the DeepSpeed engine under it; it writes its checkpoints to `folder`."""
+    clip = run["ds_config"].get("gradient_clipping", "auto")
+    arguments = transformers.TrainingArguments(
+        output_dir=folder,
+        learning_rate=hyperparameters["lr"],
+        weight_decay=hyperparameters["wd"],
+        per_device_train_batch_size=hyperparameters["per_device_bs"],
+        lr_scheduler_type=LR_SCHEDULE,
+        max_grad_norm=MAX_GRAD_NORM if clip == "auto" else clip,
+        num_train_epochs=1,  # the order holds all epochs
+        **precision.training_arguments(run["ds_config"], run["precision"]),  # DeepSpeed, fp16 or bf16
+        use_cpu=not torch.cuda.is_available(),
+        seed=run["seed"],
+        save_strategy="no",
+        logging_strategy="no",
+        logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=lambda batch: squad.collate(batch, pad_token_id),
+        order=order,
+        group=group,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def check_gradients(run: dict, group: ranks.Group) -> None:
+    """Once a process, before its first trial: that loss and gradients are scaled by this ds_config, DeepSpeed and precision.
+
+    Raises errors.WrongGradients where they are not.
+    """
+    fp16 = run["ds_config"].get("fp16", {}) | {"initial_scale_power": 10}  # or the one step might be skipped
+    run = run | {"ds_config": run["ds_config"] | {"fp16": fp16}}
+
+    def trainer_of(model, data, folder):
+        hyperparameters = {"lr": 1e-5, "wd": 0.0, "per_device_bs": 2}
+        return make_trainer(model, data, list(range(len(data))), hyperparameters, run, group, folder, pad_token_id=0)
+
+    def loss_of(model, data):
+        total, count = squad.answer_loss(model, squad.collate(data, pad_token_id=0))
+        return total / count
+
+    precision.check_gradients(trainer_of, loss_of, group.size)
+    group.checked = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -488,14 +552,16 @@ def search(
         try:
             module.train(config, run)
         except Exception as error:
-            reason = " ".join([type(error).__name__, *str(error).split()])[:300]
+            kind, reason = errors.kind_of(error), errors.one_line(f"{type(error).__name__} {error}")
             nothing = {"training_iteration": 0, run["metric"]: math.nan}
-            if inputs.is_storage(error):  # a full disk says nothing about the hyperparameters: the search stops
+            if kind is errors.Kind.STORAGE:  # a full disk says nothing about the hyperparameters: the search stops
                 tune.report({**nothing, "storage": f"{reason} (on {socket.gethostname()})"})
-            elif isinstance(error, resume.TrialFailed):
-                raise  # to be rid of its processes
-            elif isinstance(error, OSError) or "CUDA error" in str(error) and not isinstance(error, torch.OutOfMemoryError):
-                raise  # the node or its GPU fails: Tune starts the trial again in another process
+            elif kind is errors.Kind.SETUP:
+                tune.report({**nothing, "setup": f"{reason} (on {socket.gethostname()}); {errors.what_to_install(error)}"})
+            elif kind is errors.Kind.PROCESS:  # raised, so that Tune ends the processes of this trial
+                raise error if isinstance(error, errors.TrialFailed) else errors.TrialFailed(reason) from error
+            elif kind is errors.Kind.NODE:  # raised, so that Tune starts the trial again in another process
+                raise
             else:  # would come again with the same hyperparameters, so it is a result
                 file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -580,7 +646,7 @@ def test(run: dict, folder: str) -> dict[str, float]:
     torch.set_num_threads(run["cpus_per_trial"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder)
-    model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder)).to(device)
+    model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).to(device)
     loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_TOKENS)
     return {"eval_loss": loss, **score(model, tokenizer, run["test"], run["max_new_tokens"])}
 
@@ -594,7 +660,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
     try:
         tokenizer = load_tokenizer(folder)
     except Exception as error:  # whatever a broken tokenizer raises
-        raise inputs.BadInput(f"--model {folder}: no usable tokenizer: {' '.join(str(error).split())[:200]}") from None
+        raise inputs.BadInput(f"--model {folder}: no usable tokenizer: {errors.one_line(error, 200)}") from None
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise inputs.BadInput(f"--model {folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     try:
@@ -620,7 +686,7 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
         )
     run["held_out"] = "articles" if titles[0].isdisjoint(titles[1]) else "passages"
     run |= {"model": str(folder), "ds_config": ds_config, "max_new_tokens": run["train"].longest_answer}
-    return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial", "gpus_per_trial")}
+    return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial", "gpus_per_trial", "precision")}
 
 
 def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast, disk: int) -> None:
@@ -634,7 +700,11 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | N
     print(f"questions: {len(run['train'])} to train on, {len(run['selection'])} of other {run['held_out']} to select on;")
     print(f"  to test the best model on once, at the end: {whole} {len(run['test'])} of the validation set")
     if not args.gpus_per_trial:
-        print("no GPU: training in fp32 on the CPU instead of fp16")
+        print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
+    print(precision.in_words(run["ds_config"], args.precision))
+    trained_in = transformers.AutoConfig.from_pretrained(run["model"]).dtype
+    if trained_in == torch.bfloat16 and args.precision == "fp16" and "precision" not in args.given:
+        print("WARNING: this model was trained in bf16, whose range fp16 does not have: --precision bf16 is safer, on a GPU that has it (A100, H100)")
     print(f"search: {args.num_samples} trials on {inputs.slots(args)} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
     print(f"disk: up to {disk / 1e9:.3g} GB in {args.output_dir}, for {expected.checkpoints} checkpoints and the best model")
     print(f"of {args.num_samples} suggestions {expected.model_based} come after the model has enough results; a third of them stays random")
@@ -669,15 +739,17 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
-    """Makes a checkpoint a folder with model and tokenizer, as from_pretrained takes it: there as a whole or not at all."""
-    if is_model(checkpoint):  # becomes it: weights are written once
-        folder = checkpoint
-        for file in folder.iterdir():
-            if not file.name.startswith(("config.json", "generation_config.json", "model")):  # the Trainer's
-                file.unlink()
+    """Makes a folder with model and tokenizer of a checkpoint, as from_pretrained takes it: there as a whole or not at all.
+
+    Its weights are in the precision of the training, whether that came to its end or not.
+    """
+    folder = path.with_name(f".{path.name}.tmp")
+    dtype = precision.DTYPES[run["precision"]]
+    if is_model(checkpoint):
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     else:  # no trial has come to the end
-        folder = path.with_name(f".{path.name}.tmp")
-        load_weights(checkpoint, pretrained(run["model"])).save_pretrained(folder)
+        model = load_weights(checkpoint, pretrained(run["model"])).to(dtype)
+    model.save_pretrained(folder)
     load_tokenizer(run["model"]).save_pretrained(folder)
     resume.sync(*folder.rglob("*"), folder)
     folder.rename(path)
@@ -772,7 +844,7 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
         except BaseException as error:
-            if inputs.is_storage(error) or isinstance(error, OSError) and not run_dir.exists():
+            if errors.is_storage(error) or isinstance(error, OSError) and not run_dir.exists():
                 storage = error
             else:
                 status = "interrupted" if isinstance(error, resume.Drained) or not isinstance(error, Exception) else "failed"
@@ -806,7 +878,7 @@ def go_on_after(error: Exception, run_dir: Path, disk: int, environment: dict[st
     waits = int(environment.get("STORAGE_WAITS", 0))
     if waits == MAX_STORAGE_WAITS:
         return
-    print(f"storage: {' '.join(str(error).split())[-500:]}", flush=True)
+    print(f"storage: {errors.one_line(error, -500)}", flush=True)
     print(f"waiting for {run_dir} and room in it, at most {STORAGE_PATIENCE / 60:.0f} minutes (STORAGE_PATIENCE)", flush=True)
     try:
         resume.stop_at_once()  # on the signal before a time limit
@@ -826,8 +898,8 @@ if __name__ == "__main__":
     except inputs.BadInput as error:
         inputs.refuse(error)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OSError) or inputs.is_storage(error):
-            print(f"raytune_bayesian.py: storage: {' '.join(str(error).split())[-500:]}", file=sys.stderr)
+        if isinstance(error, OSError) or errors.is_storage(error):
+            print(f"raytune_bayesian.py: storage: {errors.one_line(error, -500)}", file=sys.stderr)
         elif isinstance(error, Exception) and not isinstance(error, script.resume.Drained):
             traceback.print_exc()
         where = f"{ARGS.output_dir}/{ARGS.run_name}"

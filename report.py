@@ -20,11 +20,17 @@ from pathlib import Path
 
 from ray.tune import Callback
 
+import errors
+
 COLUMNS = {"lr": "learning_rate", "per_device_bs": "batch_size", "wd": "weight_decay"}
 TRIAL_FIELDS = ["trial_id", *COLUMNS.values(), "eval_loss", "exact_match", "f1", "training_iteration", "status",
                 "model_based", "resumes", "gpu_minutes"]  # fmt: skip
-ITERATION_FIELDS = ["trial_id", "training_iteration", "eval_loss", "exact_match", "f1", "started_at", "ended_at", "node"]
 METRICS = ["eval_loss", "exact_match", "f1"]
+# How the training went: norm of the gradients before clipping (median of the iteration's steps), loss scale at its end (fp16 only), steps that
+# were skipped as their gradients overflowed, tokens trained on a second.
+TRAINING = ["grad_norm", "loss_scale", "skipped_steps", "tokens_per_second"]
+ITERATION_FIELDS = ["trial_id", "training_iteration", *METRICS, "started_at", "ended_at", "node", *TRAINING]
+USUAL = {"grad_norm": (1e-4, 1e3), "loss_scale": (16, 2**32)}  # of a fine-tuning; a trial outside is warned about
 ENDED = ("stopped", "completed", "failed")  # a trial's status, else pending, running or paused
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +188,7 @@ class Record(Callback):
         self.started_at = self.written_at = time.time()
         self.changed = False
         self.give_up: Exception | None = None  # why the search ends
+        self.warned: set[str] = set()  # trials with unusual gradients
         self.pace = 0.0  # seconds between two saves, at least
 
     def get_state(self) -> dict:
@@ -236,13 +243,20 @@ class Record(Callback):
         if result.get("storage"):
             self.give_up = OSError(result["storage"])
             return
+        if result.get("setup"):
+            self.give_up = RuntimeError(result["setup"])
+            return
         row["gpu_minutes"] += (result["ended_at"] - result["started_at"]) / 60 * self.gpus_per_trial
         if result.get("partial"):  # saved on the way, before a planned stop
             row["status"] = "paused"
             return
         self.reached[trial.trial_id] = done
-        times = {key: result[key] for key in ("started_at", "ended_at", "node")}
-        self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **times})
+        more = {key: result.get(key) for key in ("started_at", "ended_at", "node", *TRAINING)}
+        self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **more})
+        unusual = unusual_gradients(result)
+        if unusual and trial.trial_id not in self.warned:
+            self.warned.add(trial.trial_id)
+            print(f"WARNING: trial {trial.trial_id}, iteration {done}: {unusual}", flush=True)
         rungs = trial.config["rungs"]
         if done in rungs:
             row.update(metrics, training_iteration=done, status="paused" if done < rungs[-1] else "completed")
@@ -376,6 +390,15 @@ class Record(Callback):
         return f"trial {row['trial_id']} ({config}, {source}) {scores}"
 
 
+def unusual_gradients(result: dict) -> str | None:
+    """What is out of all proportion in a report's gradients, in words; None where nothing is."""
+    for name, (least, most) in USUAL.items():
+        value = result.get(name)
+        if value is not None and not least <= value <= most:  # NaN too: all steps were skipped
+            return f"{name} {value:.3g} is far from what fine-tuning has ({least:g} to {most:g}); look at lr, --precision and ds_config"
+    return None
+
+
 class Progress(Callback):
     """Prints where the search is, one table, whenever a bracket has come to its next rung, and every ten minutes.
 
@@ -474,7 +497,7 @@ def main(argv: list[str]) -> int:
         try:
             figures.save_pngs(drawn, folder)
         except Exception as error:
-            print(f"report.py: no PNGs, which need kaleido and Chrome or Chromium: {' '.join(str(error).split())[:200]}", file=sys.stderr)
+            print(f"report.py: no PNGs, which need kaleido and Chrome or Chromium: {errors.one_line(error, 200)}", file=sys.stderr)
             return 1
     if (folder / "trials.csv").exists():
         print(table(read_csv(folder / "trials.csv"), json.loads((folder / "run.json").read_text())["arguments"]["metric"]))

@@ -34,6 +34,8 @@ from ray.tune.search import SearchGenerator
 from ray.tune.utils import flatten_dict, merge_dicts
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+import errors
+
 FILE = "state.pkl"
 
 
@@ -186,10 +188,6 @@ ray.train._internal.storage.StorageContext.persist_current_checkpoint = persist_
 
 class NodeOutOfMemory(RayActorError):
     """Ray or the kernel has ended a process because its node, or the job's part of it, ran out of memory."""
-
-
-class TrialFailed(Exception):
-    """One rank of a trial has failed and the others with it: their processes are of no more use, and another try would fail too."""
 
 
 def oom_kills(root: Path = Path("/")) -> int:
@@ -366,7 +364,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             self._trial_task_failure(trial, RuntimeError("its process did not let go of the trial before it"))
 
     def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
-        its_own = isinstance(exception, (NodeOutOfMemory, TrialFailed))  # else the node's: most of what is its own the train function reports
+        its_own = isinstance(exception, (NodeOutOfMemory, errors.TrialFailed))  # else the node's: most of what is its own the train function reports
         if its_own:
             trial.max_failures = 0
         self._scheduler_alg.node_fault = not its_own
@@ -477,8 +475,8 @@ class BadNodes(Callback):
     """Gives back the worker job of a node where a GPU fails: a trial that fails at once frees its slot for the next, so that one such
     GPU would go through all trials.
 
-    A node counts as bad after `MOST` CUDA errors, if it had more of them than all others together, and others are there. Told by a
-    file where the workers meet the head, which has Slurm keep off that node for the job that replaces it.
+    A node counts as bad after `MOST` CUDA errors that errors.py puts down to the node, if it had more of them than all others together,
+    and others are there. Told by a file where the workers meet the head, which has Slurm keep off that node for the job that replaces it.
     """
 
     MOST = 2
@@ -490,8 +488,8 @@ class BadNodes(Callback):
     def on_trial_recover(self, iteration, trials, trial, **info):
         text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         last = text[text.rfind("Failure #") :]
-        found = re.search(r"\bip=([\d.]+)", last)
-        if "CUDA error" not in last or not found:
+        found, reasons = re.search(r"\bip=([\d.]+)", last), re.findall(r"CUDA error.*", last)
+        if not found or not reasons or errors.kind_of(reasons[-1]) is not errors.Kind.NODE:
             return
         address = found.group(1)
         self.errors[address] += 1
@@ -503,8 +501,7 @@ class BadNodes(Callback):
             if node["Alive"] and job:
                 jobs[node["NodeManagerAddress"]] = job
         if address in jobs and len(jobs) > 1:
-            reason = re.search(r"CUDA error.*", last).group()
-            (self.folder / f"bad-{jobs[address]}").write_text(f"a GPU fails here, {self.errors[address]} times so far: {reason}\n")
+            (self.folder / f"bad-{jobs[address]}").write_text(f"a GPU fails here, {self.errors[address]} times so far: {reasons[-1]}\n")
             self.say(f"worker job {jobs[address]} is given up: a GPU of its node fails")
 
     on_trial_error = on_trial_recover

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-IGNORE = -100  # a label that torch's cross entropy leaves out
 LOGITS = 8  # so many tokens of a sequence are counted for an answer's position, whose logits need memory: 0.5 GB a batch in fp16 for BLOOM's
 ANSWER_ROOM = 48  # tokens kept free after a prompt in evaluation: its length must not depend on the answer
 
@@ -230,22 +229,29 @@ def _window_like(question: list[int], context: list[int], room: int) -> int:
 def collate(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pads on the left, to the longest of the batch.
 
-    Returns input_ids and attention_mask, int64 (batch, longest), and labels, int64 (batch, longest answer with EOS),
-    the targets of the last positions. On the left all answers end in the same column, so that a model has to compute
-    its logits for these few columns only.
+    On the left all answers end in the same column, so that a model has to compute its logits for the last few columns only, as many as
+    the longest answer with EOS has tokens.
+
+    Returns:
+        input_ids, attention_mask: int64 (batch, longest).
+        labels: int64 (n,), the tokens of all answers, EOS included.
+        positions: int64 (n,), where their logits are among those of the last columns, (batch * width,) row by row.
+        width: that of these columns, the last one of `labels` has no logits in the batch: the columns begin one earlier.
     """
     longest = max(len(e["input_ids"]) for e in examples)
     width = max(len(e["input_ids"]) - e["prompt_length"] for e in examples)
     input_ids = torch.full((len(examples), longest), pad_token_id)
     attention_mask = torch.zeros((len(examples), longest), dtype=torch.long)
-    labels = torch.full((len(examples), width), IGNORE)
+    labels, positions = [], []
     for row, e in enumerate(examples):
         ids = torch.from_numpy(np.asarray(e["input_ids"], np.int64))
-        answer = ids[e["prompt_length"] :]
         input_ids[row, longest - len(ids) :] = ids
         attention_mask[row, longest - len(ids) :] = 1
-        labels[row, width - len(answer) :] = answer
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        labels.append(ids[e["prompt_length"] :])
+        positions.append(torch.arange((row + 1) * width - len(labels[-1]), (row + 1) * width))
+    return {
+        "input_ids": input_ids, "attention_mask": attention_mask, "labels": torch.cat(labels), "positions": torch.cat(positions), "width": width,
+    }  # fmt: skip
 
 
 def fuse_gelu(model: torch.nn.Module) -> torch.nn.Module:
@@ -257,12 +263,14 @@ def fuse_gelu(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number."""
+    """Sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number. In fp32, whatever the logits are.
+
+    Picks the logits by their positions: a mask of them would make the CPU wait for the GPU, to know how many there are.
+    """
     labels, mask = batch["labels"], batch["attention_mask"]
-    keep = {"use_cache": False, "logits_to_keep": labels.shape[1] + 1}
+    keep = {"use_cache": False, "logits_to_keep": batch["width"] + 1}
     logits = model(input_ids=batch["input_ids"], attention_mask=mask, **_positions(model, mask), **keep).logits[:, :-1]
-    supervised = labels != IGNORE
-    logits, labels = logits[supervised].float(), labels[supervised]
+    logits = logits.flatten(0, 1)[batch["positions"]].float()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), labels.numel()
 
 
@@ -298,7 +306,7 @@ def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: 
     lengths = np.maximum(data.lengths, LOGITS * (data.lengths - data.prompt_lengths))
     for indices, counts in _shares(lengths, batch_tokens, group):
         batch = collate([data[i] for i in indices], pad_token_id)
-        loss, n = answer_loss(model, {k: v.to(device) for k, v in batch.items()})
+        loss, n = answer_loss(model, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
         total, count = total + loss.item() * counts, count + n * counts
     totals, numbers = zip(*(group.gather((total, count)) if group else [(total, count)]))
     return sum(totals) / sum(numbers)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ray.tune import Callback
 from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 
-from report import METRICS
+from report import METRICS, TRAINING
 
 PATIENCE = 20  # seconds that the search waits for a tracker's server
 SHARE = 0.1  # of the search's time that a tracker may take, above the first PATIENCE seconds: the search waits meanwhile
@@ -59,7 +59,8 @@ class Guarded(Callback):
         self.call("log_trial_start", trial)
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        metrics = {name: result[name] for name in METRICS if not math.isnan(result.get(name, math.nan))}
+        values = {name: result.get(name) for name in (*METRICS, *TRAINING)}
+        metrics = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
         if metrics:  # else it failed, or was saved on the way
             self.call("log_trial_result", iteration, trial, {"training_iteration": result["training_iteration"], **metrics})
 

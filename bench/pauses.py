@@ -14,8 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the processes of trials
-os.environ["FAKE_GPUS"] = "2"
+os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], f"{ROOT}/tests/no_gpu"])  # for the processes of trials, which have no GPU
 
 import raytune_bayesian  # first: sets up Ray's environment
 

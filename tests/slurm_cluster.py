@@ -2,7 +2,7 @@
 
 Each node, and the controller, is a network namespace with an address of its own on a bridge, and a host name of its own;
 all share the file system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as far as Slurm is
-concerned: the GPUs are device files with nothing behind them.
+concerned: the GPUs are device files with nothing behind them, and tests/no_gpu stands in for CUDA.
 
     with SlurmCluster(folder) as cluster:
         cluster.run("node1", "sbatch", "job.sh")
@@ -19,7 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FILES = ["raytune_bayesian.py", "inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "figures.py", "bill.py",
-         "trackers.py", "ds_config.json", "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
+         "trackers.py", "errors.py", "gpu_check.py", "precision.py", "ds_config.json", "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
+NO_GPU = ROOT / "tests" / "no_gpu"  # on PYTHONPATH: a stand-in for CUDA
 NODES = ["node1", "node2", "node3"]
 HOSTS = [*NODES, "controller"]
 NETWORK = "10.77.0"
@@ -236,7 +237,8 @@ class Project:
         """Submits the head job; its id."""
         settings = {
             "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
-            "WORKER_TIMEOUT": "400", "FAKE_GPUS": "1", "TMPDIR": str(self.temporary), **environment,
+            "WORKER_TIMEOUT": "400", "TMPDIR": str(self.temporary),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(NO_GPU), os.environ.get("PYTHONPATH")])), **environment,
         }  # fmt: skip
         command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
         return self.cluster.run("node1", *command, cwd=self.folder, **settings).strip()

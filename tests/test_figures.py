@@ -42,7 +42,8 @@ def make_run(folder, num_samples, max_reports, max_t=16):
         searched = searcher.suggested[trial_id]["config"]["train_loop_config"]
         em = 1 / (1 + loss) if t in scheduler.bracket_of(trial_id).budgets() else None
         iterations.append({"trial_id": trial_id, "training_iteration": t, "eval_loss": loss, "exact_match": em, "f1": em,
-                           "started_at": 1e9 + 60 * start, "ended_at": 1e9 + 60 * end, "node": "node<2>"})  # fmt: skip
+                           "started_at": 1e9 + 60 * start, "ended_at": 1e9 + 60 * end, "node": "node<2>",
+                           "grad_norm": 1 + loss, "loss_scale": 2.0**16, "skipped_steps": 0, "tokens_per_second": 1000 + t})  # fmt: skip
         row = trials.setdefault(trial_id, {
             "trial_id": trial_id, **{report.COLUMNS[k]: v for k, v in searched.items()}, "eval_loss": None, "exact_match": None, "f1": None,
             "training_iteration": 0, "status": "stopped", "model_based": searcher.suggested[trial_id]["model_based"], "resumes": 0, "gpu_minutes": t,
@@ -80,7 +81,7 @@ def test_every_figure_is_drawn(run_dir, tmp_path):
     page, console = browse(run_dir / "report.html", tmp_path)
     assert console == []
     titles = re.findall("<h2>(.*?)</h2>", page)
-    assert len(titles) == 7 and titles[-1] == "Results", titles
+    assert len(titles) == 8 and titles[-1] == "Results", titles
     for i, title in enumerate(titles[:-1]):
         figure = page[page.index(f'id="figure-{i}"') :].split("<h2>")[0]
         assert figure.count('class="main-svg"') >= 1, title
@@ -104,7 +105,7 @@ def test_pngs_for_a_paper(run_dir):
         pytest.skip("no Chromium (Debian package chromium)")
     assert done.returncode == 0, done.stderr
     pictures = sorted(run_dir.glob("*.png"))
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000, picture
 

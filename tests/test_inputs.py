@@ -10,6 +10,7 @@ import sys
 import pytest
 from conftest import ROOT, run_script
 
+import errors
 import inputs
 import raytune_bayesian
 import report
@@ -28,6 +29,10 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     (folder / "stage3.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 3}}))
     (folder / "offload.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
     (folder / "fp16.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": True}}))
+    (folder / "stage4.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 4}}))
+    (folder / "stage1.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 1}}))
+    (folder / "autocast.json").write_text(json.dumps(ds_config | {"torch_autocast": {"enabled": True}}))
+    (folder / "clip.json").write_text(json.dumps(ds_config | {"gradient_clipping": 0}))
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
     shutil.copytree(tiny_squad, folder / "moved")
     train = json.loads((folder / "moved" / "train.json").read_text())
@@ -69,6 +74,11 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "ds_config with stage 3": (["--deepspeed", "@/stage3.json"], r"stage 3 splits a model over GPUs"),
     "ds_config with offload": (["--deepspeed", "@/offload.json"], r"offload is not supported"),
     "ds_config with fp16": (["--deepspeed", "@/fp16.json"], r'fp16: enabled must be "auto"'),
+    "ds_config with a stage that is none": (["--deepspeed", "@/stage4.json"], r"zero_optimization: stage 4 is none of 0, 1, 2, 3"),
+    "ds_config with autocast": (["--deepspeed", "@/autocast.json"], r"remove 'torch_autocast'"),
+    "ds_config without clipping": (["--deepspeed", "@/clip.json"], r'gradient_clipping 0: must be "auto" or above 0'),
+    "fp16 at stage 1 on a CPU": (["--deepspeed", "@/stage1.json", "--precision", "fp16"], r"DeepSpeed has no fp16 on a CPU at ZeRO stage 1"),
+    "unknown precision": (["--precision", "half"], r"--precision: invalid choice: 'half'"),
     "name too long": (["--output_dir", "x" * 300], r"x{300}.*: File name too long"),
     "data set without files": (["--dataset", "@/empty"], r"--dataset .*empty: one file train\*.json"),
     "data set without dev": (["--dataset", "@/no_dev"], r"--dataset .*no_dev: one file dev\*.json.* or validation\*.json"),
@@ -228,9 +238,9 @@ def test_what_a_full_disk_looks_like(tmp_path):
         for write in (torch.save, save_file, lambda data, path: path.write_bytes(bytes(data["w"].numpy()))):
             with pytest.raises(Exception) as caught:
                 write(weights, tmp_path / "weights")
-            assert inputs.is_storage(caught.value), caught.value
+            assert errors.is_storage(caught.value), caught.value
             (tmp_path / "weights").unlink(missing_ok=True)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
     for other in (ValueError("no"), FileNotFoundError(2, "No such file"), OSError(24, "Too many open files"), TimeoutError()):
-        assert not inputs.is_storage(other)
+        assert not errors.is_storage(other)

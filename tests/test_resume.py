@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import ray
 
-import inputs
+import errors
 import resume
 
 
@@ -95,8 +95,12 @@ def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_p
         watch.on_trial_recover(0, [], victim)
     assert said == ["worker job 71 is given up: a GPU of its node fails"]
     assert (tmp_path / "bad-71").read_text() == "a GPU fails here, 2 times so far: CUDA error: an illegal memory access\n"
-    nodes.pop()  # the only one that is left
     (tmp_path / "bad-71").unlink()
+    (tmp_path / "error.txt").write_text(text.replace("an illegal memory access", "device-side assert triggered"))  # the trial's own
+    watch.on_trial_error(0, [], victim)
+    assert not (tmp_path / "bad-71").exists()
+    (tmp_path / "error.txt").write_text(text)
+    nodes.pop()  # the only one that is left
     watch.on_trial_error(0, [], victim)
     assert not (tmp_path / "bad-71").exists()
 
@@ -137,10 +141,10 @@ def test_files_and_folders_are_on_the_disk_before_they_count(monkeypatch, tmp_pa
         resume.sync(tmp_path / "file", tmp_path)
 
 
-@pytest.mark.parametrize("code", inputs.STORAGE)
+@pytest.mark.parametrize("code", errors.STORAGE)
 def test_errors_of_storage_are_known_as_they_come_out_of_tune(code):
-    assert inputs.is_storage(OSError(code, "text")) and inputs.is_storage(RuntimeError(f"Traceback …\n{OSError(code, inputs.os.strerror(code))}"))
-    assert not inputs.is_storage(RuntimeError("CUDA error"))
+    assert errors.is_storage(OSError(code, "text")) and errors.is_storage(RuntimeError(f"Traceback …\n{OSError(code, os.strerror(code))}"))
+    assert not errors.is_storage(RuntimeError("CUDA error"))
 
 
 def test_a_termination_is_not_lost_where_python_swallows_exceptions():

@@ -147,7 +147,7 @@ def test_tensorboard(band):
                     found[file.parent.name, event.step] = value.simple_value
     rows = report.read_csv(folder / "iterations.csv")
     assert found == {(row["trial_id"], row["training_iteration"]): pytest.approx(row["eval_loss"]) for row in rows}
-    assert {tag for tag in tags if tag.startswith("ray/")} == {f"ray/tune/{name}" for name in report.METRICS}
+    assert {tag for tag in tags if tag.startswith("ray/")} == {f"ray/tune/{name}" for name in (*report.METRICS, *report.TRAINING) if name != "loss_scale"}
 
 
 def test_model_based_suggestions_are_counted(band):
@@ -212,29 +212,34 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
 
 
 def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):
-    """Both end with their own results; the score is computed after each iteration where trials are compared by it.
+    """Both end with their own results; the score is computed after each iteration where trials are compared by it. The second one is in
+    fp16, which torch.autocast has on a CPU too.
 
     Their temporary folders have the longest name that leaves room for Ray's sockets, and one that leaves none.
     """
 
-    def run(name, metric):
+    def run(name, metric, precision):
         temporary = Path(tempfile.mkdtemp(prefix="t" * (12 if name == "one" else 13), dir="/tmp"))  # 25 and 26 characters
         return run_script(
             "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", name, "--max_t", 4,
             "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--num_samples", 5, "--metric", metric, "--seed", 7,
-            TMPDIR=str(temporary),
+            "--precision", precision, TMPDIR=str(temporary),
         ), temporary  # fmt: skip
 
     with ThreadPoolExecutor(2) as pool:
-        processes = list(pool.map(run, ["one", "two"], ["f1", "eval_loss"]))
+        processes = list(pool.map(run, ["one", "two"], ["f1", "eval_loss"], ["fp32", "fp16"]))
     for name, (process, temporary) in zip(["one", "two"], processes):
         temporary.rmdir()  # nothing is left in it
         assert process.returncode == 0, process.stderr
         result, rows = closing_block(process.stdout)
         assert len(rows) == 2 + 5
         assert "this is random search" in process.stdout and "model-based suggestions: 0 of 5" in process.stdout
-    assert all(i["f1"] is not None for i in report.read_csv(tmp_path / "one" / "iterations.csv"))
-    assert not all(i["f1"] is not None for i in report.read_csv(tmp_path / "two" / "iterations.csv"))
+    one, two = (report.read_csv(tmp_path / name / "iterations.csv") for name in ("one", "two"))
+    assert all(i["f1"] is not None for i in one) and not all(i["f1"] is not None for i in two)
+    assert all(i["loss_scale"] is None for i in one) and all(i["loss_scale"] >= 2**10 for i in two)
+    assert all(i["grad_norm"] > 0 and i["tokens_per_second"] > 0 for i in one + two)
+    assert [json.loads((tmp_path / name / "best_model" / "config.json").read_text())["dtype"] for name in ("one", "two")] == ["float32", "float16"]
+    assert "precision: fp16, ZeRO stage 0: torch.autocast with fp32 weights, GradScaler" in processes[1][0].stdout
 
 
 def test_real_squad(tmp_path, demo_model, shared_squad):

@@ -518,6 +518,16 @@ def test_preflight_ray_on_the_worker(project, tiny, version):
     refused(project, project.submit(*tiny), sentence)
 
 
+def test_preflight_gpu_that_torch_cannot_use(project, tiny):
+    job = project.submit(*tiny, GPU_CHECK_SAYS="CUDA error: no kernel image is available for execution on the device\nSearch for it")
+    refused(project, job, r"refused node\d: CUDA error: no kernel image is available for .*; a V100 \(sm_70\) needs a torch .* pip install torch==")
+
+
+def test_preflight_check_of_the_gpus_that_does_not_run(project, tiny):
+    (project.folder / "gpu_check.py").write_text("import sys\nsys.exit(7)\n")
+    refused(project, project.submit(*tiny), r"refused node\d: python gpu_check.py: exit code 7, and 124 means")
+
+
 def test_preflight_sbatch_not_allowed(project, tiny):
     job = project.submit(*tiny, SBATCH_PARTITION="closed", options=["--partition=main"])
     refused(project, job, "no worker job can be submitted from node1: sbatch: error: Batch job submission failed")

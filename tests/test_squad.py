@@ -134,11 +134,10 @@ def test_batch_is_padded_to_its_longest_and_only_answers_are_supervised(tokenize
     batch = squad.collate([data[0], data[1]], tokenizer.pad_token_id)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, data.lengths.max())
     assert batch["attention_mask"].sum(1).tolist() == data.lengths.tolist()
-    width = batch["labels"].shape[1]
-    for i in range(2):
-        supervised = batch["labels"][i] != squad.IGNORE
-        answer = data[i]["input_ids"][data[i]["prompt_length"] :]
-        assert batch["labels"][i][supervised].tolist() == answer.tolist() == batch["input_ids"][i, -width:][supervised].tolist()
+    answers = [data[i]["input_ids"][data[i]["prompt_length"] :].tolist() for i in range(2)]
+    assert batch["width"] == max(map(len, answers)) and batch["labels"].tolist() == answers[0] + answers[1]
+    last = batch["input_ids"][:, -batch["width"] :]
+    assert last.flatten()[batch["positions"]].tolist() == batch["labels"].tolist()
 
 
 # -- the objective ----------------------------------------------------------------------------------------------------
@@ -156,8 +155,8 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
     for i in range(len(data)):
         ids = torch.tensor(data[i]["input_ids"].astype(np.int64))[None]
         labels = ids.clone()
-        labels[0, : data[i]["prompt_length"]] = squad.IGNORE
-        n = int((labels != squad.IGNORE).sum())
+        labels[0, : data[i]["prompt_length"]] = -100  # which torch's cross entropy leaves out
+        n = int((labels != -100).sum())
         with torch.no_grad():
             total += model(input_ids=ids, labels=labels).loss.item() * n
         count += n
@@ -180,7 +179,7 @@ def test_long_answers_of_short_sequences_share_a_batch_with_few(monkeypatch, tin
     """The logits of their positions are what needs memory."""
     examples = [make_example(0) for _ in range(40)] + [make_example(i, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4) for i in (1, 2)]
     data, shapes, answer_loss = squad.tokenize(examples, tokenizer, 500, True), [], squad.answer_loss
-    monkeypatch.setattr(squad, "answer_loss", lambda model, batch: shapes.append(batch["labels"].shape) or answer_loss(model, batch))
+    monkeypatch.setattr(squad, "answer_loss", lambda model, batch: shapes.append((len(batch["input_ids"]), batch["width"])) or answer_loss(model, batch))
     squad.evaluate_loss(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), data, 0, 2048)
     assert len(shapes) > 1 and sum(rows for rows, _ in shapes) == 42 and max(width for _, width in shapes) == data.longest_answer
     assert all(rows * width * squad.LOGITS <= 2048 for rows, width in shapes), shapes

@@ -19,9 +19,10 @@ from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from safetensors.torch import load_file
-from slurm_cluster import wait_for
+from slurm_cluster import NO_GPU, wait_for
 from transformers import AutoModelForCausalLM
 
+import errors
 import inputs
 import ranks
 import raytune_bayesian
@@ -32,12 +33,13 @@ from bohb import HyperBandForBOHB, TuneBOHB
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session():
-    os.environ["FAKE_GPUS"] = "2"
+    before = os.environ["PYTHONPATH"]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_GPU), before])
     with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
         raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=0), temp_dir, trials_dir)
         yield
         ray.shutdown()
-    del os.environ["FAKE_GPUS"]
+    os.environ["PYTHONPATH"] = before
 
 
 def prepare(model, dataset, *more):
@@ -506,20 +508,23 @@ class Unreadable:
 
 
 @pytest.mark.parametrize(
-    "errors, killed, kind, text",
+    "raised, killed, kind, text",
     [
         ([OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(2, "gone")], False, OSError, "No space left"),
-        ([RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory")], False, resume.TrialFailed, "CUDA out of memory"),
-        ([ValueError("no"), RuntimeError("gloo: Connection reset by peer")], False, resume.TrialFailed, "ValueError no"),
+        ([RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory")], False, errors.TrialFailed, "CUDA out of memory"),
+        ([ValueError("no"), RuntimeError("gloo: Connection reset by peer")], False, errors.TrialFailed, "ValueError no"),
         ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], False, ConnectionError, "a rank is lost"),
-        ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], True, resume.TrialFailed, "out of memory"),
+        ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], True, errors.TrialFailed, "out of memory"),
         ([torch.distributed.DistBackendError("NCCL error: unhandled system error")], False, ConnectionError, "NCCL error"),
         ([RuntimeError("CUDA error: an illegal memory access")], False, ConnectionError, "CUDA error"),
+        ([ConnectionError("a rank is lost"), RuntimeError("CUDA error: device-side assert triggered")], False, errors.TrialFailed, "device-side assert"),
+        ([RuntimeError("NCCL error"), RuntimeError("CUDA error: no kernel image is available")], False, RuntimeError, "no kernel image"),
     ],
 )
-def test_what_to_make_of_errors(errors, killed, kind, text):
-    """A full disk is waited for, a lost rank or a broken GPU is the node's fault, and all else the trial's, which is not tried again."""
-    cause = ranks._cause(errors, killed)
+def test_what_to_make_of_errors(raised, killed, kind, text):
+    """A full disk is waited for, a lost rank or a broken GPU is the node's fault, and all else the trial's, which is not tried again.
+    An error of the installation comes out as it is."""
+    cause = ranks._cause(raised, killed)
     assert type(cause) is kind and text in str(cause)
 
 

@@ -1,0 +1,109 @@
+"""What an error means for the search. The one place where errors are told apart; docs/failures.md has the table and what is done.
+
+Imports nothing but the standard library: the processes of trials and worker_node.slurm load it before torch and Ray.
+"""
+
+import enum
+import errno
+import importlib.metadata
+import os
+import re
+
+
+class Kind(enum.Enum):
+    """The values are the words of docs/failures.md."""
+
+    TRIAL = "trial"  # the trial has failed, and would fail again with the same hyperparameters
+    PROCESS = "trial and process"  # the trial has failed, and CUDA cannot be used any more in its process
+    NODE = "node"  # the node, its GPU or the connection is at fault: the trial is tried again elsewhere
+    STORAGE = "storage"  # the file system of the results is full or gone: the search waits
+    SETUP = "installation"  # no trial can run with this installation: the search ends
+
+
+# Regular expressions for the text of an error. The first one that is found decides. torch puts "CUDA error: " before the texts of CUDA.
+TEXTS = [
+    ("no kernel image is available", Kind.SETUP, "torch has no kernels for this GPU; the default wheel has none for a V100"),
+    ("_STATUS_ARCH_MISMATCH", Kind.SETUP, "cuBLAS or cuDNN has no kernels for this GPU"),
+    ("CUDA driver version is insufficient", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
+    ("NVIDIA driver on your system is too old", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
+    ("PTX was compiled with an unsupported toolchain", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
+    ("not compiled with CUDA enabled", Kind.SETUP, "a torch for the CPU is installed where a trial has a GPU"),
+    ("CUDA out of memory", Kind.TRIAL, "the trial needs more memory than the GPU has"),
+    ("CUDA error: out of memory", Kind.TRIAL, "the same, outside of torch's own allocator"),
+    ("Cuda failure.*out of memory", Kind.TRIAL, "the same, in NCCL"),
+    ("CUBLAS_STATUS_ALLOC_FAILED", Kind.TRIAL, "the same, in cuBLAS"),
+    ("CUDNN_STATUS_.*ALLOC.*FAILED", Kind.TRIAL, "the same, in cuDNN"),
+    ("device-side assert triggered", Kind.PROCESS, "a kernel refuses a value, for example an index out of range: the fault is in the model or the data"),
+    ("uncorrectable ECC error", Kind.NODE, "the GPU's memory is broken"),
+    ("unspecified launch failure", Kind.NODE, "the GPU or its driver fails"),
+    ("launch timed out and was terminated", Kind.NODE, "the GPU or its driver fails"),
+    ("illegal memory access", Kind.NODE, "the GPU or its driver fails, or a kernel has a rare fault"),
+    ("GPU is lost", Kind.NODE, "the driver does not reach the GPU any more"),
+    ("fallen off the bus", Kind.NODE, "the driver does not reach the GPU any more"),
+    ("busy or unavailable", Kind.NODE, "another process holds the GPU"),
+    ("no CUDA-capable device is detected", Kind.NODE, "the driver sees no GPU"),
+    ("No CUDA GPUs are available", Kind.NODE, "the driver sees no GPU"),
+    ("Found no NVIDIA driver", Kind.NODE, "no driver is loaded on this node"),
+    ("system not yet initialized", Kind.NODE, "the fabric manager, which connects the GPUs of a node, does not run"),
+    ("CUDA driver initialization failed", Kind.NODE, "the driver does not start"),
+    ("Unexpected error from cudaGetDeviceCount", Kind.NODE, "the driver does not start"),
+    (r"NCCL|\bnccl", Kind.NODE, "the connection to another rank is lost"),
+    (r"\bgloo\b", Kind.NODE, "the connection to another rank is lost"),
+    ("CUDA (driver |unknown )?error", Kind.NODE, "any other error of CUDA"),
+]
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
+
+
+class TrialFailed(Exception):
+    """A trial has failed, its processes are of no more use, and another try would fail too."""
+
+
+class WrongGradients(Exception):
+    """The optimizer gets other gradients than the loss has: this ds_config and this DeepSpeed cannot train in this precision."""
+
+
+def is_storage(error: BaseException | str) -> bool:
+    """Whether an error says that a file system is full or gone. Libraries that write in C or Rust raise errors of their own."""
+    if isinstance(error, OSError) and error.errno in STORAGE:
+        return True
+    return any(word in str(error) for word in (*map(os.strerror, STORAGE), "(os error 28)", "inline_container", "PytorchStreamWriter"))
+
+
+def kind_of(error: BaseException | str) -> Kind:
+    """What an error, or its text, means. What is not known is the trial's own: NaN, broken data, a mistake in the code."""
+    if is_storage(error):
+        return Kind.STORAGE
+    if isinstance(error, TrialFailed):
+        return Kind.PROCESS
+    if isinstance(error, WrongGradients):
+        return Kind.SETUP
+    classes = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}  # by name: torch and Ray are slow to import
+    if "torch.OutOfMemoryError" in classes:
+        return Kind.TRIAL
+    for pattern, kind, _ in TEXTS:
+        if re.search(pattern, str(error)):
+            return kind
+    if isinstance(error, OSError) or classes & {"ray.exceptions.RayActorError", "torch.distributed.DistError"}:
+        return Kind.NODE
+    return Kind.TRIAL
+
+
+def what_to_install(error: BaseException | str) -> str:
+    """For an error of the installation, what to install; else nothing."""
+    if kind_of(error) is not Kind.SETUP:
+        return ""
+    if isinstance(error, WrongGradients):
+        return "take another ZeRO stage in ds_config, another --precision, or the DeepSpeed of requirements.txt"
+    torch = importlib.metadata.version("torch").partition("+")[0]
+    wheel = f"pip install torch=={torch} --index-url https://download.pytorch.org/whl/cu126"
+    if re.search("no kernel image|ARCH_MISMATCH", str(error)):
+        return f"a V100 (sm_70) needs a torch that was built for CUDA 12.6: {wheel}; a GPU that is newer than an H100 needs the default wheel"
+    if "not compiled" in str(error):
+        return f"install a torch with CUDA: the default wheel (A100, H100; driver 580 or newer), or, for a V100 or an older driver: {wheel}"
+    return f"install a newer NVIDIA driver (580 or newer for the default wheel), or a torch that was built for CUDA 12.6: {wheel}"
+
+
+def one_line(error: BaseException | str, limit: int = 300) -> str:
+    """The text of an error on one line: its first `limit` characters, or the last ones where the limit is negative."""
+    text = " ".join(str(error).split())
+    return text[:limit] if limit > 0 else text[limit:]

@@ -1,0 +1,55 @@
+"""Whether the GPUs that this process may use are there and compute.
+
+    python gpu_check.py     # prints the GPUs, exit code 0; or one line on what is wrong, exit code 1
+
+worker_node.slurm runs it before it joins: a GPU that cannot compute would take one trial after the other.
+"""
+
+import socket
+import sys
+
+import errors
+
+SIZE = 128  # of the matrices: sums of so many products of numbers from -3 to 3 are exact in fp16
+
+
+def visible() -> None:
+    """Raises RuntimeError, with CUDA's reason, where torch sees no GPU. It is quick: each trial on a GPU calls it."""
+    import torch
+
+    if torch.cuda.is_available():  # else it does not say why
+        return
+    try:
+        torch.cuda.init()
+        reason = "CUDA gives no reason"
+    except Exception as error:  # AssertionError where torch is one for the CPU
+        reason = errors.one_line(error)
+    raise RuntimeError(f"CUDA error: a GPU of {socket.gethostname()} was given to this process, and CUDA sees none: {reason}")
+
+
+def check() -> str:
+    """Multiplies two matrices in fp16 on each GPU. Returns the names of the GPUs; raises RuntimeError where one cannot do it."""
+    visible()
+    import torch
+
+    a = (torch.arange(SIZE * SIZE) % 7 - 3).reshape(SIZE, SIZE).float()
+    for i in range(torch.cuda.device_count()):
+        on_gpu = a.half().to(f"cuda:{i}")
+        if not torch.equal((on_gpu @ on_gpu).float().cpu(), a @ a):
+            raise RuntimeError(f"CUDA error: GPU {i} computes a wrong matrix product")
+    return "GPUs that compute: " + ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def main() -> int:
+    try:
+        print(check())
+    except Exception as error:
+        print("; ".join(filter(None, [errors.one_line(error), errors.what_to_install(error)])))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    import gpu_check  # by its name, as trials do
+
+    sys.exit(gpu_check.main())

@@ -1,0 +1,247 @@
+"""Mixed precision under DeepSpeed: which kind a trial trains with, and what is seen of it. Nothing of Ray or SQuAD in here.
+
+In fp16 a gradient below 6e-8 is 0, so the loss is multiplied by a *loss scale* before the backward pass and the gradients are divided by
+it before the optimizer uses them. A step whose scaled gradients overflow is skipped, and the scale is halved. What does this depends on the
+ZeRO stage of the DeepSpeed configuration:
+
+    stage 0         torch.autocast: weights, gradients and optimizer in fp32, matrix products in 16 bits; torch.amp.GradScaler
+    stages 1 to 3   weights and gradients in 16 bits, fp32 copies of the weights in the optimizer; DeepSpeed's own loss scaler
+
+DeepSpeed also has fp16 weights at stage 0. It is never used here: up to 0.19.8 it divides the gradients by the loss scale although it has
+not multiplied the loss by it (DeepSpeed pull request 8393), so gradients are 65,536 times too small. `check_gradients` finds such a fault.
+
+bf16 has fp32's range and needs no loss scale.
+"""
+
+import contextlib
+import copy
+import functools
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import masking_utils
+
+import errors
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+SCALER_FILE = "grad_scaler.json"  # in a checkpoint: DeepSpeed saves its own loss scaler, and not torch's
+REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own default, ten times as many, takes 1 GB of the GPU
+LOOK_EVERY = 16  # optimizer steps; more often at stage 0 would make the CPU wait for the GPU
+
+
+def zero_stage(ds_config: dict) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
+def engine_config(ds_config: dict, precision: str) -> dict:
+    """The DeepSpeed configuration of a trial: the user's with the kind of mixed precision that fits its ZeRO stage.
+
+    Args:
+        ds_config: as in ds_config.json; its `enabled` of fp16 and bf16 are "auto".
+        precision: "fp16", "bf16" or "fp32".
+    """
+    config = copy.deepcopy(ds_config)
+    if zero_stage(config) == 0:
+        config["fp16"] = config.get("fp16", {}) | {"enabled": False}
+        config["bf16"] = config.get("bf16", {}) | {"enabled": False}
+        if precision != "fp32":
+            config["torch_autocast"] = {"enabled": True, "dtype": str(DTYPES[precision]).removeprefix("torch.")}
+    else:
+        config["zero_optimization"].setdefault("reduce_bucket_size", REDUCE_BUCKET)
+    return config
+
+
+def training_arguments(ds_config: dict, precision: str) -> dict:
+    """What `transformers.TrainingArguments` has to be told of `engine_config`: it fills in DeepSpeed's "auto"."""
+    by_deepspeed = zero_stage(ds_config) > 0
+    return {name: by_deepspeed and precision == name for name in ("fp16", "bf16")} | {"deepspeed": engine_config(ds_config, precision)}
+
+
+def in_words(ds_config: dict, precision: str) -> str:
+    """One line for the log."""
+    stage = zero_stage(ds_config)
+    if precision == "fp32":
+        return f"precision: fp32, ZeRO stage {stage}"
+    how = "torch.autocast with fp32 weights" if stage == 0 else f"{precision} weights with fp32 copies in the optimizer"
+    scale = {"bf16": "", "fp16": ", GradScaler" if stage == 0 else ", DeepSpeed's loss scaler"}[precision]
+    return f"precision: {precision}, ZeRO stage {stage}: {how}{scale}"
+
+
+@contextlib.contextmanager
+def autocast(ds_config: dict, precision: str, device_type: str):
+    """Around evaluation: as in training. At stages 1 to 3 the weights are in 16 bits already."""
+    enabled = precision != "fp32" and zero_stage(ds_config) == 0
+    with torch.autocast(device_type, DTYPES[precision] if enabled else None, enabled):
+        yield
+
+
+def never_all_masked(make_mask):
+    """The mask of an attention without rows in which everything is masked, as those of padding on the left are: they see everything.
+
+    What such a row gives is never used, but it must be a number: transformers adds the smallest number of the dtype to masked scores, and
+    in fp16 its sum with a negative score is -inf. Softmax of -inf alone is NaN, and makes the whole sequence NaN in the next layer.
+
+    Args:
+        make_mask: of transformers.masking_utils; returns a boolean mask (True: visible), an additive one (0: visible), or None.
+    """
+
+    @functools.wraps(make_mask)
+    def make(*args, **kwargs):
+        mask = make_mask(*args, **kwargs)
+        if mask is None:
+            return None
+        if mask.dtype == torch.bool:
+            return mask | ~mask.any(-1, keepdim=True)
+        return mask * (mask == 0).any(-1, keepdim=True)
+
+    return make
+
+
+for name, make_mask in {"eager": masking_utils.eager_mask, "sdpa": masking_utils.sdpa_mask}.items():
+    transformers.AttentionMaskInterface.register(name, never_all_masked(make_mask))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# while a trial trains
+
+
+class Gradients:
+    """Norms of the gradients, the loss scale and skipped steps of a training, collected without waiting for the GPU in each step.
+
+    Takes over two methods of a DeepSpeed engine at ZeRO stage 0, where DeepSpeed walks through all parameters one by one: clipping
+    and zeroing. And its all-reduce with one rank, which would only copy.
+
+    Args:
+        engine: the DeepSpeed engine, before its first step.
+        ds_config, precision: see `engine_config`.
+        checkpoint: the folder that the training goes on from, or None.
+        ranks: of the trial.
+    """
+
+    def __init__(self, engine, ds_config: dict, precision: str, checkpoint: Path | None, ranks: int):
+        self.engine, self.precision = engine, precision
+        self.norms: list[torch.Tensor | float] = []  # of each step since the last summary, before clipping; not finite where it was skipped
+        self.skipped_before = engine.skipped_steps
+        fp16 = ds_config.get("fp16", {})
+        self.least_scale = fp16.get("min_loss_scale", 1)
+        self.scaler = engine.torch_autocast_z0_gradscaler
+        self.stage_0 = not engine.zero_optimization()
+        if self.stage_0:
+            engine.enable_backward_allreduce = ranks > 1
+            engine.clip_fp32_gradients = self._clip
+            engine.zero_grad = engine.optimizer.zero_grad
+        if self.scaler:
+            static = fp16.get("loss_scale", 0)
+            start = {
+                "scale": float(static or 2.0 ** fp16.get("initial_scale_power", 16)),
+                "growth_factor": 1.0 if static else 2.0,
+                "backoff_factor": 1.0 if static else 0.5,
+                "growth_interval": fp16.get("loss_scale_window", 1000),
+                "_growth_tracker": 0,
+            }
+            saved = checkpoint and checkpoint / SCALER_FILE
+            self.scaler.load_state_dict(json.loads(saved.read_text()) if saved and saved.exists() else start)
+
+    def _clip(self) -> None:
+        parameters = self.engine.module.parameters()
+        self.norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.engine.gradient_clipping(), foreach=True))
+
+    def after_step(self) -> bool:
+        """To be called after each optimizer step; whether it was skipped, as far as that is known without waiting for the GPU.
+
+        Raises FloatingPointError where gradients overflow at the smallest loss scale too: every step would be skipped.
+        """
+        skipped = self.engine.skipped_steps > self.skipped_before
+        self.skipped_before = self.engine.skipped_steps
+        if not self.stage_0:
+            self.norms.append(math.inf if skipped else self.engine.get_global_grad_norm())
+        if skipped or self.scaler and len(self.norms) % LOOK_EVERY == 0:
+            self._check()
+        return skipped
+
+    def _check(self) -> None:
+        if self.loss_scale() <= self.least_scale and not math.isfinite(self.norms[-1]):
+            raise FloatingPointError(f"fp16: the gradients overflow with a loss scale of {self.loss_scale():g} too, so that no step is done")
+
+    def loss_scale(self) -> float | None:
+        """The loss scale; None where the precision needs none."""
+        if self.precision != "fp16":
+            return None
+        return self.scaler.get_scale() if self.scaler else float(self.engine.optimizer.loss_scale)
+
+    def summary(self) -> dict[str, float | int | None]:
+        """Of the steps since the last summary: median norm before clipping, skipped steps, and the loss scale now."""
+        if self.scaler and self.norms:
+            self._check()
+        norms = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in self.norms or [math.nan]]).cpu()
+        self.norms = []
+        finite = norms[norms.isfinite()]
+        return {
+            "grad_norm": finite.median().item() if len(finite) else math.nan,
+            "loss_scale": self.loss_scale(),
+            "skipped_steps": len(norms) - len(finite),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Adds torch's loss scaler to a checkpoint."""
+        if self.scaler:
+            (folder / SCALER_FILE).write_text(json.dumps(self.scaler.state_dict()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# before the first trial
+
+
+def tiny_model() -> transformers.PreTrainedModel:
+    """A random BLOOM of one layer whose gradients are as small as those of a real fine-tuning: their norm is about 0.05."""
+    sizes = {"vocab_size": 32, "hidden_size": 8, "n_layer": 1, "n_head": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    generator = torch.Generator().manual_seed(0)
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def check_gradients(make_trainer, loss_of, ranks: int) -> float:
+    """Trains one step of a tiny model, and compares the gradient that AdamW has used with the one that autograd finds in fp32.
+
+    Its running mean holds it after one step: (1 - beta1) times the gradient, after unscaling and clipping.
+
+    Args:
+        make_trainer: (model, data, folder) -> a Trainer as a trial has it, for one optimizer step on all of `data`, two sequences a rank.
+        loss_of: (model, data) -> the mean loss on `data`, for autograd.
+        ranks: of the trial, which all call this.
+
+    Returns:
+        The ratio of both norms: 1 within the precision.
+
+    Raises:
+        errors.WrongGradients: it is not within 5 % of 1.
+    """
+    data = [{"input_ids": [5 + i, 9, 3, 30 - i, 1], "prompt_length": 3} for i in range(2 * ranks)]
+    reference = tiny_model()
+    loss_of(reference, data).backward()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()]).item()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(tiny_model(), data, folder)
+        try:
+            trainer.train()
+            engine = trainer.model_wrapped
+            (beta, _), clip = engine.basic_optimizer.param_groups[0]["betas"], engine.gradient_clipping()
+            states = engine.basic_optimizer.state.values()
+            squares = sum((state["exp_avg"].float().square().sum() for state in states), torch.zeros((), device=engine.device))
+            if engine.zero_optimization():  # each rank has a part
+                torch.distributed.all_reduce(squares)
+        finally:
+            if hasattr(trainer.model_wrapped, "destroy"):
+                trainer.model_wrapped.destroy()
+    ratio = squares.sqrt().item() / (1 - beta) / min(expected, clip or expected)
+    if not 0.95 < ratio < 1.05:
+        raise errors.WrongGradients(f"the optimizer gets gradients that are {ratio:.3g} times those of the loss")
+    return ratio

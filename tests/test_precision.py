@@ -1,0 +1,224 @@
+"""fp16 as fp32 is tested: the real DeepSpeed engine trains in fp16 on the CPU, with a scaled loss, overflows and skipped steps, on real Ray."""
+
+import json
+import os
+import tempfile
+import types
+
+import pytest
+import ray
+import torch
+import transformers
+from conftest import ROOT
+from safetensors.torch import load_file
+from slurm_cluster import NO_GPU
+from test_trial import PauseAtRungs, config, losses, prepare, run_ranks
+from transformers import masking_utils
+
+import errors
+import precision
+import raytune_bayesian
+import report
+import squad
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session():
+    before = os.environ["PYTHONPATH"]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_GPU), before])  # DeepSpeed takes the CPU for one that it can use in fp16
+    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
+        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=0), temp_dir, trials_dir)
+        yield
+        ray.shutdown()
+    os.environ["PYTHONPATH"] = before
+
+
+def in_fp16(run, stage, **fp16):
+    """The run in fp16 at a ZeRO stage; fp16: what its ds_config says of the loss scale."""
+    ds_config = json.loads((ROOT / "ds_config.json").read_text())
+    ds_config["zero_optimization"] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
+    ds_config["fp16"] |= fp16
+    return run | {"ds_config": ds_config, "precision": "fp16"}
+
+
+def trial(config, run):
+    """A trial whose loss is multiplied, and which reports its learning rate."""
+    import raytune_bayesian
+
+    c = config["configs"][config["i"]]
+
+    class Trainer(raytune_bayesian.Trainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (c["multiplier"] if self.group.checked else 1)
+
+    class Iterations(raytune_bayesian.Iterations):
+        def report(self, checkpoint=None):
+            self.metrics["lr"] = self.engine.basic_optimizer.param_groups[0]["lr"]
+            super().report(checkpoint)
+
+    originals = raytune_bayesian.Trainer, raytune_bayesian.Iterations
+    raytune_bayesian.Trainer, raytune_bayesian.Iterations = Trainer, Iterations
+    try:
+        raytune_bayesian.train(c, run)
+    finally:
+        raytune_bayesian.Trainer, raytune_bayesian.Iterations = originals
+
+
+def with_loss(multiplier, **more):
+    return config(per_device_bs=more.pop("per_device_bs", 2), **more) | {"multiplier": multiplier}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tiny_squad):
+    return prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
+
+
+@pytest.fixture(scope="module")
+def in_fp32(run, tmp_path_factory):
+    """Losses of a trial in fp32, with its loss as it is and a hundredth of it."""
+    configs = [with_loss(1, rungs=[4]), with_loss(0.01, rungs=[4])]
+    return [losses(result) for result in run_ranks(tmp_path_factory.mktemp("fp32"), trial, run, configs, size=1)]
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
+def test_fp16_learns_as_fp32_does(tmp_path, run, in_fp32, stage, ranks):
+    """Also where the gradients are as small as in a real fine-tuning: unscaled, most of them would be 0 in fp16."""
+    multipliers = (1, 0.01) if ranks == 1 else (1,)  # `trial` changes the loss of rank 0 only
+    configs = [with_loss(multiplier, rungs=[4], per_device_bs=2 // ranks) for multiplier in multipliers]
+    results = run_ranks(tmp_path, trial, in_fp16(run, stage, initial_scale_power=12), configs, size=ranks)
+    assert len(results) == len(configs)
+    for result, expected, gradients in zip(results, in_fp32, ((1, 100), (0.01, 1))):
+        assert result.error is None
+        assert losses(result) == pytest.approx(expected, rel=0.02) and losses(result)[-1] < 0.8 * losses(result)[0]
+        frame = result.metrics_dataframe
+        assert frame["grad_norm"].between(*gradients).all() and (frame["loss_scale"] == 2**12).all() and (frame["skipped_steps"] == 0).all()
+        assert (frame["tokens_per_second"] > 0).all()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage):
+    """To the last bit, loss scale and skipped steps included; and the schedule of the learning rate comes to its end."""
+    run = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
+    run = in_fp16(run, stage, initial_scale_power=24, loss_scale_window=15)
+    scheduler = PauseAtRungs([1, 3])
+    paused, through = run_ranks(tmp_path, trial, run, [with_loss(1, rungs=[1, 3, 6])] * 2, scheduler, size=1)
+    assert scheduler.pauses == 2 and len(losses(paused)) == 6
+    for name in ("eval_loss", "grad_norm", "loss_scale", "skipped_steps", "lr"):
+        assert paused.metrics_dataframe[name].tolist() == through.metrics_dataframe[name].tolist(), name
+    skipped = through.metrics_dataframe["skipped_steps"].tolist()
+    assert skipped[0] > 5 and min(sum(skipped[1:3]), sum(skipped[3:])) > 0, skipped
+    assert paused.metrics["lr"] == 0
+    weights = [load_file(f"{result.checkpoint.path}/model.safetensors") for result in (paused, through)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (3, 2)])
+def test_gradients_that_always_overflow_end_the_trial(tmp_path, run, stage, ranks):
+    """With the same words at every stage, before the first iteration has ended."""
+    (result,) = run_ranks(tmp_path, trial, in_fp16(run, stage), [with_loss(1e30, per_device_bs=1)], size=ranks)
+    assert "FloatingPointError: fp16: the gradients overflow with a loss scale of" in str(result.error), result.error
+    assert errors.kind_of(FloatingPointError("fp16: the gradients overflow")) is errors.Kind.TRIAL
+
+
+def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, run):
+    """What DeepSpeed 0.19.8 does with fp16 weights at stage 0."""
+
+    def fp16_weights_at_stage_0(config, run):
+        import precision
+        import raytune_bayesian
+
+        precision.training_arguments = lambda ds_config, name: {"fp16": True, "deepspeed": ds_config}
+        raytune_bayesian.train(config["configs"][config["i"]], run)
+
+    (result,) = run_ranks(tmp_path, fp16_weights_at_stage_0, in_fp16(run, 0), [with_loss(1)], size=1)
+    assert "WrongGradients: the optimizer gets gradients that are 0.000977 times those of the loss" in str(result.error)  # 1 in 2**10
+    assert errors.kind_of(errors.WrongGradients("")) is errors.Kind.SETUP  # ends the search
+
+
+@pytest.mark.parametrize("stage, ended", [(0, True), (0, False), (1, True), (1, False)])
+def test_best_model_has_the_precision_of_the_training(tmp_path, run, tiny_model, stage, ended):
+    """Whether its trial came to its end or not; and the test reads it so."""
+    fp16 = in_fp16(run, stage)
+    (result,) = run_ranks(tmp_path, trial, fp16, [with_loss(1, rungs=[4 if ended else 3])], size=1)
+    checkpoint = next(path for path in tmp_path.glob("ray/*/checkpoint_*"))
+    assert raytune_bayesian.is_model(checkpoint) is ended
+    raytune_bayesian.save_best_model(checkpoint, fp16, tmp_path / "best_model")
+    assert {weight.dtype for weight in load_file(tmp_path / "best_model" / "model.safetensors").values()} == {torch.float16}
+    assert json.loads((tmp_path / "best_model" / "config.json").read_text())["dtype"] == "float16"
+    tested = raytune_bayesian.test(fp16 | {"test": run["selection"]}, str(tmp_path / "best_model"))
+    assert tested["eval_loss"] == pytest.approx(losses(result)[3 if ended else 2], rel=3e-3)
+
+
+# -- without Ray ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage, name, expected", [
+    (0, "fp16", {"fp16": False, "bf16": False, "torch_autocast": {"enabled": True, "dtype": "float16"}}),
+    (0, "bf16", {"fp16": False, "bf16": False, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    (0, "fp32", {"fp16": False, "bf16": False, "torch_autocast": None}),
+    (1, "fp16", {"fp16": "auto", "bf16": "auto", "torch_autocast": None}),
+])  # fmt: skip
+def test_engine_config(stage, name, expected):
+    ds_config = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
+    made = precision.training_arguments(ds_config, name)
+    assert {key: made["deepspeed"].get(key) if key == "torch_autocast" else made["deepspeed"][key]["enabled"] for key in expected} == expected
+    assert (made["fp16"], made["bf16"]) == (stage == 1 and name == "fp16", False)
+    assert "torch_autocast" not in ds_config and ds_config["fp16"]["enabled"] == "auto"  # the user's own stays as it is
+
+
+def with_low_scores(family: str) -> torch.nn.Module:
+    """A model whose queries and keys have biases that lower all scores by the same 40: softmax does not see it, fp16's smallest number does."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "attention_bias": True}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes)).eval()
+    bias = (40 * 4) ** 0.5 / 4  # of 16 dimensions; scores are divided by 4
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("query_key_value.bias"):  # (head, query key or value, dimension)
+                parameter.view(2, 3, 16)[:, 0], parameter.view(2, 3, 16)[:, 1] = bias, -bias
+            elif name.endswith("q_proj.bias"):
+                parameter.fill_(bias)
+            elif name.endswith("k_proj.bias"):
+                parameter.fill_(-bias)
+    return model
+
+
+@pytest.mark.parametrize("family, attention", [("bloom", "eager"), ("llama", "eager"), ("llama", "sdpa")])
+def test_no_nan_by_padding_in_fp16(family, attention, monkeypatch):
+    """The rows of padding, in which all scores are masked, give numbers; those of tokens give what they give without padding in fp32."""
+    model = with_low_scores(family)
+    model.set_attn_implementation(attention)
+    if family == "llama":  # its positions turn the biases: only part of the shift is left
+        model.config.rope_parameters["rope_theta"] = 1e30
+    data = [{"input_ids": torch.arange(5, n).numpy(), "prompt_length": n - 8} for n in (12, 40)]
+    batch = squad.collate(data, 0)
+    expected = sum(squad.answer_loss(model, squad.collate([example], 0))[0].item() for example in data)
+    half = model.half()
+    assert squad.answer_loss(half, batch)[0].item() == pytest.approx(expected, rel=1e-2)
+    if attention == "eager":  # transformers' own
+        monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", masking_utils.eager_mask)
+        assert squad.answer_loss(half, batch)[0].isnan()
+
+
+def test_masks_are_transformers_own_where_something_is_visible():
+    padding = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    sizes = {"batch_size": 2, "q_length": 4, "kv_length": 4, "attention_mask": padding, "dtype": torch.float16}
+    for name, empty in (("eager_mask", torch.finfo(torch.float16).min), ("sdpa_mask", False)):
+        own = getattr(masking_utils, name)(**sizes)
+        ours = precision.never_all_masked(getattr(masking_utils, name))(**sizes)
+        assert (own[0, 0, :2] == empty).all() and (ours[0, 0, :2] != empty).all()
+        assert torch.equal(own[0, 0, 2:], ours[0, 0, 2:]) and torch.equal(own[1], ours[1])
+    assert precision.never_all_masked(masking_utils.sdpa_mask)(batch_size=1, q_length=4, kv_length=4) is None  # no padding, no mask
+
+
+@pytest.mark.parametrize("result, says", [
+    ({"grad_norm": 0.2, "loss_scale": 65536.0}, None),
+    ({"grad_norm": 3.0, "loss_scale": None}, None),
+    ({}, None),
+    ({"grad_norm": 3e-6, "loss_scale": 65536.0}, "grad_norm 3e-06 is far from"),
+    ({"grad_norm": float("nan"), "loss_scale": 4096.0}, "grad_norm nan is far from"),
+    ({"grad_norm": 9.0, "loss_scale": 2.0}, "loss_scale 2 is far from"),
+])  # fmt: skip
+def test_unusual_gradients_are_warned_about(result, says):
+    found = report.unusual_gradients(result)
+    assert found is None if says is None else says in found
