@@ -30,7 +30,7 @@ CONTEXT = 600_000_000  # bytes, assumed: the CUDA context with its kernels, and 
 COMMUNICATION = 400_000_000  # bytes, assumed: NCCL's buffers, where a trial has several GPUs
 FRAGMENTATION = 0.1  # assumed: the allocator of torch holds so much more than its tensors have, as batches differ in length
 GPUS = (16, 24, 32, 40, 80)  # GB
-BUCKET = 500_000_000  # elements: DeepSpeed's default of reduce_bucket_size, and what it all-reduces at a time at stage 0
+BUCKET = 500_000_000  # elements that DeepSpeed all-reduces at a time at stage 0
 LIVE_PARAMETERS = 1_000_000_000  # elements: DeepSpeed's default of stage3_max_live_parameters
 
 
@@ -239,7 +239,7 @@ def forecast(
 
 def elements(zero: dict, name: str, model_folder: str | Path) -> int:
     """A number of elements in DeepSpeed's zero_optimization; for the bucket the Trainer takes "auto" as the square of the hidden size."""
-    value = zero.get(name, {"reduce_bucket_size": BUCKET, "stage3_max_live_parameters": LIVE_PARAMETERS}[name])
+    value = zero.get(name, {"reduce_bucket_size": mixed.REDUCE_BUCKET, "stage3_max_live_parameters": LIVE_PARAMETERS}[name])
     if value == "auto":
         return json.loads((Path(model_folder) / "config.json").read_text())["hidden_size"] ** 2
     return int(float(value))

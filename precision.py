@@ -113,8 +113,8 @@ for name, make_mask in {"eager": masking_utils.eager_mask, "sdpa": masking_utils
 class Gradients:
     """Norms of the gradients, the loss scale and skipped steps of a training, collected without waiting for the GPU in each step.
 
-    Takes over two methods of a DeepSpeed engine at ZeRO stage 0, where DeepSpeed walks through all parameters one by one: clipping
-    and zeroing. And its all-reduce with one rank, which would only copy.
+    At ZeRO stage 0 it clips in place of the DeepSpeed engine, which goes through the parameters one by one and does not tell their norm,
+    and leaves out the all-reduce of one rank, which would only copy.
 
     Args:
         engine: the DeepSpeed engine, before its first step.
@@ -134,7 +134,6 @@ class Gradients:
         if self.stage_0:
             engine.enable_backward_allreduce = ranks > 1
             engine.clip_fp32_gradients = self._clip
-            engine.zero_grad = engine.optimizer.zero_grad
         if self.scaler:
             static = fp16.get("loss_scale", 0)
             start = {

@@ -4,7 +4,7 @@
 
 Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best is resumed (the last of the four
 would go on without a pause; by the seed it is the first), trains to the end, and becomes best_model. Real SQuAD where it is beside this
-folder, else the demo's questions. Shows that it works and what it takes; it says nothing about fp16 or a GPU; bench/gpu.sh runs it there.
+folder, else the demo's questions. Shows that it works and what it takes; it says nothing about fp16 or a GPU.
 """
 
 import contextlib

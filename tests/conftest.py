@@ -108,7 +108,7 @@ def shared_squad() -> Path:
 
 def pytest_collection_modifyitems(items):
     """Quick ones first. Where two processes share them (make test) one begins with the cluster's, which mostly wait, the other with the rest."""
-    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "errors", "bench", "trial", "trackers", "run", "faults", "slurm", "demo"]
+    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "errors", "memory", "launches", "bench", "trial", "trackers", "run", "faults", "slurm", "demo"]
     if "PYTEST_XDIST_WORKER" in os.environ:
         order.insert(0, order.pop(order.index("slurm")))
     rank = {f"test_{name}": i for i, name in enumerate(order)}

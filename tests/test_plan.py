@@ -40,6 +40,25 @@ def test_hours_and_disk(tmp_path, tiny_model):
     assert re.search(r"disk at its peak: up to 0.0\d+ GB, for \d+ checkpoints of 0.001\d+ GB and the best model", done.stdout)
 
 
+@pytest.mark.parametrize("settings", [[], ["--reduction_factor", 3, 4]])
+def test_memory_of_each_gpu(tmp_path, tiny_model, settings):
+    """Once the model is there: the parts, and which GPUs it fits on; once, also for several settings. In fp16, also without a GPU."""
+    done = plan("--max_concurrent_trials", 1, "--model", tiny_model, *settings, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count("memory of a GPU, in GB, at batch size 2, fp16, ZeRO stage 0: weights 0.000141") == 1, done.stdout + done.stderr
+    rows = [line.split() for line in done.stdout.partition("GPU, GB ")[2].splitlines()[1:]]
+    assert [row[:2] for row in rows] == [[size, "yes"] for size in ("16", "24", "32", "40", "80")]
+    assert [float(row[2]) for row in rows] == pytest.approx([15, 23, 31, 39, 79], abs=0.5)
+
+
+def test_memory_of_another_deepspeed_configuration(tmp_path, tiny_model):
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
+    done = plan("--model", tiny_model, "--deepspeed", tmp_path / "ds.json", "--precision", "bf16", cwd=tmp_path)
+    assert "at batch size 2, bf16, ZeRO stage 1: weights 7.04e-05" in done.stdout, done.stdout + done.stderr
+    (tmp_path / "ds.json").write_text("{")
+    done = plan("--deepspeed", tmp_path / "ds.json", cwd=tmp_path)
+    assert done.returncode == 2 and f"--deepspeed {tmp_path}/ds.json" in done.stderr
+
+
 def test_settings_side_by_side(tmp_path):
     done = plan("--reduction_factor", 3, 4, "--max_concurrent_trials", 4, 8, "--seconds_per_iteration", 36, cwd=tmp_path)
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d", line)]
