@@ -37,10 +37,10 @@ class Bill(Callback):
         self.heard, self.slots, self.looked_at, self.added_at = False, 0, 0.0, None
 
     def get_state(self) -> dict:
-        return {"spent": dict(self.spent), "seen": set(self.seen)}
+        return {"spent": self.spent, "seen": sorted(self.seen)}
 
     def set_state(self, state: dict) -> None:
-        self.spent, self.seen = dict(state["spent"]), set(state["seen"])
+        self.spent, self.seen = dict(state["spent"]), {tuple(pair) for pair in state["seen"]}
 
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 

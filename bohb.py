@@ -10,10 +10,11 @@ word. What differs here, and the test that shows each difference, is listed in t
     searcher = TuneBOHB(metric="eval_loss", mode="min", seed=0)
 
 The two must be used together: the scheduler hands each result that a trial earned at a rung to the searcher.
-Both keep their state in trial ids and plain Python types, so that it can be saved and loaded.
+Their state is plain data (lists, dictionaries, numbers, strings), so that it can be written as JSON and read back by another version.
 """
 
 import copy
+import dataclasses
 import logging
 import math
 import warnings
@@ -25,6 +26,7 @@ import numpy as np
 import ray.tune.schedulers
 import ray.tune.search.bohb
 import scipy.stats
+import statsmodels.api
 from hpbandster.optimizers.config_generators.bohb import BOHB
 from ray.tune.experiment import Trial
 from ray.tune.result import SHOULD_CHECKPOINT
@@ -90,7 +92,39 @@ class Model(BOHB):
     def __init__(self, configspace: ConfigSpace.ConfigurationSpace, seed: int | None = None, **kwargs):
         super().__init__(configspace, **{"min_bandwidth": MIN_BANDWIDTH, **kwargs})
         self.rng = np.random.RandomState(seed)
-        configspace.seed(self.rng.randint(2**31))
+        self.space_seed, self.sampled = int(self.rng.randint(2**31)), 0  # of the random suggestions, and how many were drawn
+        configspace.seed(self.space_seed)
+
+    def get_state(self) -> dict[str, Any]:
+        """All that the next suggestion depends on, as plain data. Budgets are written as [budget, value], as JSON's keys are strings."""
+        name, keys, *rest = self.rng.get_state()
+        return {
+            "rng": [name, keys.tolist(), *rest],
+            "space_seed": self.space_seed,
+            "sampled": self.sampled,
+            "configs": [[budget, [array.tolist() for array in arrays]] for budget, arrays in self.configs.items()],
+            "losses": [[budget, [float(loss) for loss in losses]] for budget, losses in self.losses.items()],
+            "densities": [
+                [budget, {kind: {"data": kde.data.tolist(), "bw": kde.bw.tolist()} for kind, kde in pair.items()}]
+                for budget, pair in self.kde_models.items()
+            ],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a state: the same suggestions follow, to the last digit."""
+        name, keys, *rest = state["rng"]
+        self.rng.set_state((name, np.array(keys, np.uint32), *rest))
+        self.space_seed, self.sampled = state["space_seed"], state["sampled"]
+        self.configspace.seed(self.space_seed)
+        for _ in range(self.sampled):  # ConfigSpace has no public way to its random stream
+            self.configspace.sample_configuration()
+        self.configs = {budget: [np.array(array) for array in arrays] for budget, arrays in state["configs"]}
+        self.losses = {budget: list(losses) for budget, losses in state["losses"]}
+        density = statsmodels.api.nonparametric.KDEMultivariate
+        self.kde_models = {
+            budget: {kind: density(np.array(kde["data"]), self.kde_vartypes, np.array(kde["bw"])) for kind, kde in pair.items()}
+            for budget, pair in state["densities"]
+        }
 
     def new_result(self, job: Job, update_model: bool = True) -> None:
         """Adds one result and refits the densities of its budget."""
@@ -111,6 +145,7 @@ class Model(BOHB):
     def get_config(self, budget: float | None = None) -> tuple[dict, dict]:
         """Suggests a configuration; info["model_based_pick"] says where it came from (budget is not used)."""
         if not self.kde_models or self.rng.rand() < self.random_fraction:
+            self.sampled += 1
             return dict(self.configspace.sample_configuration()), {"model_based_pick": False}
         kde = self.kde_models[max(self.kde_models)]
         candidates = self._candidates(kde["good"])
@@ -169,7 +204,7 @@ class TuneBOHB(ray.tune.search.bohb.TuneBOHB):
     def __init__(self, *args, **kwargs):
         self.suggested: dict[str, dict[str, Any]] = {}
         self.observations: list[dict[str, Any]] = []
-        self._restored = False
+        self._restored: tuple[dict, set[str]] | None = None  # a state that waits for the search space
         super().__init__(*args, **kwargs)
 
     def _setup_bohb(self):
@@ -195,24 +230,41 @@ class TuneBOHB(ray.tune.search.bohb.TuneBOHB):
         return sum(s["model_based"] for s in self.suggested.values())
 
     def get_state(self) -> dict[str, Any]:
-        """All that the next suggestion depends on; to be pickled before anything else happens."""
-        return {name: getattr(self, name) for name in ("bohber", "suggested", "observations", "trial_to_params", "paused", "running")}
+        """All that the next suggestion depends on, as plain data. Configurations of live trials are vectors of the search space."""
+        return {
+            "model": self.bohber.get_state(),
+            "suggested": self.suggested,
+            "observations": self.observations,
+            "live": {trial_id: self._configuration(values=config).get_array().tolist() for trial_id, config in self.trial_to_params.items()},
+            "running": sorted(self.running),
+            "paused": sorted(self.paused),
+        }
 
     def set_state(self, state: dict[str, Any], live: set[str]) -> None:
-        """Goes on from a state. What was running counts as running: the scheduler will resume it first. What is not live was saved between
-        the report that ended it and Tune's word of its end: it takes no slot."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Goes on from a state, at once or as soon as the search space is known.
+
+        A running trial stays running: the scheduler will resume it first. A trial that is not in `live` was saved after its final report
+        and before Tune removed it: it holds no slot any more.
+        """
+        self.suggested, self.observations = state["suggested"], state["observations"]
+        if self._space is None:
+            self._restored = state, live
+            return
+        self.bohber.set_state(state["model"])
+        self.trial_to_params = {trial_id: dict(self._configuration(vector=np.array(vector))) for trial_id, vector in state["live"].items()}
+        self.running, self.paused = set(state["running"]), set(state["paused"])
         for trial_id in (self.running | self.paused) - live:
             self.on_trial_complete(trial_id)
-        self._restored = True
+
+    def _configuration(self, **of) -> ConfigSpace.Configuration:
+        return ConfigSpace.Configuration(self._space, **of)
 
     def set_search_properties(self, metric, mode, config, **spec) -> bool:
-        """As in Ray's class, but the model of a restored state stays."""
-        state = self.get_state() if self._restored else None
+        """As in Ray's class; then takes over a state that waited for the search space."""
         done = super().set_search_properties(metric, mode, config, **spec)
-        if state:
-            self.set_state(state, live=state["running"] | state["paused"])
+        if self._restored:
+            restored, self._restored = self._restored, None
+            self.set_state(*restored)
         return done
 
     def suggest(self, trial_id: str) -> dict | None:
@@ -304,13 +356,19 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         self.node_fault = False  # set while a failure is handled that says nothing about the hyperparameters
 
     def get_state(self) -> dict[str, Any]:
-        """The brackets; to be pickled before anything else happens."""
+        """The brackets, as plain data."""
         number = {id(bracket): i for i, bracket in enumerate(self.brackets)}
-        return {"brackets": self.brackets, "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()}}
+        return {
+            "brackets": [dataclasses.asdict(bracket) | {"promoted": sorted(bracket.promoted)} for bracket in self.brackets],
+            "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()},
+        }
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
         """Goes on from a state. Live trials come back by on_trial_add, paused but for those `waiting` for a first slot."""
-        self.brackets = state["brackets"]
+        self.brackets = [
+            Bracket(**bracket | {"rungs": [tuple(rung) for rung in bracket["rungs"]], "promoted": set(bracket["promoted"])})
+            for bracket in state["brackets"]
+        ]
         self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
         self._active = [b for b in self.brackets if b.members or not b.full]
         for bracket in self._active:

@@ -29,6 +29,7 @@ import squad
 
 MODES_OF_USE = ("resume", "prefetch", "plan", "seconds_per_iteration")  # arguments that are not the search's
 TRACKERS = {"none": None, "tensorboard": None, "mlflow": "mlflow-skinny", "wandb": "wandb"}  # --report_to: what to pip install
+PRECISIONS = ("fp16", "bf16", "fp32")  # --precision
 CLUSTER = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # in cluster.env
 
 
@@ -219,8 +220,12 @@ def read_ds_config(path: Path, gpus_per_trial: int, precision: str | None) -> di
     if "torch_autocast" in config:
         raise BadInput(f"--deepspeed {path}: remove 'torch_autocast': --precision decides, and stage 0 has it")
     clip = config.get("gradient_clipping", "auto")
-    if clip != "auto" and (not isinstance(clip, (int, float)) or not 0 < clip < math.inf):
+    if clip != "auto" and (type(clip) not in (int, float) or not 0 < clip < math.inf):
         raise BadInput(f'--deepspeed {path}: gradient_clipping {clip!r}: must be "auto" or above 0')
+    for key, least in {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "min_loss_scale": 1}.items():
+        value = config.get("fp16", {}).get(key, least)
+        if type(value) not in (int, float) or not least <= value < 2**32:
+            raise BadInput(f"--deepspeed {path}: fp16: {key} {value!r}: must be a number from {least} on")
     if any(key.startswith(("offload", "cpu_offload")) for key in config.get("zero_optimization", {})):
         raise BadInput(f"--deepspeed {path}: offload is not supported: it needs an optimizer that DeepSpeed compiles")
     stage = config.get("zero_optimization", {}).get("stage", 0)
@@ -316,8 +321,8 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
         earlier, earlier_space = older | run["arguments"], dict(run["search_space"])
         for name, value in vars(args).items():
             if name not in ("given", "run_name", *MODES_OF_USE):
-                kind = (int, float, str, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)
-                if not isinstance(earlier[name], kind):
+                kind = (int, float, type(None)) if value is None else (int, float) if isinstance(value, float) else type(value)
+                if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                     raise ValueError(name)
     except (OSError, ValueError, KeyError, TypeError):
         raise BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None

@@ -80,7 +80,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cpus_per_trial", type=int, default=1, help="of all its processes together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as the machine has room for")
     add("--metric", choices=list(MODES), default="eval_loss", help="what trials are compared by")
-    add("--precision", choices=["fp16", "bf16", "fp32"], help="of training (default: fp16, and fp32 on a machine without GPUs)")
+    add("--precision", choices=inputs.PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
     add("--deepspeed", default=str(Path(__file__).with_name("ds_config.json")), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")

@@ -7,9 +7,9 @@ starts anew and gets the live trials back as paused ones, each with its id, hype
 
 import copy
 import hashlib
+import json
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -36,34 +36,51 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import errors
 
-FILE = "state.pkl"
+FILE = "state.jsonl"
+VERSION = 1  # of what is in it
 
 
 def save_state(run_dir: Path, state: dict) -> None:
-    """Writes the state, checksum first; the one before it stays beside it as state.pkl.1."""
-    body = pickle.dumps(state)
+    """Writes the state as two lines of JSON, version and checksum first; the state before it stays beside it as state.jsonl.1."""
+    body = json.dumps(state, default=_plain).encode()
     temporary, path = run_dir / f".{FILE}.tmp", run_dir / FILE
     with open(temporary, "wb") as file:
-        file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        file.write(json.dumps({"version": VERSION, "sha256": hashlib.sha256(body).hexdigest()}).encode() + b"\n" + body)
     sync(temporary)
     if path.exists():
         os.replace(path, run_dir / f"{FILE}.1")
     os.replace(temporary, path)
 
 
+def _plain(value):
+    """A number of numpy as one of Python; json.dumps asks for what it does not know."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{value!r} cannot be saved as JSON")
+
+
 def load_state(run_dir: Path) -> dict | None:
-    """The newest whole state of a run; None where none was ever saved. Only for files that save_state wrote: it unpickles.
+    """The newest whole state of a run; None where none was ever saved. Reads data only: no code of the file is run.
 
     Raises:
         OSError: a file is there and cannot be read.
-        RuntimeError: there are files, and none is whole.
+        RuntimeError: there are files, and none is whole, or they are of another version of this program.
     """
     found = [run_dir / name for name in (FILE, f"{FILE}.1") if (run_dir / name).exists()]
     for path in found:
-        checksum, _, body = path.read_bytes().partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() == checksum:
-            return pickle.loads(body)
+        head, _, body = path.read_bytes().partition(b"\n")
+        try:
+            head = json.loads(head)
+            version, checksum = head["version"], head["sha256"]
+        except (ValueError, TypeError, KeyError):
+            version = checksum = None
+        if checksum == hashlib.sha256(body).hexdigest():
+            if version != VERSION:
+                raise RuntimeError(f"{path} has version {version!r}, and this program reads {VERSION}: go on with the commit in run.json")
+            return json.loads(body)
         print(f"{path} is damaged; using the state before it", flush=True)
+    if not found and (run_dir / "state.pkl").exists():
+        raise RuntimeError(f"{run_dir / 'state.pkl'} is of an older version of this program: go on with the commit in run.json")
     if found:
         raise RuntimeError(f"no whole state of the search in {run_dir}; its tables and checkpoints are untouched")
     return None

@@ -14,8 +14,8 @@ when the decision is not STOP. It takes Ray's own classes too, so that both can 
 import copy
 import heapq
 import itertools
+import json
 import math
-import pickle
 import random
 import statistics
 from collections.abc import Callable
@@ -119,7 +119,7 @@ class Simulation:
 
         What runs is lost since its last checkpoint, unless all has been `saved` before a planned stop.
         """
-        state = pickle.loads(pickle.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
+        state = json.loads(json.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
         live = [t for t in self.trials if self.scheduler.in_race(t.trial_id)]
         new = copy.copy(self)
         new.search_alg = SearchAlgorithm(searcher, self.search_alg.num_samples)

@@ -87,7 +87,7 @@ DS_CONFIG = json.loads((Path(raytune_bayesian.__file__).with_name("ds_config.jso
 def test_ds_configs(path, new):
     with a_file("ds.json", json.dumps(changed(DS_CONFIG, path, new))) as file:
         try:
-            assert isinstance(inputs.read_ds_config(file, 2), dict)
+            assert isinstance(inputs.read_ds_config(file, 2, "fp16"), dict)
         except inputs.BadInput as error:
             one_line(error)
 
@@ -121,7 +121,7 @@ def test_records_of_runs(path, new):
 @given(st.binary(max_size=200))
 @FUZZ
 def test_states(content):
-    with a_file("state.pkl", content) as file, contextlib.redirect_stdout(io.StringIO()):
+    with a_file("state.jsonl", content) as file, contextlib.redirect_stdout(io.StringIO()):
         with pytest.raises(RuntimeError, match="no whole state"):
             resume.load_state(file.parent)
 

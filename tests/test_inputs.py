@@ -33,6 +33,7 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     (folder / "stage1.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 1}}))
     (folder / "autocast.json").write_text(json.dumps(ds_config | {"torch_autocast": {"enabled": True}}))
     (folder / "clip.json").write_text(json.dumps(ds_config | {"gradient_clipping": 0}))
+    (folder / "scale.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": "auto", "loss_scale_window": "long"}}))
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
     shutil.copytree(tiny_squad, folder / "moved")
     train = json.loads((folder / "moved" / "train.json").read_text())
@@ -77,6 +78,7 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "ds_config with a stage that is none": (["--deepspeed", "@/stage4.json"], r"zero_optimization: stage 4 is none of 0, 1, 2, 3"),
     "ds_config with autocast": (["--deepspeed", "@/autocast.json"], r"remove 'torch_autocast'"),
     "ds_config without clipping": (["--deepspeed", "@/clip.json"], r'gradient_clipping 0: must be "auto" or above 0'),
+    "ds_config with a loss scale that is none": (["--deepspeed", "@/scale.json"], r"fp16: loss_scale_window 'long': must be a number from 1 on"),
     "fp16 at stage 1 on a CPU": (["--deepspeed", "@/stage1.json", "--precision", "fp16"], r"DeepSpeed has no fp16 on a CPU at ZeRO stage 1"),
     "unknown precision": (["--precision", "half"], r"--precision: invalid choice: 'half'"),
     "name too long": (["--output_dir", "x" * 300], r"x{300}.*: File name too long"),

@@ -1,10 +1,12 @@
 """What watches over the trials, and waits for storage: without a cluster. With one: test_run.py, test_faults.py and test_slurm.py."""
 
+import json
 import os
 import signal
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
@@ -169,3 +171,39 @@ def test_a_termination_is_not_lost_where_python_swallows_exceptions():
         for how, handler in before.items():
             signal.signal(how, handler)
     assert ended.value.code == 143 and not scheduler.draining
+
+
+# -- the state of a search --------------------------------------------------------------------------------------------
+
+
+def test_a_state_is_data_and_comes_back_as_it_was(tmp_path):
+    state = {"searcher": {"losses": [[3, [0.1, float("inf")]]]}, "live": [], "best": None}
+    resume.save_state(tmp_path, state | {"numpy": np.float64(0.25)})
+    head, body = map(json.loads, (tmp_path / "state.jsonl").read_text().split("\n"))
+    assert head["version"] == resume.VERSION and body == state | {"numpy": 0.25}
+    assert resume.load_state(tmp_path) == body
+    with pytest.raises(TypeError, match="cannot be saved as JSON"):
+        resume.save_state(tmp_path, {"object": object()})
+    assert resume.load_state(tmp_path) == body  # nothing was overwritten
+
+
+def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, capsys):
+    for number in (1, 2):
+        resume.save_state(tmp_path, {"number": number})
+    file = tmp_path / "state.jsonl"
+    file.write_bytes(file.read_bytes()[:-3])
+    assert resume.load_state(tmp_path) == {"number": 1} and "is damaged; using the state before it" in capsys.readouterr().out
+
+
+def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "VERSION", 99)
+    resume.save_state(tmp_path, {})
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match=r"state.jsonl has version 99, and this program reads \d+: go on with the commit in run.json"):
+        resume.load_state(tmp_path)
+
+
+def test_the_pickle_of_an_older_version_is_not_read(tmp_path):
+    (tmp_path / "state.pkl").write_bytes(b"0" * 64 + b"\ncos\nsystem\n(S'touch read'\ntR.")
+    with pytest.raises(RuntimeError, match="state.pkl is of an older version of this program"):
+        resume.load_state(tmp_path)

@@ -282,7 +282,7 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
     assert (how == signal.SIGTERM) or f"what was saved is in {tmp_path}/x" in err
     run = json.loads((tmp_path / "x" / "run.json").read_text())
     assert run["status"] == "interrupted" and run["bill"]["allocated"] > run["bill"]["training"] > 0 and len(run["nodes"]) == 1
-    assert "state.pkl" in {p.name for p in (tmp_path / "x").iterdir()}  # to go on with
+    assert "state.jsonl" in {p.name for p in (tmp_path / "x").iterdir()}  # to go on with
     assert len(report.read_csv(tmp_path / "x" / "trials.csv")) >= 1
     assert not list((tmp_path / "tmp").iterdir()) and not psutil.wait_procs(below, timeout=0)[1]
 
@@ -337,7 +337,7 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     (tmp_path / "x").rename(tmp_path / "moved" / "x")
     tmp_path /= "moved"
     name = ["--output_dir", tmp_path, "--run_name", "x"]
-    state = tmp_path / "x" / "state.pkl"  # and a file that was only half written
+    state = tmp_path / "x" / "state.jsonl"  # and a file that was only half written
     state.write_bytes(state.read_bytes()[:-100])
     process = run_script(*name, "--resume")
     assert process.returncode == 0, process.stderr
@@ -349,7 +349,7 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(tmp_path / "x" / "iterations.csv")]
     # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole trial.
     assert len(pairs) - len(set(pairs)) <= 16
-    assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.pkl").exists()
+    assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.jsonl").exists()
 
     again = run_script(*name, "--resume")
     assert again.returncode == 0 and "is done already" in again.stdout
