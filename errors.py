@@ -27,6 +27,7 @@ TEXTS = [
     ("CUDA driver version is insufficient", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
     ("NVIDIA driver on your system is too old", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
     ("PTX was compiled with an unsupported toolchain", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
+    ("this GPU has no bf16", Kind.SETUP, "`--precision bf16` needs an A100, an H100 or newer"),
     ("not compiled with CUDA enabled", Kind.SETUP, "a torch for the CPU is installed where a trial has a GPU"),
     ("CUDA out of memory", Kind.TRIAL, "the trial needs more memory than the GPU has"),
     ("CUDA error: out of memory", Kind.TRIAL, "the same, outside of torch's own allocator"),
@@ -58,8 +59,8 @@ class TrialFailed(Exception):
     """A trial has failed, its processes are of no more use, and another try would fail too."""
 
 
-class WrongGradients(Exception):
-    """The optimizer gets other gradients than the loss has: this ds_config and this DeepSpeed cannot train in this precision."""
+class CannotTrain(Exception):
+    """This ds_config and this DeepSpeed cannot train in this precision: not one step, or with other gradients than the loss has."""
 
 
 def is_storage(error: BaseException | str) -> bool:
@@ -75,7 +76,7 @@ def kind_of(error: BaseException | str) -> Kind:
         return Kind.STORAGE
     if isinstance(error, TrialFailed):
         return Kind.PROCESS
-    if isinstance(error, WrongGradients):
+    if isinstance(error, CannotTrain):
         return Kind.SETUP
     classes = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}  # by name: torch and Ray are slow to import
     if "torch.OutOfMemoryError" in classes:
@@ -92,12 +93,14 @@ def what_to_install(error: BaseException | str) -> str:
     """For an error of the installation, what to install; else nothing."""
     if kind_of(error) is not Kind.SETUP:
         return ""
-    if isinstance(error, WrongGradients):
+    if isinstance(error, CannotTrain):
         return "take another ZeRO stage in ds_config, another --precision, or the DeepSpeed of requirements.txt"
     torch = importlib.metadata.version("torch").partition("+")[0]
     wheel = f"pip install torch=={torch} --index-url https://download.pytorch.org/whl/cu126"
     if re.search("no kernel image|ARCH_MISMATCH", str(error)):
         return f"a V100 (sm_70) needs a torch that was built for CUDA 12.6: {wheel}; a GPU that is newer than an H100 needs the default wheel"
+    if "no bf16" in str(error):
+        return "take --precision fp16"
     if "not compiled" in str(error):
         return f"install a torch with CUDA: the default wheel (A100, H100; driver 580 or newer), or, for a V100 or an older driver: {wheel}"
     return f"install a newer NVIDIA driver (580 or newer for the default wheel), or a torch that was built for CUDA 12.6: {wheel}"

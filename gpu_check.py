@@ -13,11 +13,13 @@ import errors
 SIZE = 128  # of the matrices: sums of so many products of numbers from -3 to 3 are exact in fp16
 
 
-def visible() -> None:
-    """Raises RuntimeError, with CUDA's reason, where torch sees no GPU. It is quick: each trial on a GPU calls it."""
+def visible(precision: str = "fp16") -> None:
+    """Raises RuntimeError where torch sees no GPU, with CUDA's reason, or the GPU lacks a precision. It is quick: each trial on a GPU calls it."""
     import torch
 
     if torch.cuda.is_available():  # else it does not say why
+        if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise RuntimeError(f"this GPU has no bf16: {torch.cuda.get_device_name()}")
         return
     try:
         torch.cuda.init()

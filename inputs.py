@@ -210,16 +210,16 @@ def read_ds_config(path: Path, gpus_per_trial: int, precision: str | None) -> di
         if key in config:
             raise BadInput(f"--deepspeed {path}: remove {key!r}: it is made from each trial's lr and weight decay")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if config.get(key, "auto") != "auto":
+        if config.setdefault(key, "auto") != "auto":
             raise BadInput(f'--deepspeed {path}: {key} must be "auto": the batch size is searched')
     for key in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.get(key, {}), dict):
             raise BadInput(f"--deepspeed {path}: {key} is not a JSON object")
-        if config.get(key, {}).get("enabled", "auto") != "auto":
+        if key != "zero_optimization" and config.setdefault(key, {}).setdefault("enabled", "auto") != "auto":
             raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": --precision decides')
     if "torch_autocast" in config:
         raise BadInput(f"--deepspeed {path}: remove 'torch_autocast': --precision decides, and stage 0 has it")
-    clip = config.get("gradient_clipping", "auto")
+    clip = config.setdefault("gradient_clipping", "auto")
     if clip != "auto" and (type(clip) not in (int, float) or not 0 < clip < math.inf):
         raise BadInput(f'--deepspeed {path}: gradient_clipping {clip!r}: must be "auto" or above 0')
     for key, least in {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "min_loss_scale": 1}.items():
@@ -228,7 +228,7 @@ def read_ds_config(path: Path, gpus_per_trial: int, precision: str | None) -> di
             raise BadInput(f"--deepspeed {path}: fp16: {key} {value!r}: must be a number from {least} on")
     if any(key.startswith(("offload", "cpu_offload")) for key in config.get("zero_optimization", {})):
         raise BadInput(f"--deepspeed {path}: offload is not supported: it needs an optimizer that DeepSpeed compiles")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
+    stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise BadInput(f"--deepspeed {path}: zero_optimization: stage {stage!r} is none of 0, 1, 2, 3")
     if stage and precision == "fp16" and not gpus_per_trial:
@@ -309,15 +309,20 @@ def time_limit(folder: Path) -> int | None:
 
 def describe(space: dict) -> dict[str, str]:
     """The search space as text."""
-    searched = space["train_loop_config"].items()
-    return {name: f"{d.sampler or ''}{d.domain_str}" if isinstance(d, Domain) else repr(d) for name, d in searched}
+
+    def text(domain) -> str:
+        if isinstance(domain, Categorical):
+            return f"choice{domain.domain_str}"
+        return f"{domain.sampler or ''}{domain.domain_str}" if isinstance(domain, Domain) else repr(domain)
+
+    return {name: text(domain) for name, domain in space["train_loop_config"].items()}
 
 
 def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str]) -> None:
     """With --resume: takes the arguments of the run; those given again, and the search space, must be the same."""
     try:
         run = json.loads((run_dir / "run.json").read_text())
-        older = {"report_to": "tensorboard", "precision": "fp16" if run["arguments"]["gpus_per_trial"] else "fp32"}  # runs that had no choice
+        older = {"report_to": "tensorboard", "precision": "fp32"}  # runs that had no choice: their folders are read, their state is not
         earlier, earlier_space = older | run["arguments"], dict(run["search_space"])
         for name, value in vars(args).items():
             if name not in ("given", "run_name", *MODES_OF_USE):

@@ -268,7 +268,7 @@ def plan(forecast_of, precision: str, ds_config: dict, batch_sizes: list[int], r
     for other_stage, gpus in ((1, 1), (1, 2), (2, 2), (3, 2)):
         if (other_stage, gpus) > (stage, ranks) and gpus >= ranks:
             others.append((ds_config | {"zero_optimization": ds_config.get("zero_optimization", {}) | {"stage": other_stage}}, most, gpus))
-    lines.append(f"{'GPU, GB':>10}  {'fits':>4}  {'free, GB':>8}  else")
+    lines.append(f"{'GPU, GB':>10}  {'fits':>4}  {'free, GB':>8}  would fit with")
     for size in GPUS:
         fits, hint = f.peak <= size * 1e9, ""
         if not fits:

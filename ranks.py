@@ -89,7 +89,7 @@ class Group:
         """The mean over all ranks, on their device: the CPU does not wait for it."""
         if self.size == 1:
             return value
-        mean = torch.tensor(float(value), device=device)
+        mean = torch.full((), float(value), device=device)
         torch.distributed.all_reduce(mean)
         return mean / self.size
 

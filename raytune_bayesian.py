@@ -119,8 +119,7 @@ def show_plan(args: argparse.Namespace, ds_config: dict) -> None:
     text = simulate.plan(SEARCH_SPACE, settings, forecasts, seconds, size, inputs.time_limit(Path(__file__).parent))
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
     print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}", flush=True)
-    if folder:
-        print(f"\n{memory_plan(args, folder, ds_config)}", flush=True)
+    print(f"\n{memory_plan(args, folder, ds_config)}" if folder else "memory of a GPU: known once the model is there (--prefetch)", flush=True)
     if size and len(forecasts) == 1:
         inputs.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(size))
 
@@ -330,10 +329,11 @@ class Iterations(transformers.TrainerCallback):
                 control.should_save = True
             return
         iteration = self.last_steps.index(state.global_step, 1)
-        selection, began = self.run["selection"], time.time()
+        selection, gradients = self.run["selection"], self.gradients.summary()  # waits for the GPU: the time after it is the evaluation's
+        began = time.time()
         trained_on = self.trainer.order[self.first_step * self.batch_size : state.global_step * self.batch_size]
         pace = int(self.run["train"].lengths[trained_on].sum()) / (began - self.started_at)
-        self.metrics = {"training_iteration": iteration, "tokens_per_second": pace, **self.gradients.summary()}
+        self.metrics = {"training_iteration": iteration, "tokens_per_second": pace, **gradients}
         with precision.autocast(self.run["ds_config"], self.run["precision"], self.engine.device.type):
             self.metrics["eval_loss"] = loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_TOKENS, self.group)
             if not math.isfinite(loss):
@@ -417,7 +417,7 @@ def train(config: dict, run: dict) -> None:
         run: what all trials share, see `main`.
     """
     if run["gpus_per_trial"]:
-        gpu_check.visible()
+        gpu_check.visible(run["precision"])
     GROUPS or GROUPS.append(ranks.start(__name__, run, max(1, run["gpus_per_trial"])))
     with GROUPS[0].trial(config):
         train_rank(config, run, GROUPS[0])
@@ -465,7 +465,8 @@ def make_trainer(model, data, order: list[int], hyperparameters: dict, run: dict
         seed=run["seed"],
         save_strategy="no",
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step
+        logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step, as copies of a batch do that block:
+        accelerator_config={"non_blocking": True},
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -485,7 +486,7 @@ def make_trainer(model, data, order: list[int], hyperparameters: dict, run: dict
 def check_gradients(run: dict, group: ranks.Group) -> None:
     """Once a process, before its first trial: that loss and gradients are scaled by this ds_config, DeepSpeed and precision.
 
-    Raises errors.WrongGradients where they are not.
+    Raises errors.CannotTrain where they are not.
     """
     fp16 = run["ds_config"].get("fp16", {}) | {"initial_scale_power": 10}  # or the one step might be skipped
     run = run | {"ds_config": run["ds_config"] | {"fp16": fp16}}
@@ -702,8 +703,7 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | N
     if not args.gpus_per_trial:
         print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
     print(precision.in_words(run["ds_config"], args.precision))
-    trained_in = transformers.AutoConfig.from_pretrained(run["model"]).dtype
-    if trained_in == torch.bfloat16 and args.precision == "fp16" and "precision" not in args.given:
+    if args.precision == "fp16" and "precision" not in args.given and precision.is_of_bf16(run["model"]):
         print("WARNING: this model was trained in bf16, whose range fp16 does not have: --precision bf16 is safer, on a GPU that has it (A100, H100)")
     print(f"search: {args.num_samples} trials on {inputs.slots(args)} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
     print(f"disk: up to {disk / 1e9:.3g} GB in {args.output_dir}, for {expected.checkpoints} checkpoints and the best model")
@@ -749,6 +749,8 @@ def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     else:  # no trial has come to the end
         model = load_weights(checkpoint, pretrained(run["model"])).to(dtype)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        print(f"WARNING: best_model has weights that are infinite in {run['precision']}, or NaN: train with --precision bf16 or fp32", flush=True)
     model.save_pretrained(folder)
     load_tokenizer(run["model"]).save_pretrained(folder)
     resume.sync(*folder.rglob("*"), folder)
@@ -843,6 +845,8 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             resources = {"num_cpus": args.cpus_per_trial, "num_gpus": min(1, args.gpus_per_trial)}
             task = ray.remote(**resources)(test).remote(run | {"test": tested}, str(run_dir / "best_model"))
             facts["test"] = {"questions": len(tested), **ray.get(task)}
+            if not math.isfinite(facts["test"]["eval_loss"]):
+                print(f"WARNING: the test of best_model in {args.precision} gives no number: train with --precision bf16 or fp32", flush=True)
         except BaseException as error:
             if errors.is_storage(error) or isinstance(error, OSError) and not run_dir.exists():
                 storage = error

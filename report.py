@@ -8,6 +8,7 @@ trials.csv has a row a trial, iterations.csv a row a report, run.json what was r
 
 import csv
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -67,13 +68,11 @@ def write_json(path: Path, content: dict) -> None:
 def write_csv(path: Path, fields: list[str], rows: list[dict]) -> None:
     """Fields that a row lacks stay empty; keys that are in no field become columns at the end."""
     fields = fields + [key for key in (rows[0] if rows else {}) if key not in fields]
-    lines = [",".join(fields)] + [",".join(_cell(row.get(field)) for field in fields) for row in rows]
-    write_whole(path, "\n".join(lines) + "\n")
-
-
-def _cell(value) -> str:
-    text = "" if value is None else repr(value) if isinstance(value, float) else str(value)
-    return f'"{text.replace(chr(34), chr(34) * 2)}"' if any(c in text for c in ',"\n') else text
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict]:
@@ -123,16 +122,21 @@ def badness(row: dict, metric: str) -> float:
     return value if metric == "eval_loss" else -value
 
 
+def rank(row: dict, metric: str) -> tuple[int, float]:
+    """A key to sort by, best first: a trial with a larger completed budget goes before all with a smaller one."""
+    return -row["training_iteration"], badness(row, metric)
+
+
 def ranked(trials: list[dict], metric: str) -> list[dict]:
-    """Best first: a trial with a larger completed budget goes before all with a smaller one."""
-    return sorted(trials, key=lambda row: (-row["training_iteration"], badness(row, metric)))
+    """Best first."""
+    return sorted(trials, key=lambda row: rank(row, metric))
 
 
 def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
     """The results as text, best first, under their names."""
     extra = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS]
-    keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS]
-    names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1"]
+    keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS, "training_iteration"]
+    names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1", "Iterations"]
     return [names, *([_show(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
 
 
@@ -260,7 +264,7 @@ class Record(Callback):
         rungs = trial.config["rungs"]
         if done in rungs:
             row.update(metrics, training_iteration=done, status="paused" if done < rungs[-1] else "completed")
-            if self.best is None or self._rank(row) < self._rank(self.trials[self.best]):
+            if self.best is None or rank(row, self.metric) < rank(self.trials[self.best], self.metric):
                 if math.isfinite(badness(row, self.metric)):
                     if self.best and self.trials[self.best]["status"] in ENDED:
                         self.doomed.add(self.best)
@@ -378,9 +382,6 @@ class Record(Callback):
             counts[row["status"]] += 1
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         print(f"[{time.time() - self.started_at:6.0f} s] {what} | {counted} of {self.num_samples}", flush=True)
-
-    def _rank(self, row: dict) -> tuple:
-        return -row["training_iteration"], badness(row, self.metric)
 
     def _describe(self, row: dict) -> str:
         source = "model" if row["model_based"] else "random"

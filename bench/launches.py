@@ -9,8 +9,9 @@ a process of its own, as DeepSpeed keeps global state of autocast.
 
 What counts: each operation of torch that computes or copies, seen by a dispatch mode; views and allocations do not. One on a list of tensors
 counts as the launches that its length needs on a GPU; at BLOOM-560M's full width each such operation (six in ours) has some 25 launches more. A
-sync is an operation whose result the CPU reads. Not seen here: what a CPU does not do, the copies of a batch to the GPU, and that some operations are
-several kernels there. bench/gpu.sh compares the count with the profiler's.
+sync is an operation whose result the CPU reads, a call of DeepSpeed's `synchronize`, and the copy of a tensor of the batch to the GPU where the
+Trainer is not told to copy without waiting. Not seen here: that some operations are several kernels on a GPU. bench/gpu.sh compares the count with
+the profiler's.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import raytune_bayesian  # first: sets up Ray's environment
 # isort: split
 import torch
 import transformers
+from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import precision
@@ -127,11 +129,13 @@ class Steps(Watch):
     def __init__(self, *args):
         super().__init__(*args)
         self.counting, self.steps, self.seconds, self.inside = Counting(), [], Counter(), Counter()
-        self.trainer.data_collator = self.counting.during(None, self.trainer.data_collator)  # on a CPU, with a GPU too
+        self.trainer.data_collator = self.batch(self.counting.during(None, self.trainer.data_collator))  # on a CPU, with a GPU too
 
     def on_train_begin(self, *args, **kwargs):
         super().on_train_begin(*args, **kwargs)
         trainer, engine, count = self.trainer, self.trainer.model_wrapped, self.counting
+        self.accelerator, self.synchronize = get_accelerator(), get_accelerator().synchronize
+        self.accelerator.synchronize = self.synchronizes
         trainer.compute_loss = count.during("forward", trainer.compute_loss)
         engine.backward = count.during("backward", engine.backward)
         engine.step = count.during("optimizer", engine.step)
@@ -139,6 +143,23 @@ class Steps(Watch):
             setattr(owner, name, self.timed(name, getattr(owner, name)))
         count.part = "rest"
         count.__enter__()
+
+    def synchronizes(self, *args, **kwargs):
+        """Of DeepSpeed's accelerator: returns at once on a CPU."""
+        if self.counting.part:
+            self.counting.syncs[f"synchronize in {self.counting.part}"] += 1
+        return self.synchronize(*args, **kwargs)
+
+    def batch(self, collate):
+        """The collator, with the copies of its batch to a GPU counted. One batch is collated ahead of its step: all are alike."""
+
+        def call(*args, **kwargs):
+            batch = collate(*args, **kwargs)
+            if not self.trainer.args.accelerator_config.non_blocking:
+                self.counting.syncs["copies of a batch"] += sum(map(torch.is_tensor, batch.values()))
+            return batch
+
+        return call
 
     def timed(self, name: str, function):
         def call(*args, **kwargs):
@@ -160,6 +181,7 @@ class Steps(Watch):
             count.reset()
         if step == COUNTED:
             count.__exit__(None, None, None)
+            self.accelerator.synchronize = self.synchronize
             self.seconds.clear()
             self.began = time.process_time()
         elif step == COUNTED + TIMED:

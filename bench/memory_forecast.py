@@ -28,6 +28,7 @@ import numpy as np
 import torch
 import transformers
 
+import launches
 import memory
 import ranks
 import squad
@@ -51,9 +52,7 @@ def ds_config(stage: int, parameters: int) -> dict:
 
 def train(stage: int, precision: str) -> None:
     """Prints a row as JSON: forecast and measured memory in bytes, seconds of the forecast."""
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    CPU_Accelerator.is_fp16_supported = lambda self: True  # torch can train in fp16 on a CPU, and DeepSpeed refuses
+    launches.allow_fp16()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     sizes = {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "hidden_dropout": 0.0, "attention_dropout": 0.0}
     config = transformers.BloomConfig(vocab_size=VOCABULARY, **sizes)

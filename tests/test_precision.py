@@ -1,6 +1,7 @@
 """fp16 as fp32 is tested: the real DeepSpeed engine trains in fp16 on the CPU, with a scaled loss, overflows and skipped steps, on real Ray."""
 
 import json
+import math
 import os
 import tempfile
 import types
@@ -13,6 +14,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from slurm_cluster import NO_GPU
 from test_trial import PauseAtRungs, config, losses, prepare, run_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 import errors
@@ -33,35 +35,33 @@ def ray_session():
     os.environ["PYTHONPATH"] = before
 
 
-def in_fp16(run, stage, **fp16):
-    """The run in fp16 at a ZeRO stage; fp16: what its ds_config says of the loss scale."""
+def in_fp16(run, stage, precision="fp16", **fp16):
+    """The run in fp16, or bf16, at a ZeRO stage; fp16: what its ds_config says of the loss scale."""
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     ds_config["zero_optimization"] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     ds_config["fp16"] |= fp16
-    return run | {"ds_config": ds_config, "precision": "fp16"}
+    return run | {"ds_config": ds_config, "precision": precision}
 
 
 def trial(config, run):
     """A trial whose loss is multiplied, and which reports its learning rate."""
     import raytune_bayesian
+    import scaled_loss
 
     c = config["configs"][config["i"]]
-
-    class Trainer(raytune_bayesian.Trainer):
-        def compute_loss(self, *args, **kwargs):
-            return super().compute_loss(*args, **kwargs) * (c["multiplier"] if self.group.checked else 1)
+    scaled_loss.Trainer.multiplier = c["multiplier"]
 
     class Iterations(raytune_bayesian.Iterations):
         def report(self, checkpoint=None):
             self.metrics["lr"] = self.engine.basic_optimizer.param_groups[0]["lr"]
             super().report(checkpoint)
 
-    originals = raytune_bayesian.Trainer, raytune_bayesian.Iterations
-    raytune_bayesian.Trainer, raytune_bayesian.Iterations = Trainer, Iterations
+    original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
+    raytune_bayesian.__name__ = "scaled_loss"  # what the other ranks import
     try:
         raytune_bayesian.train(c, run)
     finally:
-        raytune_bayesian.Trainer, raytune_bayesian.Iterations = originals
+        raytune_bayesian.Iterations = original
 
 
 def with_loss(multiplier, **more):
@@ -80,28 +80,31 @@ def in_fp32(run, tmp_path_factory):
     return [losses(result) for result in run_ranks(tmp_path_factory.mktemp("fp32"), trial, run, configs, size=1)]
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (2, 1), (0, 2), (1, 2), (2, 2), (3, 2)])
-def test_fp16_learns_as_fp32_does(tmp_path, run, in_fp32, stage, ranks):
+STAGES = [("fp16", 0, 1), ("fp16", 1, 1), ("fp16", 2, 1), ("fp16", 0, 2), ("fp16", 1, 2), ("fp16", 2, 2), ("fp16", 3, 2), ("bf16", 0, 1), ("bf16", 1, 1), ("bf16", 3, 2)]
+
+
+@pytest.mark.parametrize("name, stage, ranks", STAGES)
+def test_sixteen_bits_learn_as_fp32_does(tmp_path, run, in_fp32, name, stage, ranks):
     """Also where the gradients are as small as in a real fine-tuning: unscaled, most of them would be 0 in fp16."""
-    multipliers = (1, 0.01) if ranks == 1 else (1,)  # `trial` changes the loss of rank 0 only
-    configs = [with_loss(multiplier, rungs=[4], per_device_bs=2 // ranks) for multiplier in multipliers]
-    results = run_ranks(tmp_path, trial, in_fp16(run, stage, initial_scale_power=12), configs, size=ranks)
+    configs = [with_loss(multiplier, rungs=[4], per_device_bs=2 // ranks) for multiplier in (1, 0.01)]
+    results = run_ranks(tmp_path, trial, in_fp16(run, stage, name, initial_scale_power=12), configs, size=ranks)
     assert len(results) == len(configs)
     for result, expected, gradients in zip(results, in_fp32, ((1, 100), (0.01, 1))):
         assert result.error is None
         assert losses(result) == pytest.approx(expected, rel=0.02) and losses(result)[-1] < 0.8 * losses(result)[0]
         frame = result.metrics_dataframe
-        assert frame["grad_norm"].between(*gradients).all() and (frame["loss_scale"] == 2**12).all() and (frame["skipped_steps"] == 0).all()
+        assert frame["grad_norm"].between(*gradients).all() and (frame["skipped_steps"] == 0).all()
+        assert (frame["loss_scale"] == 2**12).all() if name == "fp16" else frame["loss_scale"].isna().all()
         assert (frame["tokens_per_second"] > 0).all()
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage):
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (0, 2), (3, 2)])
+def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage, ranks):
     """To the last bit, loss scale and skipped steps included; and the schedule of the learning rate comes to its end."""
     run = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
     run = in_fp16(run, stage, initial_scale_power=24, loss_scale_window=15)
     scheduler = PauseAtRungs([1, 3])
-    paused, through = run_ranks(tmp_path, trial, run, [with_loss(1, rungs=[1, 3, 6])] * 2, scheduler, size=1)
+    paused, through = run_ranks(tmp_path, trial, run, [with_loss(1, rungs=[1, 3, 6], per_device_bs=2 // ranks)] * 2, scheduler, size=ranks)
     assert scheduler.pauses == 2 and len(losses(paused)) == 6
     for name in ("eval_loss", "grad_norm", "loss_scale", "skipped_steps", "lr"):
         assert paused.metrics_dataframe[name].tolist() == through.metrics_dataframe[name].tolist(), name
@@ -112,11 +115,18 @@ def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropo
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (3, 2)])
-def test_gradients_that_always_overflow_end_the_trial(tmp_path, run, stage, ranks):
+@pytest.mark.parametrize("stage, ranks, scale, says", [
+    (0, 1, 0, "again and again, until the loss scale has fallen to 1"),
+    (1, 1, 0, "again and again, until the loss scale has fallen to 1"),
+    (3, 2, 0, "again and again, until the loss scale has fallen to 1"),
+    (0, 1, 128, "with the static loss scale 128, 16 steps in a row"),
+    (1, 1, 128, "with the static loss scale 128, 16 steps in a row"),
+])  # fmt: skip
+def test_gradients_that_always_overflow_end_the_trial(tmp_path, run, stage, ranks, scale, says):
     """With the same words at every stage, before the first iteration has ended."""
-    (result,) = run_ranks(tmp_path, trial, in_fp16(run, stage), [with_loss(1e30, per_device_bs=1)], size=ranks)
-    assert "FloatingPointError: fp16: the gradients overflow with a loss scale of" in str(result.error), result.error
+    (result,) = run_ranks(tmp_path, trial, in_fp16(run, stage, loss_scale=scale), [with_loss(1e30, per_device_bs=1)], size=ranks)
+    assert f"FloatingPointError: fp16: the gradients overflow {says}" in str(result.error), result.error
+    assert "eval_loss" not in (result.metrics or {})
     assert errors.kind_of(FloatingPointError("fp16: the gradients overflow")) is errors.Kind.TRIAL
 
 
@@ -131,8 +141,14 @@ def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, run):
         raytune_bayesian.train(config["configs"][config["i"]], run)
 
     (result,) = run_ranks(tmp_path, fp16_weights_at_stage_0, in_fp16(run, 0), [with_loss(1)], size=1)
-    assert "WrongGradients: the optimizer gets gradients that are 0.000977 times those of the loss" in str(result.error)  # 1 in 2**10
-    assert errors.kind_of(errors.WrongGradients("")) is errors.Kind.SETUP  # ends the search
+    assert "CannotTrain: the optimizer gets gradients that are 0.000977 times those of the loss" in str(result.error)  # 1 in 2**10
+    assert errors.kind_of(errors.CannotTrain("")) is errors.Kind.SETUP  # ends the search
+
+
+def test_a_configuration_that_deepspeed_refuses_is_found_too(tmp_path, run):
+    """In one line, which ends the search: not by the failures of all trials."""
+    (result,) = run_ranks(tmp_path, trial, in_fp16(run, 1) | {"ds_config": {"zero_optimization": {"stage": 1, "round_robin_gradients": "x"}}}, [with_loss(1)], size=1)
+    assert "errors.CannotTrain: " in str(result.error), result.error
 
 
 @pytest.mark.parametrize("stage, ended", [(0, True), (0, False), (1, True), (1, False)])
@@ -147,6 +163,20 @@ def test_best_model_has_the_precision_of_the_training(tmp_path, run, tiny_model,
     assert json.loads((tmp_path / "best_model" / "config.json").read_text())["dtype"] == "float16"
     tested = raytune_bayesian.test(fp16 | {"test": run["selection"]}, str(tmp_path / "best_model"))
     assert tested["eval_loss"] == pytest.approx(losses(result)[3 if ended else 2], rel=3e-3)
+
+
+def test_a_model_of_bf16_is_told(tiny_model, tmp_path, capsys):
+    for dtype, warns in ((None, False), ("bfloat16", True)):
+        config = json.loads((tiny_model / "config.json").read_text()) | {"dtype": dtype}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert precision.is_of_bf16(tmp_path) is warns
+
+
+def test_norms_of_skipped_steps_go_where_the_others_are():
+    """DeepSpeed's norms are tensors on the GPU, and what was skipped is a number."""
+    with FakeTensorMode():
+        norms = precision.on_device([torch.ones(1, device="cuda"), math.inf, torch.ones((), device="cuda")], torch.device("cuda"))
+        assert [(norm.device.type, norm.shape, norm.dtype) for norm in norms] == [("cuda", (), torch.float32)] * 3
 
 
 # -- without Ray ------------------------------------------------------------------------------------------------------

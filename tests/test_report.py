@@ -35,10 +35,21 @@ def record(tmp_path):
     return report.Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1)
 
 
-def tell(record, trial, iteration, loss, em=None):
+def tell(record, trial, iteration, loss, em=None, **more):
     trial.last_result = {"training_iteration": iteration, "eval_loss": loss, "exact_match": em, "f1": em,
-                         "started_at": 0.0, "ended_at": 60.0, "node": "here"}  # fmt: skip
+                         "started_at": 0.0, "ended_at": 60.0, "node": "here", **more}  # fmt: skip
     record.on_trial_result(0, [], trial, trial.last_result)
+
+
+def test_a_trial_with_unusual_gradients_is_warned_about_once(record, tmp_path, capsys):
+    a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
+    for iteration in (1, 2):
+        tell(record, a, iteration, 1.0, grad_norm=3e-6, loss_scale=65536.0, skipped_steps=0)
+        tell(record, b, iteration, 1.0, grad_norm=0.3, loss_scale=None, skipped_steps=0)
+    out = capsys.readouterr().out
+    assert out.count("WARNING") == 1 and "WARNING: trial a, iteration 1: grad_norm 3e-06 is far from" in out
+    record.write_tables()
+    assert [row["grad_norm"] for row in report.read_csv(tmp_path / "iterations.csv")] == [3e-6, 0.3] * 2
 
 
 def fail(record, trial):

@@ -89,11 +89,11 @@ def test_log_ends_with_result_and_table(band):
     assert list(result) == ["eval_loss", "exact_match", "f1", "config"]
     assert list(result["config"]) == ["train_loop_config"]
     assert set(result["config"]["train_loop_config"]) == {"lr", "per_device_bs", "wd"}
-    assert rows[0] == ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", "Eval Loss", "EM", "F1"]
+    assert rows[0] == ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", "Eval Loss", "EM", "F1", "Iterations"]
     assert len(rows) == 2 + 25
     assert json.loads((folder / "best_result.json").read_text()) == result
     assert 0 <= result["exact_match"] <= result["f1"] <= 1
-    assert rows[2][4] == f"{result['eval_loss']:.4f}"
+    assert rows[2][4] == f"{result['eval_loss']:.4f}" and rows[2][-1] == "16" and rows[-1][-1] == "1"
     assert len(process.stdout.splitlines()) < 400 and "WARNING" not in process.stdout
 
 
