@@ -31,6 +31,7 @@ WHOLE = [  # errors as torch and Ray raise them, one for each row of errors.TEXT
     (torch.AcceleratorError, "CUDA error: CUDA driver version is insufficient for CUDA runtime version" + HELP, Kind.SETUP),
     (RuntimeError, TOO_OLD, Kind.SETUP),
     (torch.AcceleratorError, "CUDA error: the provided PTX was compiled with an unsupported toolchain." + HELP, Kind.SETUP),
+    (RuntimeError, "this GPU has no bf16: Tesla V100-SXM2-16GB", Kind.SETUP),
     (AssertionError, "Torch not compiled with CUDA enabled", Kind.SETUP),
     (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB", Kind.TRIAL),
     (torch.AcceleratorError, "CUDA error: out of memory" + HELP, Kind.TRIAL),
@@ -67,6 +68,7 @@ OTHERS = [
     (FloatingPointError, "eval_loss is nan after 3 iterations", Kind.TRIAL),
     (ValueError, "cannot read question 7", Kind.TRIAL),
     (MemoryError, "", Kind.TRIAL),
+    (errors.CannotTrain, "the optimizer gets gradients that are 1.53e-05 times those of the loss", Kind.SETUP),
     (errors.TrialFailed, "ValueError cannot read question 7", Kind.PROCESS),
 ]
 
@@ -79,7 +81,8 @@ def test_what_an_error_means(cls, text, kind):
         error = RuntimeError(text)
     assert errors.kind_of(error) is kind
     installed = errors.what_to_install(error)
-    assert bool(installed) == (kind is Kind.SETUP) and ("https://download.pytorch.org/whl/cu126" in installed) == (kind is Kind.SETUP)
+    assert bool(installed) == (kind is Kind.SETUP)
+    assert ("https://download.pytorch.org/whl/cu126" in installed) == (kind is Kind.SETUP and "bf16" not in text and cls is not errors.CannotTrain)
 
 
 def test_a_lost_rank_is_the_node_s_fault():
@@ -99,7 +102,7 @@ def test_each_text_decides_alone_and_stands_in_the_documentation():
 def test_what_to_install_fits_the_error():
     version = torch.__version__.partition("+")[0]
     command = f"pip install torch=={version} --index-url https://download.pytorch.org/whl/cu126"
-    for text, words in [(WHOLE[0][1], "V100 (sm_70)"), (TOO_OLD, "newer NVIDIA driver (580"), (WHOLE[5][1], "install a torch with CUDA")]:
+    for text, words in [(WHOLE[0][1], "V100 (sm_70)"), (TOO_OLD, "newer NVIDIA driver (580"), ("Torch not compiled with CUDA enabled", "install a torch with CUDA")]:
         assert words in errors.what_to_install(text) and command in errors.what_to_install(text)
     assert f"torch=={version}" in (ROOT / "requirements.txt").read_text() and f"/{command}\n" in (ROOT / "docs" / "failures.md").read_text()
 
