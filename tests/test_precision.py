@@ -14,7 +14,6 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from slurm_cluster import NO_GPU
 from test_trial import PauseAtRungs, config, losses, prepare, run_ranks
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 
 import errors
@@ -80,7 +79,7 @@ def in_fp32(run, tmp_path_factory):
     return [losses(result) for result in run_ranks(tmp_path_factory.mktemp("fp32"), trial, run, configs, size=1)]
 
 
-STAGES = [("fp16", 0, 1), ("fp16", 1, 1), ("fp16", 2, 1), ("fp16", 0, 2), ("fp16", 1, 2), ("fp16", 2, 2), ("fp16", 3, 2), ("bf16", 0, 1), ("bf16", 1, 1), ("bf16", 3, 2)]
+STAGES = [("fp16", 0, 1), ("fp16", 1, 1), ("fp16", 2, 2), ("fp16", 0, 2), ("fp16", 3, 2), ("bf16", 0, 1), ("bf16", 1, 1)]
 
 
 @pytest.mark.parametrize("name, stage, ranks", STAGES)
@@ -98,7 +97,7 @@ def test_sixteen_bits_learn_as_fp32_does(tmp_path, run, in_fp32, name, stage, ra
         assert (frame["tokens_per_second"] > 0).all()
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (0, 2), (3, 2)])
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (3, 2)])
 def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage, ranks):
     """To the last bit, loss scale and skipped steps included; and the schedule of the learning rate comes to its end."""
     run = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
@@ -120,7 +119,6 @@ def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropo
     (1, 1, 0, "again and again, until the loss scale has fallen to 1"),
     (3, 2, 0, "again and again, until the loss scale has fallen to 1"),
     (0, 1, 128, "with the static loss scale 128, 16 steps in a row"),
-    (1, 1, 128, "with the static loss scale 128, 16 steps in a row"),
 ])  # fmt: skip
 def test_gradients_that_always_overflow_end_the_trial(tmp_path, run, stage, ranks, scale, says):
     """With the same words at every stage, before the first iteration has ended."""
@@ -165,7 +163,7 @@ def test_best_model_has_the_precision_of_the_training(tmp_path, run, tiny_model,
     assert tested["eval_loss"] == pytest.approx(losses(result)[3 if ended else 2], rel=3e-3)
 
 
-def test_a_model_of_bf16_is_told(tiny_model, tmp_path, capsys):
+def test_a_model_of_bf16_is_known(tiny_model, tmp_path):
     for dtype, warns in ((None, False), ("bfloat16", True)):
         config = json.loads((tiny_model / "config.json").read_text()) | {"dtype": dtype}
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -174,9 +172,8 @@ def test_a_model_of_bf16_is_told(tiny_model, tmp_path, capsys):
 
 def test_norms_of_skipped_steps_go_where_the_others_are():
     """DeepSpeed's norms are tensors on the GPU, and what was skipped is a number."""
-    with FakeTensorMode():
-        norms = precision.on_device([torch.ones(1, device="cuda"), math.inf, torch.ones((), device="cuda")], torch.device("cuda"))
-        assert [(norm.device.type, norm.shape, norm.dtype) for norm in norms] == [("cuda", (), torch.float32)] * 3
+    norms = precision.on_device([torch.ones(1, device="meta"), math.inf, torch.ones((), device="meta")], torch.device("meta"))
+    assert [(norm.device.type, norm.shape, norm.dtype) for norm in norms] == [("meta", (), torch.float32)] * 3
 
 
 # -- without Ray ------------------------------------------------------------------------------------------------------

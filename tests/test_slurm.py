@@ -124,7 +124,7 @@ def test_trials_of_two_gpus(project, tiny):
     zero3 = project.folder / "ds_config.json"
     each = """"node": "+".join(self.group.gather(socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]))"""
     project.edit('"node": socket.gethostname()', each)
-    start = '    hyperparameters = config["train_loop_config"]\n    transformers.set_seed'
+    start = '    transformers.set_seed(run["seed"])\n'
     once = f"""    if group.rank == 1 and not os.path.exists("{project.folder}/failed"):
         Path("{project.folder}/failed").touch()
         raise ValueError("no second rank")
