@@ -138,7 +138,10 @@ class Group:
                     lost.append(its_error)
             for actor in self.others:
                 ray.kill(actor)
-            raise _cause([error, *lost], resume.oom_kills() > killed_before) from lost[0] if lost else error
+            cause = _cause([error, *lost], resume.oom_kills() > killed_before)
+            if cause is error:
+                raise
+            raise cause from (lost[0] if lost else error)
         finally:
             over.set()
             watch.join()

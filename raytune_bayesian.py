@@ -559,10 +559,10 @@ def search(
                 tune.report({**nothing, "storage": f"{reason} (on {socket.gethostname()})"})
             elif kind is errors.Kind.SETUP:
                 tune.report({**nothing, "setup": f"{reason} (on {socket.gethostname()}); {errors.what_to_install(error)}"})
-            elif kind is errors.Kind.PROCESS:  # raised, so that Tune ends the processes of this trial
-                raise error if isinstance(error, errors.TrialFailed) else errors.TrialFailed(reason) from error
-            elif kind is errors.Kind.NODE:  # raised, so that Tune starts the trial again in another process
-                raise
+            elif kind is errors.Kind.NODE or isinstance(error, errors.TrialFailed):
+                raise  # Tune starts the trial again in another process, or ends its processes
+            elif kind is errors.Kind.PROCESS:
+                raise errors.TrialFailed(reason) from error
             else:  # would come again with the same hyperparameters, so it is a result
                 file = Path(run["run_dir"]) / "ray" / tune.get_context().get_trial_id() / "error.txt"
                 file.parent.mkdir(parents=True, exist_ok=True)
