@@ -5,7 +5,10 @@
 
 import json
 import random
+import re
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,14 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 FILE = Path(__file__).with_name("goldens.json")
 SEARCHES = 20
+REFUSED = [  # command lines that end with exit code 2 and one line
+    "--max_t 0", "--max_t three", "--reduction_factor 1", "--reduction_factor 3 4", "--num_samples 0", "--cpus_per_trial 0", "--cpus_per_trial 9999",
+    "--gpus_per_trial -1", "--gpus_per_trial 99", "--max_concurrent_trials -1", "--max_train_samples 0", "--max_eval_samples 0", "--seed -1",
+    "--seed 4294967296", "--num_train_epochs 0", "--num_train_epochs nan", "--trial_timeout 0", "--metric loss", "--precision int8",
+    "--report_to comet", "--nonsense", "--model no/such/model", "--model .", "--dataset no/such/data", "--dataset .", "--deepspeed none.json",
+    "--deepspeed list.json", "--deepspeed adam.json", "--deepspeed offload.json", "--run_name a/b", "--run_name taken", "--resume --run_name none",
+    "--output_dir file", "--plan --seconds_per_iteration soon", "--plan --seconds_per_iteration 0",
+]  # fmt: skip
 PLANS = [(34, 50, 4, 1), (34, 50, 4, 4), (25, 16, 4, 2), (68, 81, 3, 8)]  # trials, max_t, reduction factor, slots
 
 
@@ -46,6 +57,25 @@ def plan(num_samples: int, max_t: int, reduction_factor: int, slots: int) -> str
     return simulate.plan(SPACE, [setting], [simulate.forecast(SPACE, **setting)], 60.0, 10**9, 86400)
 
 
+def refusals(folder: Path) -> list[str]:
+    """What each of REFUSED says, run as a user does in a folder."""
+    from conftest import run_script
+
+    (folder / "results" / "taken").mkdir(parents=True)
+    files = {"list": [], "adam": {"optimizer": {}}, "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {}}}}
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    (folder / "file").touch()
+
+    def run(command: str) -> str:
+        done = run_script(*command.split(), before=["env", "-C", str(folder)], CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+        assert done.returncode == 2 and done.stdout == "", (command, done)
+        return re.sub(r"(this machine has) \d+", r"\1 N", done.stderr.replace(f"{folder}/", ""))
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, REFUSED))
+
+
 @pytest.fixture(scope="module")
 def goldens() -> dict:
     return json.loads(FILE.read_text())
@@ -63,6 +93,12 @@ def test_plans(goldens, number):
     assert plan(*PLANS[number]).splitlines() == goldens["plans"][number]
 
 
+def test_refusals(goldens, tmp_path):
+    assert dict(zip(REFUSED, refusals(tmp_path))) == goldens["refusals"]
+
+
 if __name__ == "__main__":
     goldens = {"plans": [plan(*setting).splitlines() for setting in PLANS], "searches": [search(seed) for seed in range(SEARCHES)]}
+    with tempfile.TemporaryDirectory() as folder:
+        goldens["refusals"] = dict(zip(REFUSED, refusals(Path(folder))))
     FILE.write_text(json.dumps(goldens, indent=1).replace("\n   ", " ").replace("\n  ]", " ]") + "\n")
