@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import socket
 import sys
 import tempfile
@@ -29,12 +28,12 @@ import traceback
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported: else anyone on the network may run code in it
-os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's new progress output cannot be silenced; report.Record prints instead
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray's new progress output cannot be silenced; record.Record prints instead
 from ray import tune
 from ray.tune.experiment import Trial
 
-import inputs
-from bohb import band_size
+from hpo import checks, errors
+from hpo.bohb.brackets import band_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and knobs
@@ -66,7 +65,7 @@ MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = inputs.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = checks.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
     add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json[.gz] and dev*.json[.gz]")
@@ -80,12 +79,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--cpus_per_trial", type=int, default=1, help="of all its processes together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as the machine has room for")
     add("--metric", choices=list(MODES), default="eval_loss", help="what trials are compared by")
-    add("--precision", choices=inputs.PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
+    add("--precision", choices=checks.PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
     add("--deepspeed", default=str(Path(__file__).with_name("ds_config.json")), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run's folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
-    add("--report_to", choices=inputs.TRACKERS, default="tensorboard", help="experiment tracker")
+    add("--report_to", choices=checks.TRACKERS, default="tensorboard", help="experiment tracker")
     add("--trial_timeout", type=float, help="seconds without a report until a trial counts as hung (default: 10 slowest iterations)")
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
@@ -104,61 +103,61 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def show_plan(args: argparse.Namespace, ds_config: dict) -> None:
     """Prints the plan of the search, or compares those of several settings; and on which GPUs it fits."""
-    import simulate
+    from hpo.plan import plan
 
-    at_hand = inputs.slots(argparse.Namespace(**{**vars(args), "max_concurrent_trials": 0}))
+    at_hand = checks.slots(argparse.Namespace(**{**vars(args), "max_concurrent_trials": 0}))
     settings = []
     for reduction_factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
         trials = args.num_samples or band_size(args.max_t, reduction_factor)
         setting = {"num_samples": trials, "max_t": args.max_t, "reduction_factor": reduction_factor, "slots": at_a_time or at_hand}
         settings.append(setting)
-    seconds = args.seconds_per_iteration and inputs.seconds_per_iteration(args.seconds_per_iteration)
-    folder = inputs.local_model(args.model)
+    seconds = args.seconds_per_iteration and checks.seconds_per_iteration(args.seconds_per_iteration)
+    folder = checks.local_model(args.model)
     size = checkpoint_bytes(folder) if folder else None
-    forecasts = [simulate.forecast(SEARCH_SPACE, **setting) for setting in settings]
-    text = simulate.plan(SEARCH_SPACE, settings, forecasts, seconds, size, inputs.time_limit(Path(__file__).parent))
+    forecasts = [plan.forecast(SEARCH_SPACE, **setting) for setting in settings]
+    text = plan.plan(SEARCH_SPACE, settings, forecasts, seconds, size, checks.time_limit(Path(__file__).parent))
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
     print(f"{where} {at_hand} slots; a plan for others: --max_concurrent_trials\n\n{text}", flush=True)
     print(f"\n{memory_plan(args, folder, ds_config)}" if folder else "memory of a GPU: known once the model is there (--prefetch)", flush=True)
     if size and len(forecasts) == 1:
-        inputs.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(size))
+        checks.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(size))
 
 
 def memory_plan(args: argparse.Namespace, model: Path, ds_config: dict) -> str:
     """Which GPUs a trial fits on, as text. In fp16 where no precision is given: the question is which GPU to ask for."""
-    import memory
-    import squad
+    from hpo.plan import memory
+    from hpo.squad import data
 
     precision = args.precision if "precision" in args.given else "fp16"
     domain = SEARCH_SPACE["train_loop_config"]["per_device_bs"]
 
     def forecast(ds_config: dict, batch_size: int, ranks: int) -> memory.Forecast:
-        room = squad.ANSWER_ROOM
+        room = data.ANSWER_ROOM
         return memory.forecast(model, ds_config, precision, batch_size, MAX_LENGTH, room, EVAL_TOKENS, room, ranks)
 
-    sizes = [int(inputs.smallest(domain)), int(inputs.largest(domain))]
+    sizes = [int(checks.smallest(domain)), int(checks.largest(domain))]
     try:
         return memory.plan(forecast, precision, ds_config, sizes, max(1, args.gpus_per_trial))
     except Exception as error:  # whatever a class of models does that FakeTensors cannot follow
-        return f"memory of a GPU: no forecast for this model: {inputs.errors.one_line(error, 200)}"
+        return f"memory of a GPU: no forecast for this model: {errors.one_line(error, 200)}"
 
 
 def checkpoint_bytes(model: Path) -> int:
     """Size of a checkpoint, at most."""
-    return inputs.parameters(model) * CHECKPOINT_BYTES + 10**6
+    return checks.parameters(model) * CHECKPOINT_BYTES + 10**6
 
 
 if __name__ == "__main__":  # before the slow imports: bad input is told within seconds
     try:
         ARGS = parse_arguments()
         if ARGS.plan:
-            inputs.use_cluster_env(Path(__file__).parent)
-        DS_CONFIG, EXAMPLES = inputs.check(ARGS, SEARCH_SPACE)
+            checks.use_cluster_env(Path(__file__).parent)
+        DS_CONFIG, EXAMPLES = checks.check(ARGS, SEARCH_SPACE)
         if ARGS.plan:
             show_plan(ARGS, DS_CONFIG)
             sys.exit()
-    except inputs.BadInput as error:
-        inputs.refuse(error)
+    except errors.BadInput as error:
+        errors.refuse(error)
 
 import datasets
 import evaluate
@@ -167,17 +166,17 @@ import torch
 import transformers
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-import bill
-import errors
-import gpu_check
-import precision
-import ranks
-import report
-import resume
-import simulate
-import squad
-import trackers
-from bohb import HyperBandForBOHB, TuneBOHB, rungs
+from hpo import errors, files
+from hpo.bohb.brackets import rungs
+from hpo.bohb.scheduler import HyperBandForBOHB
+from hpo.bohb.searcher import TuneBOHB
+from hpo.cluster import gpu_check, idle_nodes, ray_private, resume, shutdown, watchdogs
+from hpo.cluster import state as state_file
+from hpo.cluster import storage as storage_wait
+from hpo.plan import plan
+from hpo.results import record as records
+from hpo.results import report, run_folder, slot_time, tables, trackers
+from hpo.squad import data, evaluation, precision, ranks
 
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed looks for other kinds, and warns
@@ -227,15 +226,15 @@ class SquadMetric(evaluate.Metric):
             if not reference["answers"]["text"]:
                 raise ValueError(f"question {reference['id']} has no answer")
             if prediction["id"] == reference["id"]:
-                scores = [squad.score_answer(prediction["prediction_text"], t) for t in reference["answers"]["text"]]
+                scores = [evaluation.score_answer(prediction["prediction_text"], t) for t in reference["answers"]["text"]]
                 exact_match += max(em for em, _ in scores)
                 f1 += max(f1 for _, f1 in scores)
         return {"exact_match": exact_match / len(references), "f1": f1 / len(references)}
 
 
-def score(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int, group=None) -> dict[str, float]:
+def score(model, tokenizer, data: data.TokenizedSquad, max_new_tokens: int, group=None) -> dict[str, float]:
     """EM and F1 of greedy answers."""
-    predictions = squad.predict(model, tokenizer, data, EVAL_TOKENS, max_new_tokens, group)
+    predictions = evaluation.predict(model, tokenizer, data, EVAL_TOKENS, max_new_tokens, group)
     return SquadMetric().compute(predictions=predictions, references=data.references)
 
 
@@ -255,7 +254,7 @@ class Trainer(transformers.Trainer):
         return self.order
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        total, count = squad.answer_loss(model, inputs)
+        total, count = evaluation.answer_loss(model, inputs)
         # DeepSpeed takes the mean over ranks: so that each token counts alike, as on one GPU.
         return total / self.group.mean(count, total.device)
 
@@ -335,7 +334,7 @@ class Iterations(transformers.TrainerCallback):
         pace = int(self.run["train"].lengths[trained_on].sum()) / (began - self.started_at)
         self.metrics = {"training_iteration": iteration, "tokens_per_second": pace, **gradients}
         with precision.autocast(self.run["ds_config"], self.run["precision"], self.engine.device.type):
-            self.metrics["eval_loss"] = loss = squad.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_TOKENS, self.group)
+            self.metrics["eval_loss"] = loss = evaluation.evaluate_loss(model, selection, self.tokenizer.pad_token_id, EVAL_TOKENS, self.group)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
             if iteration in self.rungs or self.every_score:
@@ -361,7 +360,7 @@ class Iterations(transformers.TrainerCallback):
         self.group.gather(None)  # all ranks have written their part
         if self.group.rank == 0:
             self.gradients.save(folder)
-            resume.sync(*folder.rglob("*"), folder)
+            files.sync(*folder.rglob("*"), folder)
         if "evaluation_seconds" in self.metrics:
             self.metrics["checkpoints_seconds"] = time.time() - self.saving_since
         self.report(tune.Checkpoint.from_directory(folder))
@@ -392,7 +391,7 @@ PRETRAINED: dict[str, torch.nn.Module] = {}  # of this process: the next trial d
 def pretrained(folder: str) -> torch.nn.Module:
     """A fresh copy of the pretrained model, fp32, on the CPU."""
     if folder not in PRETRAINED:
-        PRETRAINED[folder] = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+        PRETRAINED[folder] = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
     return copy.deepcopy(PRETRAINED[folder])
 
 
@@ -434,7 +433,7 @@ def train_rank(config: dict, run: dict, group: ranks.Group) -> None:
     batch_size = hyperparameters["per_device_bs"] * group.size
     order = data_order(run["train"].lengths, run["num_train_epochs"], batch_size, run["seed"])
     with contextlib.ExitStack() as stack:
-        folder = group.broadcast(stack.enter_context(resume.saving_folder()) if group.rank == 0 else None)
+        folder = group.broadcast(stack.enter_context(ray_private.saving_folder()) if group.rank == 0 else None)
         trainer = make_trainer(model, run["train"], order, hyperparameters, run, group, folder, tokenizer.pad_token_id)
         try:
             checkpoint = tune.get_checkpoint() if group.rank == 0 else None
@@ -475,7 +474,7 @@ def make_trainer(model, data, order: list[int], hyperparameters: dict, run: dict
         model=model,
         args=arguments,
         train_dataset=data,
-        data_collator=lambda batch: squad.collate(batch, pad_token_id),
+        data_collator=lambda batch: evaluation.collate(batch, pad_token_id),
         order=order,
         group=group,
     )
@@ -496,7 +495,7 @@ def check_gradients(run: dict, group: ranks.Group) -> None:
         return make_trainer(model, data, list(range(len(data))), hyperparameters, run, group, folder, pad_token_id=0)
 
     def loss_of(model, data):
-        total, count = squad.answer_loss(model, squad.collate(data, pad_token_id=0))
+        total, count = evaluation.answer_loss(model, evaluation.collate(data, pad_token_id=0))
         return total / count
 
     precision.check_gradients(trainer_of, loss_of, group.size)
@@ -508,12 +507,12 @@ def check_gradients(run: dict, group: ranks.Group) -> None:
 
 
 def search(
-    args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast, facts: dict
-) -> report.Record:
+    args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: plan.Forecast, facts: dict
+) -> records.Record:
     """Runs all trials, or those that are left of an earlier run; returns what was recorded. Whatever ends it, the bill is in `facts`.
 
     Raises:
-        resume.Drained: after SIGUSR1, once each running trial has saved a checkpoint.
+        shutdown.Drained: after SIGUSR1, once each running trial has saved a checkpoint.
         KeyboardInterrupt: after SIGINT.
     """
     searcher = TuneBOHB(seed=args.seed, max_concurrent=args.max_concurrent_trials)
@@ -527,15 +526,15 @@ def search(
     def save_state(record: dict, live: list[dict]):
         live = [trial for trial in live if scheduler.in_race(trial["trial_id"])] + algorithm.live
         parts = {"searcher": searcher.get_state(), "scheduler": scheduler.get_state(), "record": record, "live": live}
-        resume.save_state(run_dir, parts | {"bill": spent.get_state()})
+        state_file.save_state(run_dir, parts | {"bill": spent.get_state()})
 
     first_rung = min(args.num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))  # one trial alone ends no search
-    record = report.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
+    record = records.Record(run_dir, searcher, args.metric, args.num_samples, args.gpus_per_trial, first_rung, save_state)
     resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
     # one bundle a rank, all on one node
     share = {"CPU": args.cpus_per_trial / max(1, args.gpus_per_trial), "GPU": min(1, args.gpus_per_trial)}
     bundles = tune.PlacementGroupFactory([share] * max(1, args.gpus_per_trial), strategy="STRICT_PACK")
-    spent = bill.Bill(record, resources, args.max_concurrent_trials)
+    spent = slot_time.Bill(record, resources, args.max_concurrent_trials)
     algorithm = resume.ResumableSearch(searcher, run_dir)
     if state:
         live = {trial["trial_id"] for trial in state["live"]}
@@ -548,7 +547,7 @@ def search(
     script, meeting = __name__, os.environ.get("MEETING")  # where head_node.slurm and its workers meet
 
     def trial(config, run):
-        # Imported here, not with the process, which so is up within seconds: resume.TuneController waits two minutes for one that starts.
+        # Imported here, not with the process, which so is up within seconds: ray_private.TuneController waits two minutes for one that starts.
         module = importlib.import_module(script)
         try:
             module.train(config, run)
@@ -588,11 +587,11 @@ def search(
             callbacks=[
                 record,
                 spent,
-                bill.IdleRelease(spent, float(os.environ.get("IDLE_RELEASE_MINUTES", 0)), meeting and Path(meeting)),
-                report.Progress(record, scheduler, inputs.slots(args), expected.iterations, expected.time),
-                resume.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
-                resume.Watchdog(args.trial_timeout, record.say),
-                resume.BadNodes(meeting and Path(meeting), record.say),
+                idle_nodes.IdleRelease(spent, float(os.environ.get("IDLE_RELEASE_MINUTES", 0)), meeting and Path(meeting)),
+                records.Progress(record, scheduler, checks.slots(args), expected.iterations, expected.time),
+                shutdown.Drain(scheduler, algorithm, stop_file(run), finish=record.write),
+                watchdogs.Watchdog(args.trial_timeout, record.say),
+                watchdogs.BadNodes(meeting and Path(meeting), record.say),
                 *trackers.tracker(args.report_to, run_dir),
             ],
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
@@ -614,7 +613,7 @@ def search(
     if record.unfinished():  # Tune returns as after a good end
         raise KeyboardInterrupt
     record.write([])  # what comes now may be interrupted too
-    resume.stop_at_once()
+    shutdown.stop_at_once()
     return record
 
 
@@ -639,7 +638,7 @@ def start_ray(args: argparse.Namespace, temp_dir: str, trials_dir: str) -> None:
     os.environ.update(environment)
     with contextlib.chdir(Path(__file__).parent):  # its processes look for modules there first, not in a folder with another copy
         ray.init(**options, runtime_env={"env_vars": environment | MALLOC})
-    resume.stop_at_once()  # after Ray has set its own handlers, so that all is put away
+    shutdown.stop_at_once()  # after Ray has set its own handlers, so that all is put away
 
 
 def test(run: dict, folder: str) -> dict[str, float]:
@@ -647,8 +646,8 @@ def test(run: dict, folder: str) -> dict[str, float]:
     torch.set_num_threads(run["cpus_per_trial"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = load_tokenizer(folder)
-    model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).to(device)
-    loss = squad.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_TOKENS)
+    model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")).to(device)
+    loss = evaluation.evaluate_loss(model, run["test"], tokenizer.pad_token_id, EVAL_TOKENS)
     return {"eval_loss": loss, **score(model, tokenizer, run["test"], run["max_new_tokens"])}
 
 
@@ -661,27 +660,27 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
     try:
         tokenizer = load_tokenizer(folder)
     except Exception as error:  # whatever a broken tokenizer raises
-        raise inputs.BadInput(f"--model {folder}: no usable tokenizer: {errors.one_line(error, 200)}") from None
+        raise errors.BadInput(f"--model {folder}: no usable tokenizer: {errors.one_line(error, 200)}") from None
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        raise inputs.BadInput(f"--model {folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+        raise errors.BadInput(f"--model {folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     try:
         size = args.max_eval_samples or SELECTION_SIZE
-        train_examples, selection = squad.hold_out(examples[0], size, args.seed)
+        train_examples, selection = data.hold_out(examples[0], size, args.seed)
         titles = [{e["title"] for e in part} for part in (train_examples, selection)]
-        train_examples = squad.subset(train_examples, args.max_train_samples, args.seed)
-        tested = squad.subset(examples[1], args.max_eval_samples, args.seed)
+        train_examples = data.subset(train_examples, args.max_train_samples, args.seed)
+        tested = data.subset(examples[1], args.max_eval_samples, args.seed)
         run = {
-            "train": squad.tokenize(train_examples, tokenizer, MAX_LENGTH, training=True),
-            "selection": squad.tokenize(selection, tokenizer, MAX_LENGTH, training=False),
-            "test": squad.tokenize(tested, tokenizer, MAX_LENGTH, training=False),
+            "train": data.tokenize(train_examples, tokenizer, MAX_LENGTH, training=True),
+            "selection": data.tokenize(selection, tokenizer, MAX_LENGTH, training=False),
+            "test": data.tokenize(tested, tokenizer, MAX_LENGTH, training=False),
         }
         run["train"].references = []  # nobody scores on it: need not travel to each trial
     except ValueError as error:
-        raise inputs.BadInput(f"--dataset {args.dataset}: {error}") from None
-    batch_size = inputs.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"]) * max(1, args.gpus_per_trial)
+        raise errors.BadInput(f"--dataset {args.dataset}: {error}") from None
+    batch_size = checks.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"]) * max(1, args.gpus_per_trial)
     steps = math.ceil(max(1, round(len(run["train"]) * args.num_train_epochs)) / batch_size)
     if steps < args.max_t:
-        raise inputs.BadInput(
+        raise errors.BadInput(
             f"--max_t {args.max_t}: a full training on {len(run['train'])} questions has only {steps} optimizer steps "
             f"at batch size {batch_size}; use more questions or epochs, or a smaller --max_t"
         )
@@ -690,11 +689,11 @@ def prepare(args: argparse.Namespace, examples: tuple[list, list], folder: Path,
     return run | {key: getattr(args, key) for key in ("max_t", "num_train_epochs", "seed", "metric", "cpus_per_trial", "gpus_per_trial", "precision")}
 
 
-def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: simulate.Forecast, disk: int) -> None:
+def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | None, expected: plan.Forecast, disk: int) -> None:
     """Says what is about to run; disk is in bytes."""
     if state:
         rows = state["record"]["trials"].values()
-        ended = sum(row["status"] in report.ENDED for row in rows)
+        ended = sum(row["status"] in tables.ENDED for row in rows)
         print(f"going on with a search: {ended} trials have ended, {len(state['live'])} go on, {len(state['record']['iterations'])} iterations are done")
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     print(f"run folder: {run_dir}")
@@ -705,7 +704,7 @@ def announce(args: argparse.Namespace, run: dict, run_dir: Path, state: dict | N
     print(precision.in_words(run["ds_config"], args.precision))
     if args.precision == "fp16" and "precision" not in args.given and precision.is_of_bf16(run["model"]):
         print("WARNING: this model was trained in bf16, whose range fp16 does not have: --precision bf16 is safer, on a GPU that has it (A100, H100)")
-    print(f"search: {args.num_samples} trials on {inputs.slots(args)} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
+    print(f"search: {args.num_samples} trials on {checks.slots(args)} slots, brackets of (trials, iterations) {rungs(args.max_t, args.reduction_factor)}")
     print(f"disk: up to {disk / 1e9:.3g} GB in {args.output_dir}, for {expected.checkpoints} checkpoints and the best model")
     print(f"of {args.num_samples} suggestions {expected.model_based} come after the model has enough results; a third of them stays random")
     if expected.model_based == 0:
@@ -731,7 +730,9 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
     if files:
         weights = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)["module"]
     else:  # ZeRO 3: each rank has written its part
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint  # slow, and hardly ever needed
+        from deepspeed.utils.zero_to_fp32 import (
+            get_fp32_state_dict_from_zero_checkpoint,  # slow, and hardly ever needed
+        )
 
         weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
     model.load_state_dict(weights)
@@ -753,9 +754,9 @@ def save_best_model(checkpoint: Path, run: dict, path: Path) -> None:
         print(f"WARNING: best_model has weights that are infinite in {run['precision']}, or NaN: train with --precision bf16 or fp32", flush=True)
     model.save_pretrained(folder)
     load_tokenizer(run["model"]).save_pretrained(folder)
-    resume.sync(*folder.rglob("*"), folder)
+    files.sync(*folder.rglob("*"), folder)
     folder.rename(path)
-    resume.sync(path.parent)
+    files.sync(path.parent)
 
 
 def take_lock(run_dir: Path, patience: float):
@@ -770,7 +771,7 @@ def take_lock(run_dir: Path, patience: float):
             return lock
         except BlockingIOError:
             if time.time() > deadline:
-                raise inputs.BadInput(f"--run_name {run_dir.name}: a process is at work on {run_dir}") from None
+                raise errors.BadInput(f"--run_name {run_dir.name}: a process is at work on {run_dir}") from None
             time.sleep(1)
         except OSError as error:
             print(f"WARNING: this file system has no locks ({error.strerror}): start no second process on {run_dir}")
@@ -778,8 +779,8 @@ def take_lock(run_dir: Path, patience: float):
 
 
 def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] | None) -> None:
-    folder = inputs.model_folder(args.model, args.prefetch)
-    examples = examples or inputs.load_examples(args.dataset, args.prefetch)
+    folder = checks.model_folder(args.model, args.prefetch)
+    examples = examples or checks.load_examples(args.dataset, args.prefetch)
     if args.prefetch:
         print(f"in the cache: model {folder}, {len(examples[0])} training and {len(examples[1])} validation questions")
         return
@@ -789,38 +790,38 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
     run["run_dir"] = str(run_dir)
     facts = {
         "status": "running",
-        "arguments": {name: value for name, value in vars(args).items() if name not in ("given", *inputs.MODES_OF_USE)},
-        "search_space": inputs.describe(SEARCH_SPACE),
-        "grid": inputs.grid_size(SEARCH_SPACE),
+        "arguments": {name: value for name, value in vars(args).items() if name not in ("given", *checks.MODES_OF_USE)},
+        "search_space": checks.describe(SEARCH_SPACE),
+        "grid": checks.grid_size(SEARCH_SPACE),
         "ds_config": ds_config,
         "seed": args.seed,
         "questions": {part: len(run[part]) for part in ("train", "selection", "test")},
-        "versions": report.versions(),
-        "git_commit": report.git_commit(Path(__file__).parent),
+        "versions": run_folder.versions(),
+        "git_commit": run_folder.git_commit(Path(__file__).parent),
     }
-    expected = simulate.forecast(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, inputs.slots(args))
+    expected = plan.forecast(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, checks.slots(args))
     disk = expected.disk(checkpoint_bytes(folder))
     if not args.resume:
-        inputs.check_disk(run_dir.parent, disk)
+        checks.check_disk(run_dir.parent, disk)
         try:
             run_dir.mkdir(parents=True)
         except FileExistsError:
-            raise inputs.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
+            raise errors.BadInput(f"--run_name {args.run_name}: {run_dir} exists already") from None
     atexit.register(take_lock(run_dir, 120 if "SLURM_RESTART_COUNT" in os.environ else 0).close)
     if args.resume:
         earlier = json.loads((run_dir / "run.json").read_text())
         if earlier.get("status") == "done":
-            print(f"{run_dir} is done already; {sys.executable} report.py {run_dir} shows it")
+            print(f"{run_dir} is done already; {sys.executable} -m hpo.results {run_dir} shows it")
             return
         for name in ("ds_config", "questions"):
             if earlier.get(name) != facts[name]:
-                raise inputs.BadInput(f"--resume: {name} {facts[name]} is not that of the run, {earlier.get(name)}")
+                raise errors.BadInput(f"--resume: {name} {facts[name]} is not that of the run, {earlier.get(name)}")
     try:
-        state = resume.load_state(run_dir) if args.resume else None
+        state = state_file.load_state(run_dir) if args.resume else None
     except RuntimeError as error:
-        raise inputs.BadInput(f"--resume: {error}") from None
+        raise errors.BadInput(f"--resume: {error}") from None
     stop_file(run).unlink(missing_ok=True)
-    report.write_json(run_dir / "run.json", facts)
+    files.write_json(run_dir / "run.json", facts)
     announce(args, run, run_dir, state, expected, disk)
     folder_of_its_own = functools.partial(tempfile.TemporaryDirectory, prefix="bohb-", ignore_cleanup_errors=True)  # mode 0700
     short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # for Ray's sockets: names of at most 107 bytes
@@ -832,9 +833,9 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             record = search(args, run, run_dir, state, expected, facts)
             if record.best is None:
                 raise RuntimeError("no trial came to its first rung with a number; the reasons are above")
-            result = {name: record.trials[record.best][name] for name in report.METRICS}
+            result = {name: record.trials[record.best][name] for name in tables.METRICS}
             result["config"] = {"train_loop_config": record.configs[record.best]}
-            report.write_json(run_dir / "best_result.json", result)
+            files.write_json(run_dir / "best_result.json", result)
             if not (run_dir / "best_model").exists():  # made before an interruption
                 found = record.checkpoints(record.best)
                 if not found:
@@ -851,30 +852,30 @@ def main(args: argparse.Namespace, ds_config: dict, examples: tuple[list, list] 
             if errors.is_storage(error) or isinstance(error, OSError) and not run_dir.exists():
                 storage = error
             else:
-                status = "interrupted" if isinstance(error, resume.Drained) or not isinstance(error, Exception) else "failed"
-                report.write_json(run_dir / "run.json", facts | {"status": status})
+                status = "interrupted" if isinstance(error, shutdown.Drained) or not isinstance(error, Exception) else "failed"
+                files.write_json(run_dir / "run.json", facts | {"status": status})
                 raise
         finally:
             ray.shutdown()
     if storage:
         go_on_after(storage, run_dir, disk, environment)
         with contextlib.suppress(OSError):
-            report.write_json(run_dir / "run.json", facts | {"status": "interrupted"})
+            files.write_json(run_dir / "run.json", facts | {"status": "interrupted"})
         raise storage
-    report.write_json(run_dir / "run.json", facts | {"status": "done"})
-    resume.delete_state(run_dir)
+    files.write_json(run_dir / "run.json", facts | {"status": "done"})
+    state_file.delete_state(run_dir)
     try:
         report.write_page(run_dir)
         print(f"figures: {run_dir / 'report.html'}")
     except Exception as error:  # all else is done
-        print(f"WARNING: no report.html ({error!r}); {sys.executable} report.py {run_dir} tries again")
-    print(bill.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples, facts["grid"]))
+        print(f"WARNING: no report.html ({error!r}); {sys.executable} -m hpo.results {run_dir} tries again")
+    print(slot_time.text(facts["bill"], len(record.iterations), args.max_t, args.num_samples, facts["grid"]))
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     print(f"Test of the best model on {len(tested)} questions of the validation set, which no choice has looked at:")
-    print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in report.METRICS))
+    print("  " + ", ".join(f"{name} {facts['test'][name]:.4f}" for name in tables.METRICS))
     print(f"Below, eval_loss, EM and F1 are on the {len(run['selection'])} questions that trials were selected on.\n")
-    print(f"Best Trial Result:\n{report.to_json(result)}\n")
-    print(report.table(list(record.trials.values()), args.metric), flush=True)
+    print(f"Best Trial Result:\n{files.to_json(result)}\n")
+    print(tables.table(list(record.trials.values()), args.metric), flush=True)
 
 
 def go_on_after(error: Exception, run_dir: Path, disk: int, environment: dict[str, str]) -> None:
@@ -885,9 +886,9 @@ def go_on_after(error: Exception, run_dir: Path, disk: int, environment: dict[st
     print(f"storage: {errors.one_line(error, -500)}", flush=True)
     print(f"waiting for {run_dir} and room in it, at most {STORAGE_PATIENCE / 60:.0f} minutes (STORAGE_PATIENCE)", flush=True)
     try:
-        resume.stop_at_once()  # on the signal before a time limit
-        there = resume.wait_for_storage(run_dir, disk, STORAGE_PATIENCE)
-    except (resume.Drained, KeyboardInterrupt):
+        shutdown.stop_at_once()  # on the signal before a time limit
+        there = storage_wait.wait_for_storage(run_dir, disk, STORAGE_PATIENCE)
+    except (shutdown.Drained, KeyboardInterrupt):
         return
     if there:
         command = [sys.executable, sys.argv[0], "--resume", "--run_name", run_dir.name, "--output_dir", str(run_dir.parent)]
@@ -899,8 +900,8 @@ if __name__ == "__main__":
     script = importlib.import_module(Path(__file__).stem)
     try:
         script.main(ARGS, DS_CONFIG, EXAMPLES)
-    except inputs.BadInput as error:
-        inputs.refuse(error)
+    except errors.BadInput as error:
+        errors.refuse(error)
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, OSError) or errors.is_storage(error):
             print(f"raytune_bayesian.py: storage: {errors.one_line(error, -500)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""EM and F1 of 1,000 questions: ours (squad.predict) against one question at a time, with the same predictions.
+"""EM and F1 of 1,000 questions: ours (evaluation.predict) against one question at a time, with the same predictions.
 
     make demo-data && .venv/bin/python bench/evaluation.py        # about six minutes
 
@@ -26,7 +26,8 @@ import numpy as np
 import torch
 import transformers
 
-import squad
+from hpo.squad import data as squad_data
+from hpo.squad import evaluation
 from raytune_bayesian import EVAL_TOKENS, SquadMetric
 
 QUESTIONS = 1000
@@ -36,18 +37,18 @@ BLOOM_VOCABULARY = 250_880
 LIMIT = 8.0
 
 
-def fine_tune(model, tokenizer, data: squad.TokenizedSquad) -> None:
+def fine_tune(model, tokenizer, data: squad_data.TokenizedSquad) -> None:
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=LR), np.random.default_rng(0)
     for _ in range(STEPS):
-        batch = squad.collate([data[i] for i in rng.choice(len(data), BATCH, replace=False)], tokenizer.pad_token_id)
-        loss, count = squad.answer_loss(model, batch)
+        batch = evaluation.collate([data[i] for i in rng.choice(len(data), BATCH, replace=False)], tokenizer.pad_token_id)
+        loss, count = evaluation.answer_loss(model, batch)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
 @torch.no_grad()
-def one_at_a_time(model, tokenizer, data: squad.TokenizedSquad, indices, max_new_tokens: int) -> list[dict]:
+def one_at_a_time(model, tokenizer, data: squad_data.TokenizedSquad, indices, max_new_tokens: int) -> list[dict]:
     predictions = []
     for i in indices:
         prompt = torch.from_numpy(data[i]["input_ids"][: data[i]["prompt_length"]].astype(np.int64))[None]
@@ -61,12 +62,12 @@ def one_at_a_time(model, tokenizer, data: squad.TokenizedSquad, indices, max_new
 
 
 @torch.no_grad()
-def generate_in_batches(model, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int) -> list[dict]:
-    """What squad.predict would be with model.generate."""
+def generate_in_batches(model, tokenizer, data: squad_data.TokenizedSquad, max_new_tokens: int) -> list[dict]:
+    """What evaluation.predict would be with model.generate."""
     predictions = [{}] * len(data)
-    for indices, _ in squad._shares(data.prompt_lengths, EVAL_TOKENS, None):
+    for indices, _ in evaluation._shares(data.prompt_lengths, EVAL_TOKENS, None):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
-        batch = squad.collate(prompts, tokenizer.pad_token_id)
+        batch = evaluation.collate(prompts, tokenizer.pad_token_id)
         output = model.generate(
             batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -76,14 +77,14 @@ def generate_in_batches(model, tokenizer, data: squad.TokenizedSquad, max_new_to
     return predictions
 
 
-def compare(name: str, plain, fused, tokenizer, data: squad.TokenizedSquad, max_new_tokens: int) -> float:
+def compare(name: str, plain, fused, tokenizer, data: squad_data.TokenizedSquad, max_new_tokens: int) -> float:
     """Prints the rows of a model; returns how many times faster ours is."""
     ways = {
         "one at a time": None,
         "model.generate in batches": lambda: generate_in_batches(plain, tokenizer, data, max_new_tokens),
-        "ours without fused GELU": lambda: squad.predict(plain, tokenizer, data, EVAL_TOKENS, max_new_tokens),
-        "ours": lambda: squad.predict(fused, tokenizer, data, EVAL_TOKENS, max_new_tokens),
-        "floor: ours, first token only": lambda: squad.predict(fused, tokenizer, data, EVAL_TOKENS, 1),
+        "ours without fused GELU": lambda: evaluation.predict(plain, tokenizer, data, EVAL_TOKENS, max_new_tokens),
+        "ours": lambda: evaluation.predict(fused, tokenizer, data, EVAL_TOKENS, max_new_tokens),
+        "floor: ours, first token only": lambda: evaluation.predict(fused, tokenizer, data, EVAL_TOKENS, 1),
     }
     seconds, predictions, alone = {way: [] for way in ways}, {}, {}
     for turn in range(TURNS):
@@ -115,9 +116,9 @@ def main() -> None:
     torch.manual_seed(0)
     folder = ROOT / "demo" / "model"
     tokenizer = raytune_bayesian.load_tokenizer(folder)
-    examples = squad.read_squad(squad.find_squad_files(ROOT / "demo" / "squad")["train"])
-    train = squad.tokenize(examples[:-QUESTIONS], tokenizer, raytune_bayesian.MAX_LENGTH, training=True)
-    data = squad.tokenize(examples[-QUESTIONS:], tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
+    examples = squad_data.read_squad(squad_data.find_squad_files(ROOT / "demo" / "squad")["train"])
+    train = squad_data.tokenize(examples[:-QUESTIONS], tokenizer, raytune_bayesian.MAX_LENGTH, training=True)
+    data = squad_data.tokenize(examples[-QUESTIONS:], tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     fine_tune(plain, tokenizer, train)
     plain.eval()
@@ -127,7 +128,7 @@ def main() -> None:
     for name, vocabulary in (("demo, 1,361", None), ("BLOOM's, 250,880", BLOOM_VOCABULARY)):
         if vocabulary:
             plain.resize_token_embeddings(vocabulary)
-        fused = squad.fuse_gelu(copy.deepcopy(plain))
+        fused = evaluation.fuse_gelu(copy.deepcopy(plain))
         ratio = compare(name, plain, fused, tokenizer, data, train.longest_answer)
     print(f"ratio: {ratio:.2f}")
 

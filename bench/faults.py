@@ -23,9 +23,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import report
-from bohb import rungs
 from slurm_cluster import Project, SlurmCluster, sh
+
+from hpo import files
+from hpo.bohb.brackets import rungs
 
 ARGUMENTS = ["--model", ROOT / "demo" / "model", "--dataset", ROOT / "demo" / "squad", "--max_t", 16, "--num_train_epochs", 0.5,
              "--max_eval_samples", 40, "--num_samples", 22]  # fmt: skip
@@ -66,7 +67,7 @@ class Run:
         return self.project.submit(*arguments, "--run_name", "x", "--output_dir", self.output, NUM_WORKERS="2")
 
     def iterations(self) -> list[dict]:
-        return report.read_csv(self.rows) if self.rows.exists() else []
+        return files.read_csv(self.rows) if self.rows.exists() else []
 
     def kill(self, node: str, pattern: str, how=signal.SIGKILL) -> None:
         """Sends a signal to the processes of jobs on a node whose command line matches; RuntimeError where none does."""
@@ -214,7 +215,7 @@ def main() -> None:
             if state != ("COMPLETED", "0:0"):
                 raise RuntimeError(f"{state}\n{run.project.log(run.job)}")
             rows = run.iterations()
-            ended = Counter(t["training_iteration"] for t in report.read_csv(run.rows.with_name("trials.csv")) if t["status"] != "failed")
+            ended = Counter(t["training_iteration"] for t in files.read_csv(run.rows.with_name("trials.csv")) if t["status"] != "failed")
             again = len(rows) - len({(r["trial_id"], r["training_iteration"]) for r in rows})
             lost = sum((plan - ended).values())
             later = [r["ended_at"] - run.hit_at for r in rows if r["ended_at"] > max(run.hit_at, run.gone_at) and (r["trial_id"] in hit or not nodes)]

@@ -23,7 +23,8 @@ import psutil
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import report
+from hpo import files
+from hpo.results import tables
 
 VOCABULARY = 250_880
 ARGUMENTS = ["--max_t", "4", "--num_samples", "4", "--max_concurrent_trials", "1", "--max_train_samples", "32", "--num_train_epochs", "0.5",
@@ -88,8 +89,8 @@ def main(folder: Path) -> None:
     if process.wait() != 0:
         sys.exit("the search failed")
     results = folder / "results" / "full_size"
-    run, iterations = json.loads((results / "run.json").read_text()), report.read_csv(results / "iterations.csv")
-    trials = report.read_csv(results / "trials.csv")
+    run, iterations = json.loads((results / "run.json").read_text()), files.read_csv(results / "iterations.csv")
+    trials = files.read_csv(results / "trials.csv")
     disk, count = map(float, re.search(r"disk: up to ([\d.]+) GB in .* for (\d+) checkpoints", "".join(lines)).groups())
     model = sum(file.stat().st_size for file in (results / "best_model").iterdir())
     bill = {name: 60 * minutes for name, minutes in run["bill"].items()}
@@ -104,7 +105,7 @@ def main(folder: Path) -> None:
         ["GB on disk at most, by the forecast", f"{disk:.1f}"],
         ["GB of best_model", f"{model / 1e9:.2f}"],
         ["GB of memory of the largest process, at its peak", f"{peak.most / 1e9:.1f}"],
-        ["test of best_model", ", ".join(f"{name} {run['test'][name]:.3f}" for name in report.METRICS)],
+        ["test of best_model", ", ".join(f"{name} {run['test'][name]:.3f}" for name in tables.METRICS)],
         ["minutes in all", f"{(time.time() - began) / 60:.1f}"],
     ]
     width = max(len(name) for name, _ in rows)

@@ -68,12 +68,12 @@ def questions(count: int, tiny: bool, length: int | None = None):
     """Random tokens in sequences of SQuAD's lengths, or of one length."""
     import numpy as np
 
-    import squad
+    from hpo.squad import data as squad_data
 
     rng = np.random.default_rng(0)
     median, longest = at_size(tiny, MEDIAN, 20), at_size(tiny, LONGEST, 40)
     lengths = np.clip(rng.lognormal(math.log(median), SPREAD, count), ANSWER + 4, longest).astype(int) if length is None else np.full(count, length)
-    return squad.TokenizedSquad(
+    return squad_data.TokenizedSquad(
         tokens=rng.integers(3, at_size(tiny, BLOOM, TINY_BLOOM)["vocab_size"], lengths.sum(), dtype=np.int32),
         offsets=np.cumsum([0, *lengths]),
         prompt_lengths=lengths - ANSWER,
@@ -89,12 +89,11 @@ def no_tokenizer(*_):
 def learn(kind: str, stage: int, steps: int, factor: float, tiny: bool) -> dict:
     """eval_loss of the demo's model after so many steps with the loss multiplied by a factor."""
     import launches
-    import raytune_bayesian
     import transformers
 
-    import precision
-    import ranks
-    import squad
+    import raytune_bayesian
+    from hpo.squad import data as squad_data
+    from hpo.squad import evaluation, precision, ranks
 
     class Scaled(raytune_bayesian.Trainer):
         def compute_loss(self, *args, **kwargs):
@@ -103,8 +102,8 @@ def learn(kind: str, stage: int, steps: int, factor: float, tiny: bool) -> dict:
     group = ranks.Group()
     transformers.set_seed(1)
     tokenizer = raytune_bayesian.load_tokenizer(DEMO / "model")
-    train, selection = squad.hold_out(squad.read_squad(squad.find_squad_files(DEMO / "squad")["train"]), at_size(tiny, 200, 20), 0)
-    train, selection = squad.tokenize(train, tokenizer, 1024, True), squad.tokenize(selection, tokenizer, 1024, False)
+    train, selection = squad_data.hold_out(squad_data.read_squad(squad_data.find_squad_files(DEMO / "squad")["train"]), at_size(tiny, 200, 20), 0)
+    train, selection = squad_data.tokenize(train, tokenizer, 1024, True), squad_data.tokenize(selection, tokenizer, 1024, False)
     order = raytune_bayesian.data_order(train.lengths, 1.0, 2, 0)[: 2 * steps]
     run = {"ds_config": ds_config(stage), "precision": kind, "seed": 1}
     model = raytune_bayesian.pretrained(DEMO / "model")
@@ -114,7 +113,7 @@ def learn(kind: str, stage: int, steps: int, factor: float, tiny: bool) -> dict:
         watch = launches.Watch(trainer, lambda engine: precision.Gradients(engine, ds_config(stage), kind, None, 1))
         trainer.train()
     with precision.autocast(ds_config(stage), kind, watch.gradients.engine.device.type):
-        loss = squad.evaluate_loss(trainer.model, selection, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
+        loss = evaluation.evaluate_loss(trainer.model, selection, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
     return {"eval_loss": loss, **watch.gradients.summary()}
 
 
@@ -129,7 +128,7 @@ def trial(run: dict, rungs: list[int], folder: Path, pause: int | None = None, c
         Its reports, and its last checkpoint.
     """
     import raytune_bayesian
-    import ranks
+    from hpo.squad import ranks
 
     raytune_bayesian.GROUPS or raytune_bayesian.GROUPS.append(ranks.Group())
     reports, kept = [], folder / "none"
@@ -157,17 +156,17 @@ def trial(run: dict, rungs: list[int], folder: Path, pause: int | None = None, c
 
 def resume(kind: str, stage: int, tiny: bool) -> dict:
     """A trial of the demo's model that runs through, twice, and one that is paused and resumed: whether losses and weights are the same bits."""
-    import raytune_bayesian
     import torch
     from safetensors.torch import load_file
 
-    import squad
+    import raytune_bayesian
+    from hpo.squad import data as squad_data
 
     tokenizer = raytune_bayesian.load_tokenizer(DEMO / "model")
-    train, selection = squad.hold_out(squad.read_squad(squad.find_squad_files(DEMO / "squad")["train"]), 40, 0)
+    train, selection = squad_data.hold_out(squad_data.read_squad(squad_data.find_squad_files(DEMO / "squad")["train"]), 40, 0)
     run = {
-        "model": DEMO / "model", "train": squad.tokenize(train[: at_size(tiny, 80, 12)], tokenizer, 1024, True),
-        "selection": squad.tokenize(selection, tokenizer, 1024, False), "ds_config": ds_config(stage), "precision": kind, "seed": 1, "max_t": 4,
+        "model": DEMO / "model", "train": squad_data.tokenize(train[: at_size(tiny, 80, 12)], tokenizer, 1024, True),
+        "selection": squad_data.tokenize(selection, tokenizer, 1024, False), "ds_config": ds_config(stage), "precision": kind, "seed": 1, "max_t": 4,
         "num_train_epochs": 1.0, "metric": "eval_loss", "max_new_tokens": 8, "cpus_per_trial": 1, "gpus_per_trial": 0, "run_dir": "/nonexistent",
     }  # fmt: skip
     found = {}
@@ -268,11 +267,12 @@ def counted(row: str, tiny: bool) -> dict:
 
 def peaks(kind: str, stage: int, tiny: bool) -> dict:
     """Most bytes on the GPU in training, evaluation and resume of a trial, and the forecast of each."""
-    import raytune_bayesian
     import torch
 
-    import memory
-    import squad
+    import raytune_bayesian
+    from hpo.plan import memory
+    from hpo.squad import data as squad_data
+    from hpo.squad import evaluation
 
     found = {"resume": 0, "training": 0, "evaluation": 0, "start": 0, "reserved": 0}
 
@@ -294,21 +294,21 @@ def peaks(kind: str, stage: int, tiny: bool) -> dict:
             note("evaluation")
 
     length = at_size(tiny, LONGEST, 40)
-    room, eval_tokens = squad.ANSWER_ROOM, raytune_bayesian.EVAL_TOKENS
+    room, eval_tokens = squad_data.ANSWER_ROOM, raytune_bayesian.EVAL_TOKENS
     run = {
         "model": "/nonexistent", "train": questions(16, tiny, length), "selection": questions(at_size(tiny, 20, 4), tiny, length),
         "ds_config": ds_config(stage), "precision": kind, "seed": 1, "max_t": 2, "num_train_epochs": 1.0, "metric": "eval_loss",
         "max_new_tokens": room, "cpus_per_trial": 1, "gpus_per_trial": 0, "run_dir": "/nonexistent",
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(raytune_bayesian, "load_tokenizer", no_tokenizer):
-        model = squad.fuse_gelu(bloom(tiny))
+        model = evaluation.fuse_gelu(bloom(tiny))
         model.config.save_pretrained(folder)
         forecast = memory.forecast(folder, ds_config(stage), kind, 2, length, ANSWER, eval_tokens, room)
         with mock.patch.object(raytune_bayesian, "pretrained", lambda _: model):
             trial_folder = Path(folder)
             _, checkpoint = trial(run, [1, 2], trial_folder, pause=1, iterations=Iterations)
             size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-            model = squad.fuse_gelu(bloom(tiny))
+            model = evaluation.fuse_gelu(bloom(tiny))
             if cuda():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -320,17 +320,16 @@ def peaks(kind: str, stage: int, tiny: bool) -> dict:
 
 def answer(kind: str, tiny: bool) -> dict:
     """Questions a second of evaluation: eval_loss, and answers of so many tokens; a random model ends none of them earlier."""
-    import raytune_bayesian
     import torch
 
-    import precision
-    import squad
+    import raytune_bayesian
+    from hpo.squad import evaluation, precision
 
     device = "cuda" if cuda() else "cpu"
-    model, data, rates = squad.fuse_gelu(bloom(tiny)).to(device), questions(at_size(tiny, 500, 6), tiny), {}
-    ways = {"eval_loss": lambda: squad.evaluate_loss(model, data, 0, raytune_bayesian.EVAL_TOKENS)}
+    model, data, rates = evaluation.fuse_gelu(bloom(tiny)).to(device), questions(at_size(tiny, 500, 6), tiny), {}
+    ways = {"eval_loss": lambda: evaluation.evaluate_loss(model, data, 0, raytune_bayesian.EVAL_TOKENS)}
     for tokens in (3, 16):
-        ways[f"answers of {tokens} tokens"] = lambda tokens=tokens: squad.predict(model, no_tokenizer(), data, raytune_bayesian.EVAL_TOKENS, tokens)
+        ways[f"answers of {tokens} tokens"] = lambda tokens=tokens: evaluation.predict(model, no_tokenizer(), data, raytune_bayesian.EVAL_TOKENS, tokens)
     with precision.autocast(ds_config(0), kind, device):
         for name, way in ways.items():
             seconds = []

@@ -37,9 +37,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import precision
-import ranks
-import squad
+from hpo.squad import evaluation, precision, ranks
 
 LAYERS, HEADS, HIDDEN, VOCABULARY = 24, 16, 32, 100
 LENGTHS, ANSWER, PADDED = (12, 9), 3, 16  # tokens of the two sequences, of an answer, and of a sequence of the textbook (512 in use: as many operations)
@@ -203,7 +201,7 @@ def make(way: str, kind: str, stage: int, model, data, batch_size: int, folder: 
     if way == "ours":
         run = {"ds_config": ds_config, "precision": kind, "seed": 0}
         hyperparameters = {"lr": 1e-4, "wd": 0.01, "per_device_bs": batch_size}
-        trainer = raytune_bayesian.make_trainer(squad.fuse_gelu(model), data, list(range(len(data))), hyperparameters, run, GROUP[0], folder, 0)
+        trainer = raytune_bayesian.make_trainer(evaluation.fuse_gelu(model), data, list(range(len(data))), hyperparameters, run, GROUP[0], folder, 0)
         return trainer, lambda engine: precision.Gradients(engine, ds_config, kind, None, 1)
     rows = []
     for i in range(len(data)):

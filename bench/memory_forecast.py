@@ -24,14 +24,13 @@ sys.path.insert(0, str(ROOT))
 import raytune_bayesian  # first: sets up Ray's environment
 
 # isort: split
+import launches
 import numpy as np
 import torch
 import transformers
 
-import launches
-import memory
-import ranks
-import squad
+from hpo.plan import memory
+from hpo.squad import evaluation, ranks
 
 HIDDEN, LAYERS, HEADS, VOCABULARY = 512, 4, 8, 100_000
 BATCH_SIZE, LENGTH, ANSWER, STEPS = 2, 256, 16, 2  # in the second step Adam's state is there
@@ -68,7 +67,7 @@ def train(stage: int, precision: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM from here on
         before = status("VmRSS")
         torch.manual_seed(0)
-        model = squad.fuse_gelu(transformers.BloomForCausalLM(config))
+        model = evaluation.fuse_gelu(transformers.BloomForCausalLM(config))
         assert model.num_parameters() == parameters
         rng = np.random.default_rng(0)
         rows = [{"input_ids": rng.integers(3, VOCABULARY, LENGTH), "prompt_length": LENGTH - ANSWER} for _ in range(STEPS * BATCH_SIZE)]

@@ -25,7 +25,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.util.placement_group import placement_group_table
 
-import inputs
+from hpo import checks
 
 PAUSES = 200
 RANKS = 2
@@ -79,8 +79,8 @@ def main() -> None:
     arguments = ["--model", f"{ROOT}/demo/model", "--dataset", f"{ROOT}/demo/squad", "--max_t", str(PAUSES // 2 + 1), "--max_train_samples",
                  str(2 * (PAUSES // 2 + 1)), "--num_train_epochs", "1", "--max_eval_samples", "2"]  # fmt: skip
     args = raytune_bayesian.parse_arguments(arguments)
-    ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
-    run = raytune_bayesian.prepare(args, examples, inputs.model_folder(args.model), ds_config) | {"run_dir": "/nonexistent", "gpus_per_trial": RANKS}
+    ds_config, examples = checks.check(args, raytune_bayesian.SEARCH_SPACE)
+    run = raytune_bayesian.prepare(args, examples, checks.model_folder(args.model), ds_config) | {"run_dir": "/nonexistent", "gpus_per_trial": RANKS}
     run.pop("test")
     scheduler, began = PauseAlways(), time.time()
     with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:

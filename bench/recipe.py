@@ -27,10 +27,9 @@ from ray import tune
 from ray.tune.schedulers import HyperBandForBOHB
 from ray.tune.search.bohb import TuneBOHB
 
-import inputs
-import report
-import squad
-from bohb import band_size
+from hpo import checks, files
+from hpo.bohb.brackets import band_size
+from hpo.squad import data
 
 SETTINGS = ["--model", f"{ROOT}/demo/model", "--dataset", f"{ROOT}/demo/squad", "--max_t", "16", "--num_train_epochs", "0.7",
             "--max_eval_samples", "200"]  # fmt: skip
@@ -46,8 +45,8 @@ def textbook_trial(config, run):
     import torch
     import transformers
 
-    import ranks
     import raytune_bayesian
+    from hpo.squad import ranks
 
     # Ray's TuneBOHB suggests numpy values, which torch's DataLoader and DeepSpeed refuse
     searched = {name: value.item() if hasattr(value, "item") else value for name, value in config["train_loop_config"].items()}
@@ -92,8 +91,8 @@ def textbook_trial(config, run):
 def textbook(folder: Path) -> tuple[float, int]:
     """Seconds of the search and iterations that were executed."""
     args = raytune_bayesian.parse_arguments([*SETTINGS, "--output_dir", str(folder), "--run_name", "textbook"])
-    ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
-    train, selection = squad.hold_out(examples[0], args.max_eval_samples, args.seed)
+    ds_config, examples = checks.check(args, raytune_bayesian.SEARCH_SPACE)
+    train, selection = data.hold_out(examples[0], args.max_eval_samples, args.seed)
     run = {"model": args.model, "ds_config": ds_config, "max_t": args.max_t, "num_train_epochs": args.num_train_epochs, "seed": args.seed,
            "train_examples": train, "selection_examples": selection}  # fmt: skip
     executed = []
@@ -133,7 +132,7 @@ def ours(folder: Path) -> tuple[float, int, dict]:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.time() - started
     result = json.loads((folder / "ours" / "best_result.json").read_text())
-    return seconds, len(report.read_csv(folder / "ours" / "iterations.csv")), result
+    return seconds, len(files.read_csv(folder / "ours" / "iterations.csv")), result
 
 
 if __name__ == "__main__":

@@ -29,9 +29,11 @@ import ray.tune.search.bohb
 import ray.tune.tune
 from ray import tune
 
-import resume
-from bohb import HyperBandForBOHB, TuneBOHB, band_size
-from simulate import Simulation
+from hpo.bohb.brackets import band_size
+from hpo.bohb.scheduler import HyperBandForBOHB
+from hpo.bohb.searcher import TuneBOHB
+from hpo.cluster import ray_private
+from hpo.plan.simulator import Simulation
 
 SPACE = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "wd": tune.choice([0.0, 0.01])}
 MAX_T, REDUCTION_FACTOR = 50, 4
@@ -154,7 +156,7 @@ def nothing(config: dict) -> None:
     for t in range(start + 1, config["rungs"][-1] + 1):
         result = {"loss": loss(config, t), "training_iteration": t}
         if t in config["rungs"]:
-            with resume.saving_folder() as folder:
+            with ray_private.saving_folder() as folder:
                 (Path(folder) / "t").write_text(str(t))
                 tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
         else:
@@ -201,7 +203,7 @@ def main() -> None:
     cost(args.trials)
     if args.ray:
         print(f"\nreal Ray, {REAL} trials that do nothing, 4 slots, max_t 4; limit: our control loop no slower than Tune's own")
-        walls = [real(REAL, "Tune's own", resume.TuneController.__mro__[1]), real(REAL, "ours", resume.TuneController)]
+        walls = [real(REAL, "Tune's own", ray_private.TuneController.__mro__[1]), real(REAL, "ours", ray_private.TuneController)]
         print(f"Tune's seconds by ours: {walls[0] / walls[1]:.2f}")
     print(f"ratio: {ratio:.2f}")
 

@@ -44,8 +44,11 @@ import scipy.stats
 from ray import tune
 from ray.tune.search.sample import Categorical
 
-from bohb import HyperBandForBOHB, Model, TuneBOHB, rungs
-from simulate import Simulation
+from hpo.bohb.brackets import rungs
+from hpo.bohb.kde import Model
+from hpo.bohb.scheduler import HyperBandForBOHB
+from hpo.bohb.searcher import TuneBOHB
+from hpo.plan.simulator import Simulation
 
 BUDGETS = [6, 11, 23]  # full trainings; one band is 11.4
 FLOOR = 1e-4  # a smaller regret counts as this one in geometric means
@@ -193,7 +196,7 @@ RANDOM = {"bohb_config": {"random_fraction": 1}}
 
 
 def ours(ledger: Ledger, model: type[Model] = Model, slots: int = 1, **settings) -> None:
-    with unittest.mock.patch("bohb.Model", model):
+    with unittest.mock.patch("hpo.bohb.searcher.Model", model):
         simulated((TuneBOHB, HyperBandForBOHB), ledger, {"bohb_config": settings}, slots, reduction_factor=4)
 
 

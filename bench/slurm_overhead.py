@@ -16,8 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import report
 from slurm_cluster import Project, SlurmCluster
+
+from hpo import files
 
 RUNS = 3
 TEXTBOOK_SLEEPS = 40  # seconds
@@ -40,7 +41,7 @@ def main() -> None:
             state = cluster.job(job)
             if state["JobState"] != "COMPLETED":
                 raise RuntimeError(project.log(job))
-            iterations = report.read_csv(place / "results" / "x" / "iterations.csv")
+            iterations = files.read_csv(place / "results" / "x" / "iterations.csv")
             started = datetime.fromisoformat(state["StartTime"]).timestamp()  # in whole seconds
             seconds["job start to first trial running"].append(min(i["started_at"] for i in iterations) - started)
             seconds["last trial's end to an empty queue"].append(ended - max(i["ended_at"] for i in iterations))

@@ -25,11 +25,10 @@ import raytune_bayesian  # first: sets up Ray's environment
 
 # isort: split
 import numpy as np
-import torch
 import transformers
 
-import ranks
-import squad
+from hpo.squad import data as squad_data
+from hpo.squad import evaluation, ranks
 
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
 QUESTIONS, BATCH_SIZE, PADDED = 2000, 2, 512
@@ -57,8 +56,8 @@ def train(way: str, vocabulary: int) -> None:
     """Prints a row as JSON: samples a second by window, peak memory in GB, tokens a sample."""
     group = ranks.Group()
     transformers.set_seed(0)
-    files = squad.find_squad_files(SHARED_SQUAD if SHARED_SQUAD.is_dir() else ROOT / "demo" / "squad")
-    examples = squad.subset(squad.read_squad(files["train"]), QUESTIONS, seed=0)
+    files = squad_data.find_squad_files(SHARED_SQUAD if SHARED_SQUAD.is_dir() else ROOT / "demo" / "squad")
+    examples = squad_data.subset(squad_data.read_squad(files["train"]), QUESTIONS, seed=0)
     tokenizer = raytune_bayesian.load_tokenizer(ROOT / "demo" / "model")
     tokenizer = tokenizer.train_new_from_iterator((e["context"] for e in examples), SMALL_VOCABULARY)
     sizes = {"hidden_size": HIDDEN, "n_layer": LAYERS, "n_head": HEADS, "hidden_dropout": 0.0, "attention_dropout": 0.0}
@@ -77,13 +76,13 @@ def train(way: str, vocabulary: int) -> None:
             width = PADDED
             trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[clock])
         else:
-            data = squad.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=True)
+            data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=True)
             width = float(np.median(data.lengths))
             trainer = raytune_bayesian.Trainer(
-                model=squad.fuse_gelu(model),
+                model=evaluation.fuse_gelu(model),
                 args=arguments,
                 train_dataset=data,
-                data_collator=lambda batch: squad.collate(batch, tokenizer.pad_token_id),
+                data_collator=lambda batch: evaluation.collate(batch, tokenizer.pad_token_id),
                 order=raytune_bayesian.data_order(data.lengths, 1.0, BATCH_SIZE, seed=0),
                 group=group,
                 callbacks=[clock],

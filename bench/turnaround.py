@@ -9,7 +9,7 @@ raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Until the
 a big model seconds. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
 
 --starts: until the trials in all slots of a search have imported what they train with, with Tune's own control loop, which starts one process after
-the other, and with resume.TuneController, which starts them side by side. Searcher and scheduler are those of a search; a trial waits until all have
+the other, and with ray_private.TuneController, which starts them side by side. Searcher and scheduler are those of a search; a trial waits until all have
 come so far, as one that trains for minutes. The imports come in the trial, as in a search; before it a process starts as fast as it does here,
 or some seconds later, as where Ray's own files come over a network.
 """
@@ -34,14 +34,15 @@ import ray.tune.tune
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-import inputs
-import resume
-from bohb import HyperBandForBOHB, TuneBOHB
+from hpo import checks
+from hpo.bohb.scheduler import HyperBandForBOHB
+from hpo.bohb.searcher import TuneBOHB
+from hpo.cluster import ray_private
 
 TRIALS = 6  # the first of the warm ones is cold and does not count
 LIMIT = 10  # a warm process at least so many times faster than a fresh one
 SLOTS, STARTS, LATER = 8, 3, 5  # of --starts; seconds
-CONTROLLERS = {"Tune's own": resume.TuneController.__mro__[1], "ours": resume.TuneController}
+CONTROLLERS = {"Tune's own": ray_private.TuneController.__mro__[1], "ours": ray_private.TuneController}
 
 
 class Choices(FIFOScheduler):
@@ -115,8 +116,8 @@ def table(name: str, model: Path, trials: int) -> float:
     arguments = ["--model", str(model), "--dataset", f"{ROOT}/demo/squad", "--max_t", "2", "--max_train_samples", "4", "--num_train_epochs", "1",
                  "--max_eval_samples", "1"]  # fmt: skip
     args = raytune_bayesian.parse_arguments(arguments)
-    ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
-    run = raytune_bayesian.prepare(args, examples, inputs.model_folder(args.model), ds_config) | {"run_dir": "/nonexistent"}
+    ds_config, examples = checks.check(args, raytune_bayesian.SEARCH_SPACE)
+    run = raytune_bayesian.prepare(args, examples, checks.model_folder(args.model), ds_config) | {"run_dir": "/nonexistent"}
     run.pop("test")
     with tempfile.TemporaryDirectory() as folder:
         fresh = measure(run, Path(folder) / "fresh", trials, reuse=False, pause=False)
@@ -195,7 +196,7 @@ def starts() -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
-        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=inputs.machines()[1]), temp_dir, trials_dir)
+        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=checks.machines()[1]), temp_dir, trials_dir)
         if "--starts" in sys.argv:
             starts()
             ray.shutdown()

@@ -18,8 +18,17 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FILES = ["raytune_bayesian.py", "inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "figures.py", "bill.py",
-         "trackers.py", "errors.py", "gpu_check.py", "precision.py", "ds_config.json", "head_node.slurm", "worker_node.slurm", "cluster.env"]  # fmt: skip
+FILES = ["raytune_bayesian.py", "hpo", "ds_config.json", "head_node.slurm", "worker_node.slurm", "cluster.env"]
+
+
+def copy_project(folder: Path) -> None:
+    """Copies what a user needs to run the experiment in another folder."""
+    for name in FILES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+
 NO_GPU = ROOT / "tests" / "no_gpu"  # on PYTHONPATH: a stand-in for CUDA
 NODES = ["node1", "node2", "node3"]
 HOSTS = [*NODES, "controller"]
@@ -216,8 +225,7 @@ class Project:
 
     def __init__(self, cluster: SlurmCluster, folder: Path, temporary: Path):
         self.cluster, self.folder, self.temporary = cluster, folder, temporary
-        for name in FILES:
-            shutil.copy(ROOT / name, folder)
+        copy_project(folder)
         (folder / "logs").mkdir()
 
     def edit(self, old: str, new: str) -> None:

@@ -7,14 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 
-import bill
+from hpo.cluster import idle_nodes
+from hpo.results import slot_time
 
 STATES = [Trial.RUNNING, Trial.PAUSED, Trial.PENDING, Trial.TERMINATED, Trial.ERROR]
 
 
 def make(slots, num_samples=34, at_a_time=0, heard=True):
     record = types.SimpleNamespace(num_samples=num_samples, trials={})
-    made = bill.Bill(record, {"cpu": 1, "gpu": 1}, at_a_time)
+    made = slot_time.Bill(record, {"cpu": 1, "gpu": 1}, at_a_time)
     made.slots, made.heard = slots, heard
     return made
 
@@ -66,7 +67,7 @@ def test_iterations_that_were_run_again_are_told():
     minutes = made.minutes()
     parts = {name: minutes[name] for name in ("training", "evaluation", "checkpoints", "run again", "change-over")}
     assert parts == pytest.approx({"training": 0.5, "evaluation": 0.6, "checkpoints": 0.1, "run again": 1.0, "change-over": 0.3})
-    assert "run again 1.0 (40%)" in bill.text(minutes, 2, 16, 34, 40) and "34 for random search" in bill.text(minutes, 2, 16, 34, 40)
+    assert "run again 1.0 (40%)" in slot_time.text(minutes, 2, 16, 34, 40) and "34 for random search" in slot_time.text(minutes, 2, 16, 34, 40)
 
 
 def test_a_lost_process_is_a_fault_until_its_trial_has_another():
@@ -87,10 +88,10 @@ class SomeTrial(types.SimpleNamespace):
 def release(tmp_path, monkeypatch):
     """An IdleRelease of two nodes of two slots, all of whose trials have been suggested, and which is always due."""
     nodes = [{"Alive": True, "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"CPU": 2, "GPU": 2, f"slurm_job_10{i}": 1}} for i in (1, 2)]
-    monkeypatch.setattr(bill.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(idle_nodes.ray, "nodes", lambda: nodes)
     made = make(4, num_samples=3)
     made.record.trials = dict.fromkeys("abc")
-    release = bill.IdleRelease(made, 1e-9, tmp_path)
+    release = idle_nodes.IdleRelease(made, 1e-9, tmp_path)
     release.EVERY = 0.0
     return release
 

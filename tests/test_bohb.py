@@ -24,8 +24,8 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable import wrap_function
 
-import bohb
-from simulate import Simulation, SimulatedTrial
+from hpo.bohb import brackets, kde, scheduler, searcher
+from hpo.plan.simulator import SimulatedTrial, Simulation
 
 SPACE = {
     "train_loop_config": {
@@ -35,7 +35,7 @@ SPACE = {
     }
 }
 RAYS = (ray.tune.search.bohb.TuneBOHB, ray.tune.schedulers.HyperBandForBOHB)
-OURS = (bohb.TuneBOHB, bohb.HyperBandForBOHB)
+OURS = (searcher.TuneBOHB, scheduler.HyperBandForBOHB)
 
 
 def loss(config, t):
@@ -67,7 +67,7 @@ def simulate(classes, num_samples=34, slots=1, train=loss, max_t=50, sim={}, **o
 
 
 # Each new search builds a model on made-up losses first, which has tests of its own: thousands of searches need not.
-unchecked = mock.patch.object(bohb.TuneBOHB, "_check_model", lambda self: None)
+unchecked = mock.patch.object(searcher.TuneBOHB, "_check_model", lambda self: None)
 
 
 def results_per_budget(num_samples: int, max_t: int, reduction_factor: float) -> dict[int, int]:
@@ -75,7 +75,7 @@ def results_per_budget(num_samples: int, max_t: int, reduction_factor: float) ->
     counts: dict[int, int] = {}
     left = num_samples
     while left > 0:
-        for bracket in bohb.rungs(max_t, reduction_factor):
+        for bracket in brackets.rungs(max_t, reduction_factor):
             n = min(left, bracket[0][0])
             left -= n
             for i, (_, budget) in enumerate(bracket):
@@ -131,8 +131,8 @@ def break_model(search_alg):
     def broken(*args, **kwargs):
         raise AttributeError("as after a change of an interface")
 
-    for kde in search_alg.bohber.kde_models.values():
-        for density in kde.values():
+    for pair_of in search_alg.bohber.kde_models.values():
+        for density in pair_of.values():
             density.pdf = broken
             del density.data
 
@@ -153,7 +153,7 @@ def test_2_failure_of_the_model_is_not_random_search():
 
 
 def test_2_model_is_tried_before_the_search(monkeypatch):
-    monkeypatch.setattr(bohb.BOHB, "new_result", lambda *args, **kwargs: args[0].configs.update({1: []}))
+    monkeypatch.setattr(kde.BOHB, "new_result", lambda *args, **kwargs: args[0].configs.update({1: []}))
     with pytest.raises(RuntimeError, match="model cannot be built"):
         pair(OURS)
 
@@ -192,10 +192,10 @@ def test_3_mode_max():
 
 
 def test_4_brackets_end_at_max_t_and_share_budgets():
-    assert bohb.rungs(50, 4) == [[(22, 3), (6, 12), (2, 50)], [(8, 12), (2, 50)], [(4, 50)]]
-    assert bohb.rungs(27, 3) == [[(27, 1), (9, 3), (3, 9), (1, 27)], [(12, 3), (4, 9), (2, 27)], [(6, 9), (2, 27)], [(4, 27)]]
-    assert bohb.rungs(1, 4) == [[(1, 1)]]
-    assert bohb.band_size(50, 4) == 34
+    assert brackets.rungs(50, 4) == [[(22, 3), (6, 12), (2, 50)], [(8, 12), (2, 50)], [(4, 50)]]
+    assert brackets.rungs(27, 3) == [[(27, 1), (9, 3), (3, 9), (1, 27)], [(12, 3), (4, 9), (2, 27)], [(6, 9), (2, 27)], [(4, 27)]]
+    assert brackets.rungs(1, 4) == [[(1, 1)]]
+    assert brackets.band_size(50, 4) == 34
 
     rays = pair(RAYS, max_t=50, reduction_factor=3)[1]
     budgets = set()
@@ -207,12 +207,12 @@ def test_4_brackets_end_at_max_t_and_share_budgets():
                 bracket.successive_halving("eval_loss", 1)
                 budgets.add(bracket._cumul_r)
     assert len(budgets) == 10  # 1 3 9 27, 5 15 45, 16 48, 50: hardly one has enough results for a model
-    assert {budget for bracket in bohb.rungs(50, 3) for _, budget in bracket} == {1, 5, 16, 50}
+    assert {budget for bracket in brackets.rungs(50, 3) for _, budget in bracket} == {1, 5, 16, 50}
 
 
 @given(max_t=st.integers(1, 300), reduction_factor=st.integers(2, 10))
 def test_4_rungs_are_sound(max_t, reduction_factor):
-    band = bohb.rungs(max_t, reduction_factor)
+    band = brackets.rungs(max_t, reduction_factor)
     assert band
     for bracket in band:
         sizes, budgets = zip(*bracket)
@@ -457,7 +457,7 @@ def lr_spread(classes):
     for i in range(8):
         config = {"train_loop_config/lr": 8e-5 * 1.001**i if i < 4 else 1e-5 * 1.2**i, "train_loop_config/per_device_bs": 1 + i % 2,
                   "train_loop_config/wd": 0.0}  # fmt: skip
-        search_alg.bohber.new_result(bohb.Job({"loss": float(i)}, {"budget": 3, "config": config}))
+        search_alg.bohber.new_result(kde.Job({"loss": float(i)}, {"budget": 3, "config": config}))
     search_alg.bohber.random_fraction = 0
     lrs = [search_alg.suggest(str(i))["train_loop_config"]["lr"] for i in range(50)]
     return np.std(np.log(lrs)) / math.log(2e-4 / 5e-6)
@@ -473,7 +473,7 @@ def test_13_a_category_that_the_good_lack_is_not_chosen_for_it():
     search_alg, _ = pair(OURS)
     for i in range(16):
         config = {"train_loop_config/lr": 2e-5 * 1.1**i, "train_loop_config/per_device_bs": 1 if i < 8 else 2, "train_loop_config/wd": 0.0}
-        search_alg.bohber.new_result(bohb.Job({"loss": float(i)}, {"budget": 3, "config": config}))
+        search_alg.bohber.new_result(kde.Job({"loss": float(i)}, {"budget": 3, "config": config}))
     search_alg.bohber.random_fraction = 0
     picks = [search_alg.suggest(str(i))["train_loop_config"]["per_device_bs"] for i in range(50)]
     assert picks.count(1) > 40
@@ -609,5 +609,5 @@ def test_cost_of_a_decision_grows_slowly():
 def test_needs_its_own_searcher():
     search_alg = pair(RAYS)[0]
     scheduler = pair(OURS)[1]
-    with pytest.raises(TypeError, match="bohb.TuneBOHB"):
+    with pytest.raises(TypeError, match="bohb.searcher.TuneBOHB"):
         Simulation(search_alg, scheduler, 3, loss).run()

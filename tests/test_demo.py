@@ -9,8 +9,9 @@ from collections import Counter
 from conftest import ROOT, run_script
 
 import raytune_bayesian
-import report
-import simulate
+from hpo import files
+from hpo.plan import plan
+from hpo.results import tables
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 
@@ -24,7 +25,7 @@ def test_demo_search_learns(tmp_path, demo_model):
     log = (process.stdout + process.stderr).splitlines()
     assert len(log) < 400 and not [line for line in log if re.search("(?i)warn|deprecat|traceback", line)], process.stdout + process.stderr
     folder = tmp_path / "demo"
-    trials = report.read_csv(folder / "trials.csv")
+    trials = files.read_csv(folder / "trials.csv")
     run = json.loads((folder / "run.json").read_text())
     best = json.loads((folder / "best_result.json").read_text())
     completed = [t for t in trials if t["status"] == "completed"]
@@ -36,9 +37,9 @@ def test_demo_search_learns(tmp_path, demo_model):
     k = run["model_based_suggestions"]["k"]
     assert k >= 5
     # what the model suggested is better than what was drawn at random, at the rung that all of a bracket came to
-    iterations = report.read_csv(folder / "iterations.csv")
+    iterations = files.read_csv(folder / "iterations.csv")
     first = {i["trial_id"]: i["eval_loss"] for i in iterations if i["training_iteration"] == 1}
-    chosen = report.ranked(trials, "eval_loss")[0]["trial_id"]
+    chosen = tables.ranked(trials, "eval_loss")[0]["trial_id"]
     assert 2 * first[chosen] < max(first.values())  # hyperparameters matter; by the last rung a good search has only good ones left
     from_model = [first[t["trial_id"]] for t in trials[:16] if t["model_based"]]
     at_random = [first[t["trial_id"]] for t in trials[:16] if not t["model_based"]]
@@ -47,7 +48,7 @@ def test_demo_search_learns(tmp_path, demo_model):
     arguments = run["arguments"]
     slots = len(os.sched_getaffinity(0))
     size = {name: arguments[name] for name in ("num_samples", "max_t", "reduction_factor")}
-    expected = simulate.forecast(raytune_bayesian.SEARCH_SPACE, **size, slots=slots)
+    expected = plan.forecast(raytune_bayesian.SEARCH_SPACE, **size, slots=slots)
     at_rungs = Counter(i["training_iteration"] for i in iterations if i["exact_match"] is not None)
     assert at_rungs == {r: sum(n for _, rung, n, _ in expected.rungs if rung == r) for r in (1, 4, 16)}
     assert len(iterations) == expected.iterations
@@ -61,10 +62,10 @@ def test_demo_set_is_sound(demo_model):
     """SQuAD v1.1 format, several references, articles of the two sets apart, and a tokenizer that loses nothing."""
     from transformers import AutoTokenizer
 
-    import squad
+    from hpo.squad import data
 
-    files = squad.find_squad_files(demo_model.parent / "squad")
-    train, dev = squad.read_squad(files["train"]), squad.read_squad(files["validation"])
+    files = data.find_squad_files(demo_model.parent / "squad")
+    train, dev = data.read_squad(files["train"]), data.read_squad(files["validation"])
     assert len(train) >= 2000 and len(dev) >= 300
     assert not {e["title"] for e in train} & {e["title"] for e in dev}
     assert not {e["context"] for e in train} & {e["context"] for e in dev}

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -12,11 +11,10 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from ray.exceptions import ActorDiedError
-from slurm_cluster import FILES, NO_GPU
+from slurm_cluster import NO_GPU, copy_project
 
-import errors
-import report
-from errors import Kind
+from hpo import errors, files
+from hpo.errors import Kind
 
 HELP = (  # torch adds it to each error of CUDA
     "\nSearch for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information."
@@ -115,7 +113,7 @@ def test_one_line():
 
 
 def gpu_check(**environment):
-    done = subprocess.run([sys.executable, "gpu_check.py"], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    done = subprocess.run([sys.executable, "-c", "import sys; from hpo.cluster.gpu_check import main; sys.exit(main())"], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment)
     assert done.stdout.count("\n") == 1, done
     return done.returncode, done.stdout
 
@@ -140,7 +138,7 @@ def test_the_check_says_in_one_line_what_is_wrong(text, says):
 
 def test_a_gpu_that_computes_wrong_is_found(monkeypatch):
     """The GPU is played by the CPU, in fp16 too."""
-    import gpu_check
+    from hpo.cluster import gpu_check
 
     to, wrong = torch.Tensor.to, []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -166,8 +164,7 @@ if __name__ == "__main__":
 
 def test_an_error_of_the_installation_ends_the_search_at_once(tmp_path, tiny_model, tiny_squad):
     """With what to install; no trial has failed for it, so that --resume goes on with all of them."""
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     whole, begin = script.read_text(), 'if __name__ == "__main__":\n    # by the name'
     assert whole.count(begin) == 1
@@ -183,7 +180,7 @@ def test_an_error_of_the_installation_ends_the_search_at_once(tmp_path, tiny_mod
     script.write_text(whole)
     process = run_script("--resume", *name, script=script, PYTHONPATH=str(tmp_path))
     assert process.returncode == 0, process.stdout + process.stderr
-    trials = report.read_csv(tmp_path / "x" / "trials.csv")
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
     assert len(trials) == 6 and {t["status"] for t in trials} == {"stopped", "completed"}
 
 
@@ -207,8 +204,7 @@ if __name__ == "__main__":
 
 def test_a_device_side_assert_fails_the_trial_and_ends_its_process(tmp_path, tiny_model, tiny_squad):
     """It is not tried again, and the trials after it have another process."""
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     script.write_text(script.read_text().replace('if __name__ == "__main__":\n    # by the name', ASSERTS.strip("\n")))
     process = run_script(
@@ -217,6 +213,6 @@ def test_a_device_side_assert_fails_the_trial_and_ends_its_process(tmp_path, tin
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     hit = (tmp_path / "x" / ".assert").read_text().split()[0]
-    trials = report.read_csv(tmp_path / "x" / "trials.csv")
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
     assert [t["trial_id"] for t in trials if t["status"] == "failed"] == [hit], process.stdout
     assert re.search(f"trial {hit} .*failed after 0 iterations: .*device-side assert triggered", process.stdout), process.stdout

@@ -14,9 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, run_script
-from slurm_cluster import FILES, wait_for
+from slurm_cluster import copy_project, wait_for
 
-import report
+from hpo import files
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
@@ -48,7 +48,7 @@ def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
     assert process.returncode == 0, out
     assert "has not reported for 1" in out, out
     assert "goes on from iteration" in out, out
-    trials = report.read_csv(tmp_path / "x" / "trials.csv")
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
     assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 16
 
 
@@ -96,7 +96,7 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
         assert process.returncode == 0 and out.count("going on with a search") == 2 and out.count("Best Trial Result") == 1, out
         assert out.count("\nstorage: ") == 2 and re.search("storage: .*o space left on device", out), out
         assert "Traceback" not in out and "ended early" not in out
-        trials = report.read_csv(disk / "x" / "trials.csv")
+        trials = files.read_csv(disk / "x" / "trials.csv")
         assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 16
     finally:
         if process.poll() is None:
@@ -117,8 +117,7 @@ def test_a_trial_that_the_kernel_kills_at_the_memory_limit(tmp_path, tiny_model,
     """As at the limit of a Slurm job: failed and not tried again, as it would need as much again; kill -9 alone is not taken for it."""
     if os.getuid() != 0:
         pytest.skip("only root can make a control group")
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     harm = """
 import signal
@@ -151,7 +150,7 @@ def train(config, run):
     out = process.stdout
     assert process.returncode == 0, out + process.stderr
     killed, hungry = ((tmp_path / "x" / f".fault-{fault}").read_text() for fault in ("kill", "memory"))
-    status = {t["trial_id"]: t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")}
+    status = {t["trial_id"]: t["status"] for t in files.read_csv(tmp_path / "x" / "trials.csv")}
     assert (status[killed], status[hungry]) == ("completed", "failed") if killed != hungry else status[hungry] == "failed", out
     assert re.search(f"trial {killed} .*goes on from iteration 0", out), out
     assert re.search(f"trial {hungry} .*failed after 0 iterations: .*the kernel has killed its process", out), out
@@ -162,10 +161,9 @@ def test_a_search_cut_between_a_report_and_its_consequences(tmp_path, tiny_model
     """Saved when a trial's report has ended it and Tune has not said so yet, then killed: once each where it lost its bracket, and where
     it was trained fully. And a process that is lost after its trial's last report. Each is known to have ended, and the slot is free.
     """
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script, marks = tmp_path / "raytune_bayesian.py", [tmp_path / name for name in ("paused", "completed", "lost")]
-    save = '        resume.save_state(run_dir, parts | {"bill": spent.get_state()})\n'
+    save = '        state_file.save_state(run_dir, parts | {"bill": spent.get_state()})\n'
     kill = f"""
         for mark in map(Path, {[str(mark) for mark in marks[:2]]}):
             gone = set(searcher.running) - {{trial["trial_id"] for trial in live}}
@@ -188,7 +186,7 @@ if __name__ == "__main__":"""
     text = script.read_text()
     assert text.count(save) == 1
     script.write_text(text.replace(save, save + kill).replace('if __name__ == "__main__":\n    # by the name', lose + "\n    # by the name"))
-    record = tmp_path / "report.py"
+    record = tmp_path / "hpo" / "results" / "record.py"
     assert record.read_text().count("self.pace = 4 *") == 1
     record.write_text(record.read_text().replace("self.pace = 4 *", "self.pace = 0 *"))  # saved at each change, on a slow disk too
     name = ["--output_dir", tmp_path, "--run_name", "x"]
@@ -196,10 +194,10 @@ if __name__ == "__main__":"""
     for begin, code, mark in zip([arguments, ["--resume"], ["--resume"]], [-9, -9, 0], marks):
         process = run_script(*begin, *name, script=script, timeout=300, PYTHONPATH=str(tmp_path))
         assert process.returncode == code and mark.exists(), process.stdout + process.stderr
-    trials = report.read_csv(tmp_path / "x" / "trials.csv")
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
     ends = Counter((t["training_iteration"], t["status"]) for t in trials)
     assert ends == {(1, "stopped"): 12, (4, "stopped"): 3 + 1, (16, "completed"): 2}, process.stdout
-    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(tmp_path / "x" / "iterations.csv")]
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(tmp_path / "x" / "iterations.csv")]
     assert len(pairs) == len(set(pairs))
 
 
@@ -268,8 +266,7 @@ if __name__ == "__main__":"""
 
 def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     """NaN, broken data, out of memory: failed with the reason, not tried again, bad at their rung. A lost process: tried again."""
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     script.write_text(script.read_text().replace('if __name__ == "__main__":\n    # by the name', FAULTS + '\n    # by the name'))
     total, used = psutil.virtual_memory().total, psutil.virtual_memory().used
@@ -279,7 +276,7 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     )  # fmt: skip
     out = process.stdout
     assert process.returncode == 0, out + process.stderr
-    trials = {t["trial_id"]: t for t in report.read_csv(tmp_path / "x" / "trials.csv")}
+    trials = {t["trial_id"]: t for t in files.read_csv(tmp_path / "x" / "trials.csv")}
     hit = [(tmp_path / "x" / f".fault-{i}").read_text() for i in range(9)]
     reasons = ["FloatingPointError eval_loss is nan", "ValueError cannot read question 7", "OutOfMemoryError CUDA out of memory", "FloatingPointError fp16: the gradients overflow again and again", ".*out of memory: .*running low on memory"]
     for trial, reason in zip(hit, reasons):
@@ -304,5 +301,5 @@ def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
     assert process.returncode == 1
     assert process.stdout.count("failed after 0 iterations") == 16 and process.stdout.count("error.txt)") == 16
     assert "all 16 trials of the first rung failed, the last one: RuntimeError" in process.stderr and f"{tmp_path}/x" in process.stderr
-    assert [t["status"] for t in report.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 16
+    assert [t["status"] for t in files.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 16
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"

@@ -1,6 +1,5 @@
 """report.html: drawn from a run's folder, opened in a real browser."""
 
-import json
 import math
 import os
 import re
@@ -9,13 +8,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
-import bohb
-import figures
 import raytune_bayesian
-import report
-from simulate import Simulation
+from hpo import files
+from hpo.bohb.scheduler import HyperBandForBOHB
+from hpo.bohb.searcher import TuneBOHB
+from hpo.plan.simulator import Simulation
+from hpo.results import figures, tables
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -28,9 +27,9 @@ def run_dir(tmp_path_factory):
 
 def make_run(folder, num_samples, max_reports, max_t=16):
     folder.mkdir()
-    searcher = bohb.TuneBOHB(seed=0)
+    searcher = TuneBOHB(seed=0)
     searcher.set_search_properties("loss", "min", raytune_bayesian.SEARCH_SPACE)
-    scheduler = bohb.HyperBandForBOHB(time_attr="training_iteration", metric="loss", mode="min", max_t=max_t, reduction_factor=4)
+    scheduler = HyperBandForBOHB(time_attr="training_iteration", metric="loss", mode="min", max_t=max_t, reduction_factor=4)
 
     def train(config, t):
         return math.log10(config["train_loop_config"]["lr"] / 8e-5) ** 2 + 3 / t
@@ -45,19 +44,19 @@ def make_run(folder, num_samples, max_reports, max_t=16):
                            "started_at": 1e9 + 60 * start, "ended_at": 1e9 + 60 * end, "node": "node<2>",
                            "grad_norm": 1 + loss, "loss_scale": 2.0**16, "skipped_steps": 0, "tokens_per_second": 1000 + t})  # fmt: skip
         row = trials.setdefault(trial_id, {
-            "trial_id": trial_id, **{report.COLUMNS[k]: v for k, v in searched.items()}, "eval_loss": None, "exact_match": None, "f1": None,
+            "trial_id": trial_id, **{tables.COLUMNS[k]: v for k, v in searched.items()}, "eval_loss": None, "exact_match": None, "f1": None,
             "training_iteration": 0, "status": "stopped", "model_based": searcher.suggested[trial_id]["model_based"], "resumes": 0, "gpu_minutes": t,
         })  # fmt: skip
-        if t in scheduler.bracket_of(trial_id).budgets():  # as in report.Record
+        if t in scheduler.bracket_of(trial_id).budgets():  # as in Record
             row.update(eval_loss=loss, exact_match=em, f1=em, training_iteration=t)
-    report.write_csv(folder / "trials.csv", report.TRIAL_FIELDS, list(trials.values()))
-    report.write_csv(folder / "iterations.csv", report.ITERATION_FIELDS, iterations)
-    report.write_json(folder / "run.json", {"status": "running", "arguments": {"metric": "eval_loss", "num_samples": num_samples}})
+    files.write_csv(folder / "trials.csv", tables.TRIAL_FIELDS, list(trials.values()))
+    files.write_csv(folder / "iterations.csv", tables.ITERATION_FIELDS, iterations)
+    files.write_json(folder / "run.json", {"status": "running", "arguments": {"metric": "eval_loss", "num_samples": num_samples}})
     return folder
 
 
 def draw(folder, *options) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "report.py", folder, *options], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-m", "hpo.results", folder, *options], capture_output=True, text=True, timeout=300)
 
 
 def browse(path, tmp_path) -> tuple[str, list[str]]:
@@ -125,7 +124,7 @@ def test_what_is_no_run(tmp_path):
 
 
 def test_lanes_hold_one_trial_at_a_time(run_dir):
-    placed = figures.lanes(report.read_csv(run_dir / "iterations.csv"))
+    placed = figures.lanes(files.read_csv(run_dir / "iterations.csv"))
     assert {lane for lane, _ in placed} == {"node<2> #1", "node<2> #2"}
     for lane in {lane for lane, _ in placed}:
         rows = [row for name, row in placed if name == lane]

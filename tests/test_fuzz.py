@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import inputs
 import raytune_bayesian
-import resume
-import squad
+from hpo import checks, errors
+from hpo.cluster import state as state_file
+from hpo.squad import data
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -64,7 +64,7 @@ DOCUMENT = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context":
 def test_squad_documents(path, new):
     with a_file("train.json", json.dumps(changed(DOCUMENT, path, new))) as file:
         try:
-            for example in squad.read_squad(file):
+            for example in data.read_squad(file):
                 assert example["answers"]["text"]
         except ValueError as error:
             one_line(error)
@@ -75,7 +75,7 @@ def test_squad_documents(path, new):
 def test_squad_bytes(content, name):
     with a_file(name, content) as file:
         with pytest.raises(ValueError) as error:
-            squad.read_squad(file)
+            data.read_squad(file)
         one_line(error.value)
 
 
@@ -87,8 +87,8 @@ DS_CONFIG = json.loads((Path(raytune_bayesian.__file__).with_name("ds_config.jso
 def test_ds_configs(path, new):
     with a_file("ds.json", json.dumps(changed(DS_CONFIG, path, new))) as file:
         try:
-            assert isinstance(inputs.read_ds_config(file, 2, "fp16"), dict)
-        except inputs.BadInput as error:
+            assert isinstance(checks.read_ds_config(file, 2, "fp16"), dict)
+        except errors.BadInput as error:
             one_line(error)
 
 
@@ -96,8 +96,8 @@ def test_ds_configs(path, new):
 @FUZZ
 def test_model_folders(config):
     with a_file("config.json", json.dumps(config)) as file:
-        with pytest.raises(inputs.BadInput) as error:  # there are no weights in any case
-            inputs.check_model_folder(file.parent)
+        with pytest.raises(errors.BadInput) as error:  # there are no weights in any case
+            checks.check_model_folder(file.parent)
         one_line(error.value)
 
 
@@ -111,10 +111,10 @@ def test_records_of_runs(path, new):
     args = raytune_bayesian.parse_arguments(["--resume", "--run_name", "x"])
     with a_file("run.json", json.dumps(changed(RUN, path, new))) as file:
         try:
-            inputs.load_arguments(args, file.parent, {"lr": "1"})
+            checks.load_arguments(args, file.parent, {"lr": "1"})
             args.prefetch = True  # or the machine has a say
-            inputs.check_values(args)
-        except inputs.BadInput as error:
+            checks.check_values(args)
+        except errors.BadInput as error:
             one_line(error)
 
 
@@ -123,7 +123,7 @@ def test_records_of_runs(path, new):
 def test_states(content):
     with a_file("state.jsonl", content) as file, contextlib.redirect_stdout(io.StringIO()):
         with pytest.raises(RuntimeError, match="no whole state"):
-            resume.load_state(file.parent)
+            state_file.load_state(file.parent)
 
 
 FLAGS = [f"--{name}" for name in vars(raytune_bayesian.parse_arguments([])) if name not in ("given", "help")]
@@ -137,8 +137,8 @@ def test_flags(pairs, more, tiny_model, tiny_squad):
     argv = ["--model", str(tiny_model), "--dataset", str(tiny_squad)]
     argv += [word for pair in pairs for word in (pair if pair[0] not in ("--resume", "--prefetch") else pair[:1])] + more
     try:
-        inputs.check(raytune_bayesian.parse_arguments(argv), raytune_bayesian.SEARCH_SPACE)
-    except inputs.BadInput as error:
+        checks.check(raytune_bayesian.parse_arguments(argv), raytune_bayesian.SEARCH_SPACE)
+    except errors.BadInput as error:
         one_line(error)
     except SystemExit as end:  # --help, or -h
         assert end.code == 0

@@ -32,7 +32,7 @@ def search(seed: int) -> list[list]:
     """The trials of a search that is stopped and taken up again: lr, batch size, weight decay, by the model, iterations."""
     from test_bohb import OURS, loss, pair
 
-    from simulate import Simulation
+    from hpo.plan.simulator import Simulation
 
     chance = random.Random(seed)
     slots, options = chance.randint(1, 4), {"max_t": 16, "seed": seed}
@@ -50,11 +50,12 @@ def search(seed: int) -> list[list]:
 
 
 def plan(num_samples: int, max_t: int, reduction_factor: int, slots: int) -> str:
-    import simulate
     from test_bohb import SPACE
 
+    from hpo.plan import plan
+
     setting = {"num_samples": num_samples, "max_t": max_t, "reduction_factor": reduction_factor, "slots": slots}
-    return simulate.plan(SPACE, [setting], [simulate.forecast(SPACE, **setting)], 60.0, 10**9, 86400)
+    return plan.plan(SPACE, [setting], [plan.forecast(SPACE, **setting)], 60.0, 10**9, 86400)
 
 
 def refusals(folder: Path) -> list[str]:

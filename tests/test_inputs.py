@@ -9,11 +9,10 @@ import sys
 
 import pytest
 from conftest import ROOT, run_script
+from slurm_cluster import copy_project
 
-import errors
-import inputs
 import raytune_bayesian
-import report
+from hpo import checks, errors, files
 
 
 @pytest.fixture(scope="module")
@@ -114,9 +113,9 @@ def arguments_of(name, broken, tiny_model, tiny_squad):
 def test_what_is_said(name, broken, tiny_model, tiny_squad):
     """The steps of the script, in this process."""
     before, beside = files_of(broken), set(ROOT.iterdir())
-    with pytest.raises(inputs.BadInput) as error:
+    with pytest.raises(errors.BadInput) as error:
         args = raytune_bayesian.parse_arguments(arguments_of(name, broken, tiny_model, tiny_squad))
-        raytune_bayesian.main(args, *inputs.check(args, raytune_bayesian.SEARCH_SPACE))
+        raytune_bayesian.main(args, *checks.check(args, raytune_bayesian.SEARCH_SPACE))
     assert len(str(error.value).splitlines()) == 1 and re.search(CASES[name][1], str(error.value))
     assert files_of(broken) == before and set(ROOT.iterdir()) == beside
 
@@ -153,7 +152,7 @@ def test_search_space_is_checked(monkeypatch):
     from ray import tune
 
     good = raytune_bayesian.SEARCH_SPACE["train_loop_config"]
-    inputs.check_search_space({"train_loop_config": good})
+    checks.check_search_space({"train_loop_config": good})
     for change, message in [
         ({"lr": tune.loguniform(2e-4, 5e-6)}, "lr: lower 0.0002 is not below upper 5e-06"),
         ({"lr": tune.uniform(1e-4, 1e-4)}, "lr: lower 0.0001 is not below"),
@@ -162,16 +161,15 @@ def test_search_space_is_checked(monkeypatch):
         ({"lr": tune.quniform(0.1, 0.9, 0.1)}, "lr: BOHB cannot keep to the steps"),
         ({"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "nothing to search"),
     ]:
-        with pytest.raises(inputs.BadInput, match=re.escape(message)):
-            inputs.check_search_space({"train_loop_config": {**good, **change}})
-    with pytest.raises(inputs.BadInput, match="wd is missing"):
-        inputs.check_search_space({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
+        with pytest.raises(errors.BadInput, match=re.escape(message)):
+            checks.check_search_space({"train_loop_config": {**good, **change}})
+    with pytest.raises(errors.BadInput, match="wd is missing"):
+        checks.check_search_space({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
 
 
 def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
     """What a user does: edit the block at the top of the script."""
-    for name in ("raytune_bayesian.py", "inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script = tmp_path / "raytune_bayesian.py"
     text = script.read_text()
     assert text.count("tune.loguniform(5e-6, 2e-4)") == 1
@@ -183,8 +181,7 @@ def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
 
 def test_a_copy_of_the_script_is_what_runs(tmp_path, tiny_model, tiny_squad):
     """Researchers copy a script to change it."""
-    for name in ("inputs.py", "resume.py", "ranks.py", "squad.py", "bohb.py", "simulate.py", "report.py", "ds_config.json"):
-        shutil.copy(ROOT / name, tmp_path)
+    copy_project(tmp_path)
     script = tmp_path / "my_search.py"
     script.write_text((ROOT / "raytune_bayesian.py").read_text().replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(1e-3, 2e-3)"))
     process = run_script(
@@ -192,7 +189,7 @@ def test_a_copy_of_the_script_is_what_runs(tmp_path, tiny_model, tiny_squad):
         "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x", script=script,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in report.read_csv(tmp_path / "x" / "trials.csv"))
+    assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in files.read_csv(tmp_path / "x" / "trials.csv"))
 
 
 def test_a_folder_that_may_not_be_entered(tmp_path, tiny_model, tiny_squad):
@@ -202,15 +199,15 @@ def test_a_folder_that_may_not_be_entered(tmp_path, tiny_model, tiny_squad):
     args = raytune_bayesian.parse_arguments(["--model", str(closed / "model"), "--dataset", str(tiny_squad)])
     os.seteuid(65534)
     try:
-        with pytest.raises(inputs.BadInput, match="Permission denied"):
-            inputs.check(args, raytune_bayesian.SEARCH_SPACE)
+        with pytest.raises(errors.BadInput, match="Permission denied"):
+            checks.check(args, raytune_bayesian.SEARCH_SPACE)
     finally:
         os.seteuid(0)
 
 
 def test_prefetch_on_a_login_node_does_not_look_for_gpus():
     args = raytune_bayesian.parse_arguments(["--prefetch", "--gpus_per_trial", "99"])
-    inputs.check(args, raytune_bayesian.SEARCH_SPACE)
+    checks.check(args, raytune_bayesian.SEARCH_SPACE)
 
 
 def test_help_lists_and_explains_all_flags():

@@ -10,11 +10,9 @@ import torch
 import transformers
 from conftest import ROOT
 
-import memory
-import precision
-import ranks
 import raytune_bayesian
-import squad
+from hpo.plan import memory
+from hpo.squad import data, evaluation, precision, ranks
 
 DS_CONFIG = json.loads((ROOT / "ds_config.json").read_text())
 SIZES = {"batch_size": 2, "max_length": 128, "answer_tokens": 16, "eval_tokens": 256, "max_new_tokens": 16}
@@ -28,10 +26,10 @@ def forecast(model, stage=0, kind="fp16", ranks=1, **sizes) -> memory.Forecast:
     return memory.forecast(model, with_stage(stage), kind, **(SIZES | sizes), ranks=ranks)
 
 
-def data(rows: int, length: int, answer: int) -> squad.TokenizedSquad:
+def data(rows: int, length: int, answer: int) -> data.TokenizedSquad:
     """Sequences that are all as long."""
     offsets = np.arange(rows + 1, dtype=np.int64) * length
-    return squad.TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, np.full(rows, length - answer), [])
+    return data.TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, np.full(rows, length - answer), [])
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +60,7 @@ def test_no_weights_are_read(tiny_model, tmp_path):
 
 
 def test_parts_add_up(tiny_model):
-    parameters = raytune_bayesian.inputs.parameters(tiny_model)
+    parameters = raytune_bayesian.checks.parameters(tiny_model)
     for stage in (0, 1, 2, 3):
         f = forecast(tiny_model, stage)
         assert f.peak == f.weights + f.optimizer + max(f.backward, f.step, f.evaluation, f.resume) + f.reserve
@@ -187,7 +185,7 @@ def test_forecast_agrees_with_the_real_engine(demo_model, tmp_path, group, stage
     """Within 15 %, of all tensors alive at the peak of three optimizer steps."""
     sizes = SIZES | {"max_length": 256}
     f = memory.forecast(demo_model, with_stage(stage), kind, **sizes)
-    model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32))
+    model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32))
     live = memory.Live()
     for parameter in model.parameters():
         live.add(parameter)
@@ -204,7 +202,7 @@ def test_forecast_agrees_with_the_real_engine(demo_model, tmp_path, group, stage
 @pytest.mark.parametrize("kind", ["fp32", "fp16"])
 def test_forecast_of_evaluation(demo_model, kind):
     f = memory.forecast(demo_model, with_stage(0), kind, **SIZES)
-    model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32))
+    model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32))
     live = memory.Live()
     for parameter in model.parameters():
         live.add(parameter)
@@ -212,6 +210,6 @@ def test_forecast_of_evaluation(demo_model, kind):
     long = data(2 * rows, SIZES["max_length"], SIZES["answer_tokens"])
     ids = torch.full((rows, SIZES["max_length"]), 5)
     with live, precision.autocast(with_stage(0), kind, "cpu"), torch.no_grad():
-        squad.evaluate_loss(model, long, 0, SIZES["eval_tokens"])
-        squad._greedy(model, ids, torch.ones_like(ids), -1, 2, None)
+        evaluation.evaluate_loss(model, long, 0, SIZES["eval_tokens"])
+        evaluation._greedy(model, ids, torch.ones_like(ids), -1, 2, None)
     assert live.peak - weights == pytest.approx(f.evaluation, rel=0.15)

@@ -16,11 +16,10 @@ from slurm_cluster import NO_GPU
 from test_trial import PauseAtRungs, config, losses, prepare, run_ranks
 from transformers import masking_utils
 
-import errors
-import precision
 import raytune_bayesian
-import report
-import squad
+from hpo import errors
+from hpo.results import record
+from hpo.squad import evaluation, precision
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +43,9 @@ def in_fp16(run, stage, precision="fp16", **fp16):
 
 def trial(config, run):
     """A trial whose loss is multiplied, and which reports its learning rate."""
-    import raytune_bayesian
     import scaled_loss
+
+    import raytune_bayesian
 
     c = config["configs"][config["i"]]
     scaled_loss.Trainer.multiplier = c["multiplier"]
@@ -132,8 +132,8 @@ def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, run):
     """What DeepSpeed 0.19.8 does with fp16 weights at stage 0."""
 
     def fp16_weights_at_stage_0(config, run):
-        import precision
         import raytune_bayesian
+        from hpo.squad import precision
 
         precision.training_arguments = lambda ds_config, name: {"fp16": True, "deepspeed": ds_config}
         raytune_bayesian.train(config["configs"][config["i"]], run)
@@ -218,13 +218,13 @@ def test_no_nan_by_padding_in_fp16(family, attention, monkeypatch):
     if family == "llama":  # its positions turn the biases: only part of the shift is left
         model.config.rope_parameters["rope_theta"] = 1e30
     data = [{"input_ids": torch.arange(5, n).numpy(), "prompt_length": n - 8} for n in (12, 40)]
-    batch = squad.collate(data, 0)
-    expected = sum(squad.answer_loss(model, squad.collate([example], 0))[0].item() for example in data)
+    batch = evaluation.collate(data, 0)
+    expected = sum(evaluation.answer_loss(model, evaluation.collate([example], 0))[0].item() for example in data)
     half = model.half()
-    assert squad.answer_loss(half, batch)[0].item() == pytest.approx(expected, rel=1e-2)
+    assert evaluation.answer_loss(half, batch)[0].item() == pytest.approx(expected, rel=1e-2)
     if attention == "eager":  # transformers' own
         monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", masking_utils.eager_mask)
-        assert squad.answer_loss(half, batch)[0].isnan()
+        assert evaluation.answer_loss(half, batch)[0].isnan()
 
 
 def test_masks_are_transformers_own_where_something_is_visible():
@@ -247,5 +247,5 @@ def test_masks_are_transformers_own_where_something_is_visible():
     ({"grad_norm": 9.0, "loss_scale": 2.0}, "loss_scale 2 is far from"),
 ])  # fmt: skip
 def test_unusual_gradients_are_warned_about(result, says):
-    found = report.unusual_gradients(result)
+    found = record.unusual_gradients(result)
     assert found is None if says is None else says in found

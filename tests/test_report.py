@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import report
+from hpo import files
+from hpo.results import tables
+from hpo.results.record import Record
 
 
 class SomeTrial:
@@ -32,7 +34,7 @@ class SomeTrial:
 @pytest.fixture()
 def record(tmp_path):
     suggested = {name: {"config": {}, "model_based": False} for name in "abc"}
-    return report.Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1)
+    return Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1)
 
 
 def tell(record, trial, iteration, loss, em=None, **more):
@@ -49,7 +51,7 @@ def test_a_trial_with_unusual_gradients_is_warned_about_once(record, tmp_path, c
     out = capsys.readouterr().out
     assert out.count("WARNING") == 1 and "WARNING: trial a, iteration 1: grad_norm 3e-06 is far from" in out
     record.write_tables()
-    assert [row["grad_norm"] for row in report.read_csv(tmp_path / "iterations.csv")] == [3e-6, 0.3] * 2
+    assert [row["grad_norm"] for row in files.read_csv(tmp_path / "iterations.csv")] == [3e-6, 0.3] * 2
 
 
 def fail(record, trial):
@@ -101,7 +103,7 @@ def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(re
     tell(record, b, 12, 0.5, 0.6)
     record.write([a, b])
     assert record.best == "b" and not a.has_checkpoint()
-    assert [t["trial_id"] for t in report.ranked(list(record.trials.values()), "eval_loss")] == ["b", "a"]
+    assert [t["trial_id"] for t in tables.ranked(list(record.trials.values()), "eval_loss")] == ["b", "a"]
     assert [i["training_iteration"] for i in record.iterations] == [12, 13, 12]
     assert row["gpu_minutes"] == 2.0
 
@@ -114,7 +116,7 @@ def test_the_checkpoint_of_a_trial_that_is_through_and_not_the_best_goes_at_once
         tell(record, trial, 50, loss, 0.5)
     record.write([a, b])
     assert record.best == "a" and a.has_checkpoint() and not b.has_checkpoint()
-    assert [t["status"] for t in report.read_csv(tmp_path / "trials.csv")] == ["completed"] * 2
+    assert [t["status"] for t in files.read_csv(tmp_path / "trials.csv")] == ["completed"] * 2
 
 
 def test_a_trial_whose_process_never_started(record, tmp_path):
@@ -129,7 +131,7 @@ def test_nan_is_not_the_best_and_not_in_json(record, tmp_path):
     record.on_trial_start(0, [], trial)
     tell(record, trial, 3, math.nan, 0.0)
     assert record.best is None
-    report.write_json(tmp_path / "x.json", {"loss": math.nan, "all": [1.5, math.inf]})
+    files.write_json(tmp_path / "x.json", {"loss": math.nan, "all": [1.5, math.inf]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"loss": None, "all": [1.5, None]}
 
 
@@ -147,7 +149,7 @@ def test_unfinished_until_all_trials_have_ended(record, tmp_path):
 def test_a_reader_sees_whole_files_only(tmp_path):
     path, stop, seen = tmp_path / "file", threading.Event(), set()
     texts = ["a" * 300_000, "b" * 500_000]
-    report.write_whole(path, texts[0])
+    files.write_whole(path, texts[0])
 
     def read():
         while not stop.is_set():
@@ -156,7 +158,7 @@ def test_a_reader_sees_whole_files_only(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(100):
-        report.write_whole(path, texts[i % 2])
+        files.write_whole(path, texts[i % 2])
     stop.set()
     reader.join()
     assert seen <= set(texts) and len(list(tmp_path.iterdir())) == 1
@@ -167,14 +169,14 @@ def test_tables_survive_a_round_trip(record, tmp_path):
     record.on_trial_start(0, [], trial)
     tell(record, trial, 3, 0.1 + 0.2, 0.25)
     record.write([trial])
-    assert report.read_csv(tmp_path / "trials.csv") == list(record.trials.values())
-    assert report.read_csv(tmp_path / "iterations.csv") == record.iterations
+    assert files.read_csv(tmp_path / "trials.csv") == list(record.trials.values())
+    assert files.read_csv(tmp_path / "iterations.csv") == record.iterations
 
 
 def test_the_first_rung_that_failed_whole_ends_the_search(tmp_path):
     """Also while a later trial is on its way; not while one of the first may still come through."""
     suggested = {name: {"config": {}, "model_based": False} for name in "abc"}
-    record = report.Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1, first_rung=2)
+    record = Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1, first_rung=2)
     trials = {name: SomeTrial(name, tmp_path) for name in "abc"}
     for trial in trials.values():
         record.on_trial_start(0, [], trial)

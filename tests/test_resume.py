@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import ray
 
-import errors
-import resume
+from hpo import errors, files
+from hpo.cluster import shutdown, storage, watchdogs
+from hpo.cluster import state as state_file
 
 
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 1000.0
-        monkeypatch.setattr(resume.time, "time", lambda: self.now)
+        monkeypatch.setattr(watchdogs.time, "time", lambda: self.now)
 
 
 def trial(trial_id, status, actor=None):
@@ -33,7 +34,7 @@ def killed(monkeypatch):
 
 def test_a_process_that_does_not_change_over_is_ended(monkeypatch, killed):
     clock, said = Clock(monkeypatch), []
-    watchdog, waiting = resume.Watchdog(30, said.append), trial("a", "PENDING", "actor")
+    watchdog, waiting = watchdogs.Watchdog(30, said.append), trial("a", "PENDING", "actor")
     for _ in range(7):
         watchdog.on_step_end(0, [waiting, trial("b", "PENDING")])  # b waits for a slot, and has none to end
         clock.now += 5
@@ -50,7 +51,7 @@ def test_a_process_that_does_not_change_over_is_ended(monkeypatch, killed):
 
 def test_a_search_that_stood_still_does_not_take_its_trials_for_hung(monkeypatch, killed):
     clock = Clock(monkeypatch)
-    watchdog, running = resume.Watchdog(30, print), trial("a", "RUNNING", "actor")
+    watchdog, running = watchdogs.Watchdog(30, print), trial("a", "RUNNING", "actor")
     watchdog.on_trial_start(0, [running], running)
     for gap in (5, 3600, 5):  # an hour in which the driver could not look
         clock.now += gap
@@ -64,7 +65,7 @@ def test_a_search_that_stood_still_does_not_take_its_trials_for_hung(monkeypatch
 
 def test_the_limit_follows_the_slowest_iteration(monkeypatch, killed):
     clock = Clock(monkeypatch)
-    watchdog, running = resume.Watchdog(None, print), trial("a", "RUNNING", "actor")
+    watchdog, running = watchdogs.Watchdog(None, print), trial("a", "RUNNING", "actor")
     watchdog.on_trial_start(0, [running], running)
 
     def silent(seconds):
@@ -88,7 +89,7 @@ def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_p
     nodes = [{"NodeManagerAddress": f"10.0.0.{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     said, text = [], ""
-    watch, victim = resume.BadNodes(tmp_path, said.append), trial("a", "RUNNING")
+    watch, victim = watchdogs.BadNodes(tmp_path, said.append), trial("a", "RUNNING")
     victim.error_file = str(tmp_path / "error.txt")
     for number, address in enumerate(["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1):  # one is an accident, and so is as many as elsewhere
         assert not said
@@ -112,16 +113,16 @@ def test_kills_by_the_kernel_are_read_from_both_kinds_of_control_groups(tmp_path
     for path, text in {"proc/self/cgroup": f"9:pids:/\n{group}\n", file: "oom 5\nunder_oom 0\noom_kill 3\noom_group_kill 1\n"}.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert resume.oom_kills(tmp_path) == 3
+    assert errors.oom_kills(tmp_path) == 3
     (tmp_path / file).unlink()
-    assert resume.oom_kills(tmp_path) == 0
+    assert errors.oom_kills(tmp_path) == 0
 
 
 def test_storage_that_stays_away_or_full_is_not_waited_for_for_ever(tmp_path):
-    assert not resume.wait_for_storage(tmp_path / "gone", 0, 0.3)
-    assert not resume.wait_for_storage(tmp_path, 10**18, 0.3)
+    assert not storage.wait_for_storage(tmp_path / "gone", 0, 0.3)
+    assert not storage.wait_for_storage(tmp_path, 10**18, 0.3)
     (tmp_path / "checkpoint").write_bytes(b"x" * 10**6)
-    assert resume.wait_for_storage(tmp_path, 10**6, 0.3)
+    assert storage.wait_for_storage(tmp_path, 10**6, 0.3)
 
 
 def test_files_and_folders_are_on_the_disk_before_they_count(monkeypatch, tmp_path):
@@ -136,11 +137,11 @@ def test_files_and_folders_are_on_the_disk_before_they_count(monkeypatch, tmp_pa
             raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    resume.sync(tmp_path / "file", tmp_path)
+    files.sync(tmp_path / "file", tmp_path)
     assert synced == [tmp_path / "file", tmp_path]
     refused = tmp_path / "file"
     with pytest.raises(OSError):
-        resume.sync(tmp_path / "file", tmp_path)
+        files.sync(tmp_path / "file", tmp_path)
 
 
 @pytest.mark.parametrize("code", errors.STORAGE)
@@ -160,8 +161,8 @@ def test_a_termination_is_not_lost_where_python_swallows_exceptions():
     scheduler = types.SimpleNamespace(draining=False)
     before = {how: signal.getsignal(how) for how in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        resume.stop_at_once()
-        drain = resume.Drain(scheduler, None, None, None)
+        shutdown.stop_at_once()
+        drain = shutdown.Drain(scheduler, None, None, None)
         drain.setup()
         drain.on_step_end(0, [])
         Finalizer()
@@ -178,32 +179,32 @@ def test_a_termination_is_not_lost_where_python_swallows_exceptions():
 
 def test_a_state_is_data_and_comes_back_as_it_was(tmp_path):
     state = {"searcher": {"losses": [[3, [0.1, float("inf")]]]}, "live": [], "best": None}
-    resume.save_state(tmp_path, state | {"numpy": np.float64(0.25)})
+    state_file.save_state(tmp_path, state | {"numpy": np.float64(0.25)})
     head, body = map(json.loads, (tmp_path / "state.jsonl").read_text().split("\n"))
-    assert head["version"] == resume.VERSION and body == state | {"numpy": 0.25}
-    assert resume.load_state(tmp_path) == body
+    assert head["version"] == state_file.VERSION and body == state | {"numpy": 0.25}
+    assert state_file.load_state(tmp_path) == body
     with pytest.raises(TypeError, match="cannot be saved as JSON"):
-        resume.save_state(tmp_path, {"object": object()})
-    assert resume.load_state(tmp_path) == body  # nothing was overwritten
+        state_file.save_state(tmp_path, {"object": object()})
+    assert state_file.load_state(tmp_path) == body  # nothing was overwritten
 
 
 def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, capsys):
     for number in (1, 2):
-        resume.save_state(tmp_path, {"number": number})
+        state_file.save_state(tmp_path, {"number": number})
     file = tmp_path / "state.jsonl"
     file.write_bytes(file.read_bytes()[:-3])
-    assert resume.load_state(tmp_path) == {"number": 1} and "is damaged; using the state before it" in capsys.readouterr().out
+    assert state_file.load_state(tmp_path) == {"number": 1} and "is damaged; using the state before it" in capsys.readouterr().out
 
 
 def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(resume, "VERSION", 99)
-    resume.save_state(tmp_path, {})
+    monkeypatch.setattr(state_file, "VERSION", 99)
+    state_file.save_state(tmp_path, {})
     monkeypatch.undo()
     with pytest.raises(RuntimeError, match=r"state.jsonl has version 99, and this program reads \d+: go on with the commit in run.json"):
-        resume.load_state(tmp_path)
+        state_file.load_state(tmp_path)
 
 
 def test_the_pickle_of_an_older_version_is_not_read(tmp_path):
     (tmp_path / "state.pkl").write_bytes(b"0" * 64 + b"\ncos\nsystem\n(S'touch read'\ntR.")
     with pytest.raises(RuntimeError, match="state.pkl is of an older version of this program"):
-        resume.load_state(tmp_path)
+        state_file.load_state(tmp_path)

@@ -25,8 +25,10 @@ from conftest import ROOT, make_model, run_script
 from slurm_cluster import wait_for
 from tensorboardX.proto.event_pb2 import Event
 
-import report
-import squad
+from hpo import files
+from hpo.results import tables
+from hpo.squad import data as squad_data
+from hpo.squad import evaluation
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
@@ -51,7 +53,7 @@ def band(tmp_path_factory, tiny_squad, tiny_model):
             if i % 20 == 0:
                 seen.update(children() - before)
             try:
-                rows = report.read_csv(output_dir / "band" / "trials.csv")
+                rows = files.read_csv(output_dir / "band" / "trials.csv")
             except OSError:
                 rows = []
             ended = [row["trial_id"] for row in rows if row["status"] in ("stopped", "completed", "failed")]
@@ -112,9 +114,9 @@ def test_progress_is_told_at_each_change_of_a_rung(band):
 def test_tables_agree_with_the_plan(band):
     """Trials a rung as planned; each iteration ran once; the best is the best of those that trained fully."""
     folder, process, *_ = band
-    trials = report.read_csv(folder / "trials.csv")
-    iterations = report.read_csv(folder / "iterations.csv")
-    assert list(trials[0]) == report.TRIAL_FIELDS and list(iterations[0]) == report.ITERATION_FIELDS
+    trials = files.read_csv(folder / "trials.csv")
+    iterations = files.read_csv(folder / "iterations.csv")
+    assert list(trials[0]) == tables.TRIAL_FIELDS and list(iterations[0]) == tables.ITERATION_FIELDS
     assert len(trials) == 25 and Counter(t["training_iteration"] for t in trials) == {1: 12, 4: 3 + 4, 16: 1 + 2 + 3}
     pairs = [(i["trial_id"], i["training_iteration"]) for i in iterations]
     assert len(pairs) == len(set(pairs)) == sum(t["training_iteration"] for t in trials) == 16 + 4 * 3 + 12 + 6 * 4 + 2 * 12 + 3 * 16
@@ -128,7 +130,7 @@ def test_tables_agree_with_the_plan(band):
     assert all(i["ended_at"] > i["started_at"] for i in iterations)
     at_rungs = [i for i in iterations if i["exact_match"] is not None]
     assert Counter(i["training_iteration"] for i in at_rungs) == {1: 16, 4: 4 + 6, 16: 6}  # EM where it is used
-    text = subprocess.run([sys.executable, ROOT / "report.py", folder], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([sys.executable, "-m", "hpo.results", folder], capture_output=True, text=True, check=True).stdout
     assert text.strip() == process.stdout[process.stdout.index("| Trial ID") :].strip()
 
 
@@ -145,15 +147,15 @@ def test_tensorboard(band):
                 tags.add(value.tag)
                 if value.tag == "ray/tune/eval_loss":
                     found[file.parent.name, event.step] = value.simple_value
-    rows = report.read_csv(folder / "iterations.csv")
+    rows = files.read_csv(folder / "iterations.csv")
     assert found == {(row["trial_id"], row["training_iteration"]): pytest.approx(row["eval_loss"]) for row in rows}
-    assert {tag for tag in tags if tag.startswith("ray/")} == {f"ray/tune/{name}" for name in (*report.METRICS, *report.TRAINING) if name != "loss_scale"}
+    assert {tag for tag in tags if tag.startswith("ray/")} == {f"ray/tune/{name}" for name in (*tables.METRICS, *tables.TRAINING) if name != "loss_scale"}
 
 
 def test_model_based_suggestions_are_counted(band):
     folder, process, *_ = band
     run = json.loads((folder / "run.json").read_text())
-    trials = report.read_csv(folder / "trials.csv")
+    trials = files.read_csv(folder / "trials.csv")
     k = sum(t["model_based"] for t in trials)
     assert run["model_based_suggestions"] == {"k": k, "n": 25}
     assert f"model-based suggestions: {k} of 25" in process.stdout
@@ -200,14 +202,14 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
     run, result = (json.loads((folder / f).read_text()) for f in ("run.json", "best_result.json"))
-    files = squad.find_squad_files(tiny_squad)
-    train, selection = squad.hold_out(squad.read_squad(files["train"]), 20, 42)
-    tested = squad.subset(squad.read_squad(files["validation"]), 20, 42)
-    longest = squad.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
+    files = squad_data.find_squad_files(tiny_squad)
+    train, selection = squad_data.hold_out(squad_data.read_squad(files["train"]), 20, 42)
+    tested = squad_data.subset(squad_data.read_squad(files["validation"]), 20, 42)
+    longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
     for examples, expected in ((selection, result), (tested, run["test"])):
-        data = squad.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
+        data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
         assert raytune_bayesian.score(model, tokenizer, data, longest) == {k: expected[k] for k in ("exact_match", "f1")}
-        loss = squad.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
+        loss = evaluation.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(expected["eval_loss"], rel=1e-5)  # as the run fuses GELU
 
 
@@ -234,7 +236,7 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
         result, rows = closing_block(process.stdout)
         assert len(rows) == 2 + 5
         assert "this is random search" in process.stdout and "model-based suggestions: 0 of 5" in process.stdout
-    one, two = (report.read_csv(tmp_path / name / "iterations.csv") for name in ("one", "two"))
+    one, two = (files.read_csv(tmp_path / name / "iterations.csv") for name in ("one", "two"))
     assert all(i["f1"] is not None for i in one) and not all(i["f1"] is not None for i in two)
     assert all(i["loss_scale"] is None for i in one) and all(i["loss_scale"] >= 2**10 for i in two)
     assert all(i["grad_norm"] > 0 and i["tokens_per_second"] > 0 for i in one + two)
@@ -254,7 +256,7 @@ def test_real_squad(tmp_path, demo_model, shared_squad):
     assert run["questions"] == {"train": 128, "selection": 32, "test": 32} and 0 <= run["test"]["f1"] <= 1
     assert len(closing_block(process.stdout)[1]) == 2 + 5
     # whole answers are learnt: from the loss of the first evaluation to the last of a trial that trained fully
-    iterations = report.read_csv(tmp_path / "real" / "iterations.csv")
+    iterations = files.read_csv(tmp_path / "real" / "iterations.csv")
     losses = [i["eval_loss"] for i in iterations if i["trial_id"] == iterations[-1]["trial_id"]]
     assert len(losses) == 4 and losses[-1] < losses[0]
 
@@ -283,7 +285,7 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
     run = json.loads((tmp_path / "x" / "run.json").read_text())
     assert run["status"] == "interrupted" and run["bill"]["allocated"] > run["bill"]["training"] > 0 and len(run["nodes"]) == 1
     assert "state.jsonl" in {p.name for p in (tmp_path / "x").iterdir()}  # to go on with
-    assert len(report.read_csv(tmp_path / "x" / "trials.csv")) >= 1
+    assert len(files.read_csv(tmp_path / "x" / "trials.csv")) >= 1
     assert not list((tmp_path / "tmp").iterdir()) and not psutil.wait_procs(below, timeout=0)[1]
 
 
@@ -342,11 +344,11 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     process = run_script(*name, "--resume")
     assert process.returncode == 0, process.stderr
     assert "is damaged; using the state before it" in process.stdout
-    rows, expected = ([[t[k] for k in KEYS] for t in report.read_csv(f / "trials.csv")] for f in (tmp_path / "x", whole))
+    rows, expected = ([[t[k] for k in KEYS] for t in files.read_csv(f / "trials.csv")] for f in (tmp_path / "x", whole))
     assert rows == expected
     results = [json.loads((f / "best_result.json").read_text()) for f in (tmp_path / "x", whole)]
     assert results[0] == results[1]
-    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(tmp_path / "x" / "iterations.csv")]
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(tmp_path / "x" / "iterations.csv")]
     # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole trial.
     assert len(pairs) - len(set(pairs)) <= 16
     assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.jsonl").exists()
@@ -382,7 +384,7 @@ def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, 
     assert 0 < step < 1140  # of 2280: within the first iteration
     process = run_script("--output_dir", tmp_path, "--run_name", "x", "--resume")
     assert process.returncode == 0, process.stderr
-    losses = [[i["eval_loss"] for i in report.read_csv(tmp_path / name / "iterations.csv")] for name in ("through", "x")]
+    losses = [[i["eval_loss"] for i in files.read_csv(tmp_path / name / "iterations.csv")] for name in ("through", "x")]
     assert losses[0] == losses[1] and len(losses[0]) == 2
 
 
@@ -449,7 +451,7 @@ def hub(tmp_path, tiny_squad):
     for split, source in (("train", "train"), ("validation", "dev")):
         path = tmp_path / "hub" / "datasets" / "tiny" / "squad" / "plain_text" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(squad.read_squad(tiny_squad / f"{source}.json")), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(squad_data.read_squad(tiny_squad / f"{source}.json")), path)
     Hub.root, Hub.requests = tmp_path / "hub", []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

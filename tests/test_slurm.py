@@ -18,8 +18,8 @@ from conftest import ROOT
 from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
 
-import bill
-import report
+from hpo import files
+from hpo.cluster import idle_nodes
 
 LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # slowed down, goes on until it is cancelled
 SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
@@ -84,7 +84,7 @@ def test_search_on_two_nodes(project, tiny):
     assert len(rows) == 2 + 25 and len(log.splitlines()) < 400
     folder = project.folder / "results" / "whole"
     assert json.loads((folder / "best_result.json").read_text()) == result
-    iterations = report.read_csv(folder / "iterations.csv")
+    iterations = files.read_csv(folder / "iterations.csv")
     gpus = {i["node"] for i in iterations}  # one process on each, from the start to the end
     assert sorted(gpu.rsplit(" ", 1)[0] for gpu in gpus) == [f"{n} GPU {g}" for n in ("node2", "node3") for g in (0, 1)]
     most = {gpu: most_at_a_time([i for i in iterations if i["node"] == gpu]) for gpu in gpus}
@@ -134,11 +134,11 @@ def test_trials_of_two_gpus(project, tiny):
     job = project.submit(*tiny, *SHORT, "--gpus_per_trial", 2, "--run_name", "x", NUM_WORKERS="2")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
-    iterations = report.read_csv(project.folder / "results" / "x" / "iterations.csv")
+    iterations = files.read_csv(project.folder / "results" / "x" / "iterations.csv")
     where = [tuple(sorted(i["node"].split("+"))) for i in iterations]
     assert set(where) <= {(f"{node} GPU 0", f"{node} GPU 1") for node in ("node2", "node3")}, where
     assert most_at_a_time(iterations) <= 2
-    trials = report.read_csv(project.folder / "results" / "x" / "trials.csv")
+    trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert sorted(t["training_iteration"] for t in trials) == [0] + [1] * 2 + [4] * 3, project.log(job)
     assert [t["status"] for t in trials if t["training_iteration"] == 0] == ["failed"]
     assert re.search("failed after 0 iterations: .*TrialFailed: ValueError no second rank", project.log(job)), project.log(job)
@@ -157,7 +157,7 @@ def test_two_experiments_in_one_folder(project, tiny):
         result, rows = closing_block(project.log(job))
         folder = project.folder / "results" / f"bloom_bohb-{job}"
         assert json.loads((folder / "best_result.json").read_text()) == result and len(rows) == 2 + 6
-        assert {row[0] for row in rows[2:]} == {t["trial_id"] for t in report.read_csv(folder / "trials.csv")}
+        assert {row[0] for row in rows[2:]} == {t["trial_id"] for t in files.read_csv(folder / "trials.csv")}
         results.append(result)
     assert results[0] != results[1]
     assert project.left_over() == {}
@@ -271,7 +271,7 @@ def test_a_worker_that_comes_late_joins(project, tiny):
     assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
     project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
     rows = project.folder / "results" / "late" / "iterations.csv"
-    project.wait_for("a trial on the late node", lambda: {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
+    project.wait_for("a trial on the late node", lambda: {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"})
     assert "joined node3" in project.log(job)
 
 
@@ -359,9 +359,9 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
     assert "the time is nearly up: saving all running trials" in log and "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
     assert "going on with a search" in log and log.count("Best Trial Result:") == 1
     folders = [project.folder / "results" / name for name in ("through", f"bloom_bohb-{job}")]
-    rows = [[[t[k] for k in KEYS] for t in report.read_csv(f / "trials.csv")] for f in folders]
+    rows = [[[t[k] for k in KEYS] for t in files.read_csv(f / "trials.csv")] for f in folders]
     assert rows[0] == rows[1] and len(rows[0]) == 6
-    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(folders[1] / "iterations.csv")]
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(folders[1] / "iterations.csv")]
     assert len(pairs) == len(set(pairs))
     assert project.left_over() == {}
 
@@ -371,7 +371,7 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     project.slow_down()
     job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
-    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == {"node2", "node3"})
+    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"})
     for pid, command in project.cluster.processes("node2").items():
         if "ray" in command:
             try:
@@ -381,11 +381,11 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
     assert re.search(r"worker job \d+ replaces it \(1 of at most 10\)", log), log
-    trials = report.read_csv(rows.parent / "trials.csv")
+    trials = files.read_csv(rows.parent / "trials.csv")
     assert len(trials) == 25 and {t["status"] for t in trials} == {"stopped", "completed"}, log
     assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
     assert "goes on from iteration" in log
-    pairs = [(i["trial_id"], i["training_iteration"]) for i in report.read_csv(rows)]
+    pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(rows)]
     print(f"iterations run again: {len(pairs) - len(set(pairs))}")
     assert project.left_over() == {}
 
@@ -400,7 +400,7 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}
-    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in report.read_csv(rows)} == both)
+    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in files.read_csv(rows)} == both)
     bad = next(w for w in project.workers(job) if project.cluster.job(w)["NodeList"] == "node2")
     broken.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
@@ -408,7 +408,7 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     assert f"worker job {bad} is given up: a GPU of its node fails" in log, log
     others = [w for w in re.findall(r"worker job (\d+) replaces it", log)]
     assert others and all(project.cluster.job(w).get("NodeList") != "node2" for w in others), log
-    trials = report.read_csv(rows.parent / "trials.csv")
+    trials = files.read_csv(rows.parent / "trials.csv")
     assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16] and "failed" not in {t["status"] for t in trials}, log
     assert project.left_over() == {}
 
@@ -424,7 +424,7 @@ def test_idle_nodes_are_given_back(project, tiny):
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))
-    time.sleep(3 * bill.IdleRelease.EVERY)  # to be on the bill
+    time.sleep(3 * idle_nodes.IdleRelease.EVERY)  # to be on the bill
     go_on.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
@@ -435,7 +435,7 @@ def test_idle_nodes_are_given_back(project, tiny):
     assert all(project.cluster.job(w)["ExitCode"] == "0:0" for w in logs)
     run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
     assert run["bill"]["given back"] > 0 and "given back" in log
-    (trial,) = report.read_csv(project.folder / "results" / "x" / "trials.csv")
+    (trial,) = files.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert (trial["status"], trial["resumes"], trial["training_iteration"]) == ("completed", 0, 4)
     assert project.left_over() == {}
 
@@ -524,8 +524,8 @@ def test_preflight_gpu_that_torch_cannot_use(project, tiny):
 
 
 def test_preflight_check_of_the_gpus_that_does_not_run(project, tiny):
-    (project.folder / "gpu_check.py").write_text("import sys\nsys.exit(7)\n")
-    refused(project, project.submit(*tiny), r"refused node\d: python gpu_check.py: exit code 7, and 124 means")
+    (project.folder / "hpo" / "cluster" / "gpu_check.py").write_text("import sys\nsys.exit(7)\n")
+    refused(project, project.submit(*tiny), r"refused node\d: the check of the GPUs: exit code 7, and 124 means")
 
 
 def test_preflight_sbatch_not_allowed(project, tiny):

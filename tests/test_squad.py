@@ -18,22 +18,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import ranks
 import raytune_bayesian
-import squad
+from hpo.squad import data as squad_data
+from hpo.squad import evaluation, ranks
 from raytune_bayesian import SquadMetric
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def test_reads_plain_and_gzipped_files(tiny_squad, tmp_path):
-    plain = squad.read_squad(tiny_squad / "train.json")
+    plain = squad_data.read_squad(tiny_squad / "train.json")
     with gzip.open(tmp_path / "train-v1.1.json.gz", "wt") as file:
         file.write((tiny_squad / "train.json").read_text())
     (tmp_path / "validation.json").write_text((tiny_squad / "dev.json").read_text())
-    files = squad.find_squad_files(tmp_path)
-    assert squad.read_squad(files["train"]) == plain and len(plain) == 400
-    assert len(squad.read_squad(files["validation"])) == 60
+    files = squad_data.find_squad_files(tmp_path)
+    assert squad_data.read_squad(files["train"]) == plain and len(plain) == 400
+    assert len(squad_data.read_squad(files["validation"])) == 60
 
 
 def make_example(i, title="t", context="c a", answer="a"):
@@ -52,17 +52,17 @@ def test_no_passage_is_on_both_sides(pairs, size, seed):
     examples = [make_example(i, f"title {t}", f"passage {c} a") for i, (t, c) in enumerate(pairs)]
     if len({c for _, c in pairs}) < 2:
         with pytest.raises(ValueError, match="single passage"):
-            squad.hold_out(examples, size, seed)
+            squad_data.hold_out(examples, size, seed)
         return
-    train, selection = squad.hold_out(examples, size, seed)
+    train, selection = squad_data.hold_out(examples, size, seed)
     assert not {e["context"] for e in train} & {e["context"] for e in selection}
     assert train and 1 <= len(selection) <= size
-    assert squad.hold_out(examples, size, seed) == (train, selection)
+    assert squad_data.hold_out(examples, size, seed) == (train, selection)
 
 
 def test_articles_stay_whole(tiny_squad):
-    examples = squad.read_squad(tiny_squad / "train.json")
-    train, selection = squad.hold_out(examples, 30, seed=1)
+    examples = squad_data.read_squad(tiny_squad / "train.json")
+    train, selection = squad_data.hold_out(examples, 30, seed=1)
     assert not {e["title"] for e in train} & {e["title"] for e in selection}
     assert len(selection) == 30 and len(train) == 400 - 40  # two articles of 20 questions
 
@@ -78,11 +78,11 @@ def decode_answer(data, i, tokenizer):
 
 
 def test_labels_decode_to_the_answer_for_all_of_squad(shared_squad, tokenizer):
-    files = squad.find_squad_files(shared_squad)
+    files = squad_data.find_squad_files(shared_squad)
     for split, count in {"train": 8149, "validation": 10570}.items():
-        examples = squad.read_squad(files[split])
+        examples = squad_data.read_squad(files[split])
         assert len(examples) == count
-        data = squad.tokenize(examples, tokenizer, 1024, training=split == "train")
+        data = squad_data.tokenize(examples, tokenizer, 1024, training=split == "train")
         assert (data.lengths if split == "train" else data.prompt_lengths).max() <= 1024
         for i, e in enumerate(examples):
             answer = e["answers"]["text"][0]
@@ -100,8 +100,8 @@ def test_windows_cut_neither_question_nor_answer(tokenizer, place, max_length, t
     words[place] = "needle"
     context = " ".join(words)
     example = make_example(0, context=context, answer="needle") | {"question": "Where is the needle?"}
-    data = squad.tokenize([example], tokenizer, max_length, training)
-    assert data.lengths[0] <= max_length and (training or data.prompt_lengths[0] <= max_length - squad.ANSWER_ROOM)
+    data = squad_data.tokenize([example], tokenizer, max_length, training)
+    assert data.lengths[0] <= max_length and (training or data.prompt_lengths[0] <= max_length - squad_data.ANSWER_ROOM)
     text = tokenizer.decode(data[0]["input_ids"][: data[0]["prompt_length"]])
     assert text.startswith("Question: Where is the needle? Context:") and text.endswith(" Answer:")
     assert decode_answer(data, 0, tokenizer) == " needle"
@@ -117,7 +117,7 @@ def test_evaluation_window_does_not_look_at_the_answer(tokenizer):
     prompts = set()
     for answer in ("begin", "at the very end"):
         e = make_example(0, context=context, answer=answer) | {"question": "QZX KJV YWZ?"}
-        data = squad.tokenize([e], tokenizer, 300, training=False)
+        data = squad_data.tokenize([e], tokenizer, 300, training=False)
         prompts.add(tokenizer.decode(data[0]["input_ids"][: data[0]["prompt_length"]]))
     assert len(prompts) == 1
     window = prompts.pop().split("Context:")[1]
@@ -126,12 +126,12 @@ def test_evaluation_window_does_not_look_at_the_answer(tokenizer):
 
 def test_question_and_answer_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(ValueError, match="longer than 20 tokens"):
-        squad.tokenize([make_example(0) | {"question": "x" * 100}], tokenizer, 20, training=True)
+        squad_data.tokenize([make_example(0) | {"question": "x" * 100}], tokenizer, 20, training=True)
 
 
 def test_batch_is_padded_to_its_longest_and_only_answers_are_supervised(tokenizer):
-    data = squad.tokenize([make_example(0), make_example(1, context="long " * 9 + "answer", answer="answer")], tokenizer, 500, True)
-    batch = squad.collate([data[0], data[1]], tokenizer.pad_token_id)
+    data = squad_data.tokenize([make_example(0), make_example(1, context="long " * 9 + "answer", answer="answer")], tokenizer, 500, True)
+    batch = evaluation.collate([data[0], data[1]], tokenizer.pad_token_id)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, data.lengths.max())
     assert batch["attention_mask"].sum(1).tolist() == data.lengths.tolist()
     answers = [data[i]["input_ids"][data[i]["prompt_length"] :].tolist() for i in range(2)]
@@ -145,7 +145,7 @@ def test_batch_is_padded_to_its_longest_and_only_answers_are_supervised(tokenize
 
 @pytest.fixture(scope="module")
 def data(tiny_squad, tokenizer):
-    return squad.tokenize(squad.read_squad(tiny_squad / "dev.json"), tokenizer, 1024, training=False)
+    return squad_data.tokenize(squad_data.read_squad(tiny_squad / "dev.json"), tokenizer, 1024, training=False)
 
 
 def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
@@ -161,28 +161,28 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
             total += model(input_ids=ids, labels=labels).loss.item() * n
         count += n
     for rows in (1, 7, 60):
-        assert squad.evaluate_loss(model, data, tokenizer.pad_token_id, rows * int(data.lengths.max())) == pytest.approx(total / count, abs=1e-5)
+        assert evaluation.evaluate_loss(model, data, tokenizer.pad_token_id, rows * int(data.lengths.max())) == pytest.approx(total / count, abs=1e-5)
     assert total / count == pytest.approx(math.log(model.config.vocab_size), rel=0.05)  # random weights know nothing
 
 
 def test_loss_is_a_mean_over_tokens_not_over_batches(tiny_model, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     examples = [make_example(0), make_example(1, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4)]
-    both = squad.tokenize(examples, tokenizer, 500, True)
-    each = [squad.tokenize([e], tokenizer, 500, True) for e in examples]
-    sums = [squad.evaluate_loss(model, d, 0, 1) * d.longest_answer for d in each]
+    both = squad_data.tokenize(examples, tokenizer, 500, True)
+    each = [squad_data.tokenize([e], tokenizer, 500, True) for e in examples]
+    sums = [evaluation.evaluate_loss(model, d, 0, 1) * d.longest_answer for d in each]
     tokens = sum(d.longest_answer for d in each)
-    assert squad.evaluate_loss(model, both, 0, 1) == pytest.approx(sum(sums) / tokens, abs=1e-6)
+    assert evaluation.evaluate_loss(model, both, 0, 1) == pytest.approx(sum(sums) / tokens, abs=1e-6)
 
 
 def test_long_answers_of_short_sequences_share_a_batch_with_few(monkeypatch, tiny_model, tokenizer):
     """The logits of their positions are what needs memory."""
     examples = [make_example(0) for _ in range(40)] + [make_example(i, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4) for i in (1, 2)]
-    data, shapes, answer_loss = squad.tokenize(examples, tokenizer, 500, True), [], squad.answer_loss
-    monkeypatch.setattr(squad, "answer_loss", lambda model, batch: shapes.append((len(batch["input_ids"]), batch["width"])) or answer_loss(model, batch))
-    squad.evaluate_loss(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), data, 0, 2048)
+    data, shapes, answer_loss = squad_data.tokenize(examples, tokenizer, 500, True), [], evaluation.answer_loss
+    monkeypatch.setattr(evaluation, "answer_loss", lambda model, batch: shapes.append((len(batch["input_ids"]), batch["width"])) or answer_loss(model, batch))
+    evaluation.evaluate_loss(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), data, 0, 2048)
     assert len(shapes) > 1 and sum(rows for rows, _ in shapes) == 42 and max(width for _, width in shapes) == data.longest_answer
-    assert all(rows * width * squad.LOGITS <= 2048 for rows, width in shapes), shapes
+    assert all(rows * width * evaluation.LOGITS <= 2048 for rows, width in shapes), shapes
 
 
 def random_model(family: str, tokenizer, std: float = 0.02):
@@ -196,22 +196,22 @@ def random_model(family: str, tokenizer, std: float = 0.02):
 def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad, family):
     """BLOOM has none: another model of --model must not see its prompt move with the padding."""
     model = random_model(family, tokenizer)
-    examples = squad.read_squad(tiny_squad / "dev.json")[:3]
+    examples = squad_data.read_squad(tiny_squad / "dev.json")[:3]
     examples[1]["context"] *= 2
-    data = squad.tokenize(examples, tokenizer, 512, training=False)
+    data = squad_data.tokenize(examples, tokenizer, 512, training=False)
     assert len(set(data.lengths)) > 1
-    assert squad.evaluate_loss(model, data, 0, 3 * int(data.lengths.max())) == pytest.approx(squad.evaluate_loss(model, data, 0, 1), rel=1e-5)
+    assert evaluation.evaluate_loss(model, data, 0, 3 * int(data.lengths.max())) == pytest.approx(evaluation.evaluate_loss(model, data, 0, 1), rel=1e-5)
 
 
 def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
     plain, fused = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
-    squad.fuse_gelu(fused)
+    evaluation.fuse_gelu(fused)
     assert plain.transformer.h[1].mlp.gelu_impl is not fused.transformer.h[1].mlp.gelu_impl
     x = torch.linspace(-9, 9, 999, dtype=torch.float64)
     torch.testing.assert_close(fused.transformer.h[1].mlp.gelu_impl(x), plain.transformer.h[1].mlp.gelu_impl(x), rtol=1e-6, atol=1e-7)
-    batch = squad.collate([data[i] for i in range(8)], tokenizer.pad_token_id)
+    batch = evaluation.collate([data[i] for i in range(8)], tokenizer.pad_token_id)
     for model in (plain, fused):
-        squad.answer_loss(model, batch)[0].backward()
+        evaluation.answer_loss(model, batch)[0].backward()
     for one, other in zip(plain.parameters(), fused.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
@@ -219,15 +219,15 @@ def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
 def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     items = [data[i] for i in range(8)]
-    few = squad.TokenizedSquad(
+    few = squad_data.TokenizedSquad(
         tokens=data.tokens[: data.offsets[8]], offsets=data.offsets[:9], prompt_lengths=data.prompt_lengths[:8], references=data.references[:8]
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batch = squad.collate(items, tokenizer.pad_token_id)
+    batch = evaluation.collate(items, tokenizer.pad_token_id)
     assert raytune_bayesian.score(model, tokenizer, few, 12)["exact_match"] < 1
     model.train()
     for _ in range(1000):
-        loss, count = squad.answer_loss(model, batch)
+        loss, count = evaluation.answer_loss(model, batch)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -260,7 +260,7 @@ def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, famil
     alone = [other.decode(generate(i, eos), skip_special_tokens=True).strip() for i in range(len(data))]
     longest = int(data.prompt_lengths.max())
     for batch_tokens in (7 * longest, 60 * longest):
-        predictions = squad.predict(model, other, data, batch_tokens, max_new_tokens=n)
+        predictions = evaluation.predict(model, other, data, batch_tokens, max_new_tokens=n)
         assert [p["prediction_text"] for p in predictions] == alone
         assert [p["id"] for p in predictions] == [r["id"] for r in data.references]
     assert len(set(alone)) > 10
@@ -272,7 +272,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
     model = random_model("llama", tokenizer, std=0.3)
     few = dataclasses.replace(data, references=data.references[:17], prompt_lengths=data.prompt_lengths[:17], offsets=data.offsets[:18])
     four = 4 * int(few.lengths.max())
-    predictions, loss = squad.predict(model, tokenizer, few, four, 5), squad.evaluate_loss(model, few, tokenizer.pad_token_id, four)
+    predictions, loss = evaluation.predict(model, tokenizer, few, four, 5), evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four)
     assert len({p["prediction_text"] for p in predictions}) > 5
     barrier, box = threading.Barrier(size, timeout=60), {}
 
@@ -288,7 +288,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
 
     def work(rank):
         group = Group(rank)
-        return squad.predict(model, tokenizer, few, four, 5, group), squad.evaluate_loss(model, few, tokenizer.pad_token_id, four, group)
+        return evaluation.predict(model, tokenizer, few, four, 5, group), evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four, group)
 
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(work, range(size)):
@@ -298,7 +298,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
 @given(st.lists(st.integers(1, 1024), min_size=1, max_size=200), st.integers(1, 10_000))
 @settings(deadline=None)
 def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_tokens):
-    batches = [batch for batch, _ in squad._shares(np.array(lengths), batch_tokens, None)]
+    batches = [batch for batch, _ in evaluation._shares(np.array(lengths), batch_tokens, None)]
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     widths = [max(lengths[i] for i in batch) for batch in batches]
     assert widths == sorted(widths, reverse=True)
@@ -362,17 +362,17 @@ def test_metric_equals_torchmetrics(pairs):
     theirs = torchmetrics.text.SQuAD()(predictions, target)
     assert ours["exact_match"] == pytest.approx(theirs["exact_match"].item() / 100, abs=1e-5)
     # For two answers without a word torchmetrics gives F1 1 as SQuAD v2 does, the script of v1.1 gives 0.
-    wordless = sum(p is not None and not squad.normalize_answer(p) and any(not squad.normalize_answer(t) for t in r) for p, r in pairs)
+    wordless = sum(p is not None and not evaluation.normalize_answer(p) and any(not evaluation.normalize_answer(t) for t in r) for p, r in pairs)
     assert ours["f1"] + wordless / len(pairs) == pytest.approx(theirs["f1"].item() / 100, abs=1e-5)
     assert compute(pairs * 2) == pytest.approx(ours)
 
 
 def test_metric_on_the_whole_dev_set(shared_squad):
     """Reference answers as predictions. All 10,570 questions count; one reference is a mere full stop, so no F1."""
-    examples = squad.read_squad(squad.find_squad_files(shared_squad)["validation"])
+    examples = squad_data.read_squad(squad_data.find_squad_files(shared_squad)["validation"])
     references = [{"id": e["id"], "answers": e["answers"]} for e in examples]
     perfect = [{"id": e["id"], "prediction_text": e["answers"]["text"][-1]} for e in examples]
-    wordless = sum(not squad.normalize_answer(p["prediction_text"]) for p in perfect)
+    wordless = sum(not evaluation.normalize_answer(p["prediction_text"]) for p in perfect)
     scores = SquadMetric().compute(predictions=perfect, references=references)
     assert scores == {"exact_match": 1.0, "f1": pytest.approx(1 - wordless / 10570)} and wordless < 3
     assert SquadMetric().compute(predictions=perfect[: 10570 // 2], references=references)["exact_match"] == 0.5
@@ -394,5 +394,5 @@ def test_files_are_checked(tmp_path):
         path = tmp_path / "train.json"
         path.write_text(content)
         with pytest.raises(ValueError, match=message) as error:
-            squad.read_squad(path)
+            squad_data.read_squad(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)

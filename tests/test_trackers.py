@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT, run_script
 from slurm_cluster import wait_for
 
-import report
-import trackers
+from hpo import files
+from hpo.results import trackers
 
 
 def in_mlflow(folder: Path) -> list[tuple]:
@@ -105,9 +105,9 @@ def runs(tmp_path_factory, tiny_model, tiny_squad):
 def expected(folder):
     """{trial: (lr, batch size, wd, [(iteration, eval_loss)])} of a run's tables."""
     losses = collections.defaultdict(list)
-    for row in report.read_csv(folder / "iterations.csv"):
+    for row in files.read_csv(folder / "iterations.csv"):
         losses[row["trial_id"]].append((row["training_iteration"], row["eval_loss"]))
-    trials = report.read_csv(folder / "trials.csv")
+    trials = files.read_csv(folder / "trials.csv")
     assert len(trials) == 5 and max(t["resumes"] for t in trials) == 1  # one was paused, and went on
     return {t["trial_id"]: (t["learning_rate"], t["batch_size"], t["weight_decay"], losses[t["trial_id"]]) for t in trials}
 
@@ -155,7 +155,7 @@ def part_of_a_search(tracker: str, folder: str, part: int):
     """Part 0 starts three trials: `a` is paused when the search is interrupted, `b` fails, `c` is paused too. Part 1 goes on with `a`, and
     `c` loses at its rung. Each is a process.
     """
-    import trackers
+    from hpo.results import trackers
 
     (callback,) = trackers.tracker(tracker, Path(folder))
     callback.setup()
@@ -256,19 +256,22 @@ def test_a_missing_package_is_bad_input(tmp_path, tiny_model, tiny_squad, tracke
 
 
 def test_resume_keeps_the_tracker_and_takes_runs_from_before_there_was_one(runs, tmp_path):
-    import inputs  # slow, and the processes above do without
     import raytune_bayesian
+    from hpo import (
+        checks,
+        errors,  # slow, and the processes above do without
+    )
 
     run = json.loads((runs[0]["mlflow"][0] / "run.json").read_text())
 
     def resumed(*more):
         (tmp_path / "run.json").write_text(json.dumps(run))
         args = raytune_bayesian.parse_arguments(["--resume", "--run_name", "x", *more])
-        inputs.load_arguments(args, tmp_path, run["search_space"])
+        checks.load_arguments(args, tmp_path, run["search_space"])
         return args.report_to
 
     assert resumed() == "mlflow"
-    with pytest.raises(inputs.BadInput, match="--report_to wandb .the run has mlflow."):
+    with pytest.raises(errors.BadInput, match="--report_to wandb .the run has mlflow."):
         resumed("--report_to", "wandb")
     del run["arguments"]["report_to"]
     assert resumed() == "tensorboard"

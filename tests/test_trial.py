@@ -22,13 +22,12 @@ from safetensors.torch import load_file
 from slurm_cluster import NO_GPU, wait_for
 from transformers import AutoModelForCausalLM
 
-import errors
-import inputs
-import ranks
 import raytune_bayesian
-import resume
-import squad
-from bohb import HyperBandForBOHB, TuneBOHB
+from hpo import checks, errors
+from hpo.bohb.scheduler import HyperBandForBOHB
+from hpo.bohb.searcher import TuneBOHB
+from hpo.cluster import ray_private
+from hpo.squad import evaluation, ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,8 +43,8 @@ def ray_session():
 
 def prepare(model, dataset, *more):
     args = raytune_bayesian.parse_arguments(["--model", str(model), "--dataset", str(dataset), *map(str, more)])
-    ds_config, examples = inputs.check(args, raytune_bayesian.SEARCH_SPACE)
-    run = raytune_bayesian.prepare(args, examples, inputs.model_folder(args.model), ds_config)
+    ds_config, examples = checks.check(args, raytune_bayesian.SEARCH_SPACE)
+    run = raytune_bayesian.prepare(args, examples, checks.model_folder(args.model), ds_config)
     run.pop("test")
     run["run_dir"] = "/nonexistent"  # where a planned stop would be asked for
     return run
@@ -239,7 +238,7 @@ def test_each_slot_keeps_its_process(tmp_path, lose):
 
 def test_a_process_that_hangs_while_it_starts_is_ended(tmp_path, monkeypatch):
     """Its trial, the only one, starts in another."""
-    monkeypatch.setattr(resume.TuneController, "HANGS", 20)
+    monkeypatch.setattr(ray_private.TuneController, "HANGS", 20)
     mark = tmp_path / "hung"
 
     class HangsOnce:
@@ -319,7 +318,7 @@ def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
         done = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
         for t in range(done + 1, 5):
             time.sleep(0.2)
-            with resume.saving_folder() as folder:
+            with ray_private.saving_folder() as folder:
                 (Path(folder) / "t").write_text(str(t))
                 tune.report({"x": config["x"], "training_iteration": t}, checkpoint=tune.Checkpoint.from_directory(folder))
 
@@ -443,8 +442,8 @@ def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad,
         raytune_bayesian.save_best_model(Path(result.checkpoint.path), run, tmp_path / f"model-{iteration}")
         names = load_file(tmp_path / f"model-{iteration}" / "model.safetensors").keys()
         assert names == load_file(demo_model / "model.safetensors").keys()  # tied weights are there once
-        model = squad.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
-        loss = squad.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_TOKENS)
+        model = evaluation.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
+        loss = evaluation.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
 
 

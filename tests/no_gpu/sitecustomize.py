@@ -24,7 +24,7 @@ def fp16(cpu_accelerator) -> None:
     cpu_accelerator.CPU_Accelerator.is_fp16_supported = lambda self: True
 
 
-CHANGES = {"gpu_check": no_checks, "deepspeed.accelerator.cpu_accelerator": fp16}  # what is done to a module when it has been imported
+CHANGES = {"hpo.cluster.gpu_check": no_checks, "deepspeed.accelerator.cpu_accelerator": fp16}  # what is done to a module when it has been imported
 
 
 class Finder(importlib.abc.MetaPathFinder):

@@ -17,15 +17,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NoReturn
 
 import safetensors
 import torch
 from ray.tune.search.sample import Categorical, Domain, Quantized
 
-import errors
-import squad
-
+from hpo import errors
+from hpo.squad import data
 
 MODES_OF_USE = ("resume", "prefetch", "plan", "seconds_per_iteration")  # arguments that are not the search's
 TRACKERS = {"none": None, "tensorboard": None, "mlflow": "mlflow-skinny", "wandb": "wandb"}  # --report_to: what to pip install
@@ -33,24 +31,11 @@ PRECISIONS = ("fp16", "bf16", "fp32")  # --precision
 CLUSTER = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # in cluster.env
 
 
-class BadInput(Exception):
-    """What the user gave cannot be used; the message, one line, says what and where."""
-
-    def __str__(self):
-        return " ".join(super().__str__().split())
-
-
-def refuse(error: BadInput) -> NoReturn:
-    """Ends the program as wrong input does: one line and exit code 2."""
-    print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
 class Parser(argparse.ArgumentParser):
     """argparse, but a wrong argument is one line and not the whole usage."""
 
     def error(self, message):
-        raise BadInput(message)
+        raise errors.BadInput(message)
 
 
 def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | None]:
@@ -61,7 +46,7 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
     """
     args.run_name = args.run_name or f"bloom_bohb-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
     if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
-        raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
+        raise errors.BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
     check_search_space(search_space)
     try:
         if args.plan:
@@ -79,7 +64,7 @@ def check(args: argparse.Namespace, search_space: dict) -> tuple[dict, tuple | N
         check_tracker(args.report_to)
         return check_files(args)
     except OSError as error:  # no permission, a loop of links, a name too long
-        raise BadInput(f"{error.filename}: {error.strerror}") from None
+        raise errors.BadInput(f"{error.filename}: {error.strerror}") from None
 
 
 def check_values(args: argparse.Namespace) -> None:
@@ -91,13 +76,13 @@ def check_values(args: argparse.Namespace) -> None:
         values = getattr(args, name)
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < least:
-                raise BadInput(f"--{name} {value}: must be at least {least}")
+                raise errors.BadInput(f"--{name} {value}: must be at least {least}")
     if args.trial_timeout is not None and not 0 < args.trial_timeout < math.inf:
-        raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
+        raise errors.BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
     if args.seed >= 2**32:
-        raise BadInput(f"--seed {args.seed}: must be below 2**32")
+        raise errors.BadInput(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.num_train_epochs < math.inf:
-        raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
+        raise errors.BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
     if not args.prefetch:  # on a login node
         check_resources(args)
 
@@ -107,7 +92,7 @@ def check_tracker(report_to: str) -> None:
     package = TRACKERS[report_to]
     found = package and importlib.util.find_spec(report_to)
     if package and not (found and found.origin):  # without an origin it is only a folder of that name
-        raise BadInput(f"--report_to {report_to}: the package is missing: {sys.executable} -m pip install {package}")
+        raise errors.BadInput(f"--report_to {report_to}: the package is missing: {sys.executable} -m pip install {package}")
 
 
 def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
@@ -115,7 +100,7 @@ def check_files(args: argparse.Namespace) -> tuple[dict, tuple | None]:
     for name in ("model", "dataset"):
         value = getattr(args, name)
         if not Path(value).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", value):
-            raise BadInput(f"--{name} {value}: neither a folder nor the name of a repository on the hub")
+            raise errors.BadInput(f"--{name} {value}: neither a folder nor the name of a repository on the hub")
     if Path(args.model).is_dir():
         check_model_folder(Path(args.model))
     ds_config = read_ds_config(Path(args.deepspeed), args.gpus_per_trial or 0, args.precision)
@@ -138,7 +123,7 @@ def check_resources(args: argparse.Namespace) -> None:
     args.precision = args.precision or ("fp16" if args.gpus_per_trial else "fp32")
     for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": cpus}.items():
         if getattr(args, name) > have:
-            raise BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
+            raise errors.BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
 
 
 def use_cluster_env(folder: Path) -> None:
@@ -148,11 +133,11 @@ def use_cluster_env(folder: Path) -> None:
         try:
             done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:
-            raise BadInput(f"{folder}/cluster.env: not done after 60 s") from None
+            raise errors.BadInput(f"{folder}/cluster.env: not done after 60 s") from None
         found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
         for name in CLUSTER:
             if not re.fullmatch(r"\d+", found.get(name, "")):
-                raise BadInput(f"{folder}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
+                raise errors.BadInput(f"{folder}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
         os.environ.update({name: found[name] for name in CLUSTER}, RAY_ADDRESS="none: this is a plan")
 
 
@@ -168,18 +153,18 @@ def check_search_space(space: dict) -> None:
     searched = space.get("train_loop_config", {})
     for name in ("lr", "per_device_bs", "wd"):
         if name not in searched:
-            raise BadInput(f"search space: {name} is missing from train_loop_config")
+            raise errors.BadInput(f"search space: {name} is missing from train_loop_config")
     for name, domain in searched.items():
         if isinstance(domain, dict):  # tune.grid_search
-            raise BadInput(f"search space: {name}: BOHB draws from a domain such as tune.choice or tune.loguniform")
+            raise errors.BadInput(f"search space: {name}: BOHB draws from a domain such as tune.choice or tune.loguniform")
         if isinstance(getattr(domain, "sampler", None), Quantized):
-            raise BadInput(f"search space: {name}: BOHB cannot keep to the steps of a quantized domain")
+            raise errors.BadInput(f"search space: {name}: BOHB cannot keep to the steps of a quantized domain")
         if isinstance(domain, Categorical) and not domain.categories:
-            raise BadInput(f"search space: {name} has nothing to choose from")
+            raise errors.BadInput(f"search space: {name} has nothing to choose from")
         if hasattr(domain, "lower") and not domain.lower < domain.upper:
-            raise BadInput(f"search space: {name}: lower {domain.lower} is not below upper {domain.upper}")
+            raise errors.BadInput(f"search space: {name}: lower {domain.lower} is not below upper {domain.upper}")
     if not any(isinstance(domain, Domain) for domain in searched.values()):
-        raise BadInput("search space: there is nothing to search")
+        raise errors.BadInput("search space: there is nothing to search")
 
 
 def grid_size(space: dict) -> int:
@@ -203,39 +188,39 @@ def read_ds_config(path: Path, gpus_per_trial: int, precision: str | None) -> di
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"--deepspeed {path}: {error}") from None
+        raise errors.BadInput(f"--deepspeed {path}: {error}") from None
     if not isinstance(config, dict):
-        raise BadInput(f"--deepspeed {path}: not a JSON object")
+        raise errors.BadInput(f"--deepspeed {path}: not a JSON object")
     for key in ("optimizer", "scheduler"):  # torch's AdamW with each trial's lr and weight decay, nothing to compile
         if key in config:
-            raise BadInput(f"--deepspeed {path}: remove {key!r}: it is made from each trial's lr and weight decay")
+            raise errors.BadInput(f"--deepspeed {path}: remove {key!r}: it is made from each trial's lr and weight decay")
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if config.setdefault(key, "auto") != "auto":
-            raise BadInput(f'--deepspeed {path}: {key} must be "auto": the batch size is searched')
+            raise errors.BadInput(f'--deepspeed {path}: {key} must be "auto": the batch size is searched')
     for key in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.get(key, {}), dict):
-            raise BadInput(f"--deepspeed {path}: {key} is not a JSON object")
+            raise errors.BadInput(f"--deepspeed {path}: {key} is not a JSON object")
         if key != "zero_optimization" and config.setdefault(key, {}).setdefault("enabled", "auto") != "auto":
-            raise BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": --precision decides')
+            raise errors.BadInput(f'--deepspeed {path}: {key}: enabled must be "auto": --precision decides')
     if "torch_autocast" in config:
-        raise BadInput(f"--deepspeed {path}: remove 'torch_autocast': --precision decides, and stage 0 has it")
+        raise errors.BadInput(f"--deepspeed {path}: remove 'torch_autocast': --precision decides, and stage 0 has it")
     clip = config.setdefault("gradient_clipping", "auto")
     if clip != "auto" and (type(clip) not in (int, float) or not 0 < clip < math.inf):
-        raise BadInput(f'--deepspeed {path}: gradient_clipping {clip!r}: must be "auto" or above 0')
+        raise errors.BadInput(f'--deepspeed {path}: gradient_clipping {clip!r}: must be "auto" or above 0')
     for key, least in {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "min_loss_scale": 1}.items():
         value = config.get("fp16", {}).get(key, least)
         if type(value) not in (int, float) or not least <= value < 2**32:
-            raise BadInput(f"--deepspeed {path}: fp16: {key} {value!r}: must be a number from {least} on")
+            raise errors.BadInput(f"--deepspeed {path}: fp16: {key} {value!r}: must be a number from {least} on")
     if any(key.startswith(("offload", "cpu_offload")) for key in config.get("zero_optimization", {})):
-        raise BadInput(f"--deepspeed {path}: offload is not supported: it needs an optimizer that DeepSpeed compiles")
+        raise errors.BadInput(f"--deepspeed {path}: offload is not supported: it needs an optimizer that DeepSpeed compiles")
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise BadInput(f"--deepspeed {path}: zero_optimization: stage {stage!r} is none of 0, 1, 2, 3")
+        raise errors.BadInput(f"--deepspeed {path}: zero_optimization: stage {stage!r} is none of 0, 1, 2, 3")
     if stage and precision == "fp16" and not gpus_per_trial:
-        raise BadInput(f"--deepspeed {path}: DeepSpeed has no fp16 on a CPU at ZeRO stage {stage}: --precision fp32, or stage 0")
+        raise errors.BadInput(f"--deepspeed {path}: DeepSpeed has no fp16 on a CPU at ZeRO stage {stage}: --precision fp32, or stage 0")
     if stage == 3:
         if gpus_per_trial < 2:
-            raise BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2, or --gpus_per_trial")
+            raise errors.BadInput(f"--deepspeed {path}: stage 3 splits a model over GPUs, and a trial has one: use stage 0 to 2, or --gpus_per_trial")
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # or a checkpoint has no weights to load
     return config
 
@@ -245,15 +230,15 @@ def check_model_folder(path: Path) -> None:
     try:
         assert json.loads((path / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        raise BadInput(f"--model {path}: no config.json with a model_type in this folder") from None
+        raise errors.BadInput(f"--model {path}: no config.json with a model_type in this folder") from None
     if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
-        raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
+        raise errors.BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
     if not (path / "tokenizer_config.json").exists():
-        raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
+        raise errors.BadInput(f"--model {path}: no tokenizer_config.json in this folder")
     try:
         parameters(path)
     except Exception as error:  # SafetensorError is none of the usual kinds
-        raise BadInput(f"--model {path}: weights that cannot be read: {error}") from None
+        raise errors.BadInput(f"--model {path}: weights that cannot be read: {error}") from None
 
 
 def parameters(folder: Path) -> int:
@@ -269,7 +254,7 @@ def check_disk(output_dir: Path, needed: int) -> None:
     """Raises BadInput when there is less free than the run needs at its peak, in bytes."""
     free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.parents) if p.exists())).free
     if free < needed:
-        raise BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free / 1e9:.3g} GB are free")
+        raise errors.BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free / 1e9:.3g} GB are free")
 
 
 def seconds_per_iteration(value: str) -> float:
@@ -281,9 +266,9 @@ def seconds_per_iteration(value: str) -> float:
             with open(value, newline="") as file:
                 seconds = statistics.mean(float(row["ended_at"]) - float(row["started_at"]) for row in csv.DictReader(file))
         except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:  # StatisticsError is a ValueError
-            raise BadInput(f"--seconds_per_iteration {value}: neither a number nor the iterations.csv of a run ({error})") from None
+            raise errors.BadInput(f"--seconds_per_iteration {value}: neither a number nor the iterations.csv of a run ({error})") from None
     if not 0 < seconds < math.inf:
-        raise BadInput(f"--seconds_per_iteration {value}: must be above 0")
+        raise errors.BadInput(f"--seconds_per_iteration {value}: must be above 0")
     return seconds
 
 
@@ -330,17 +315,17 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
                 if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                     raise ValueError(name)
     except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None
+        raise errors.BadInput(f"--resume: {run_dir} is not the folder of a run: --run_name and --output_dir say which") from None
     earlier = {name: value for name, value in earlier.items() if name not in ("run_name", "output_dir")}  # say which run
     kept = args.trial_timeout if "trial_timeout" in args.given else earlier["trial_timeout"]  # may have been what went wrong
     earlier.pop("trial_timeout")
     given = {name: getattr(args, name) for name in sorted(args.given & set(earlier))}
     other = [f"--{name} {value} (the run has {earlier[name]})" for name, value in given.items() if value != earlier[name]]
     if other:
-        raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
+        raise errors.BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
     for name in space | earlier_space:
         if space.get(name) != earlier_space.get(name):
-            raise BadInput(f"--resume: search space: {name} is {space.get(name)} now, and {earlier_space.get(name)} in the run")
+            raise errors.BadInput(f"--resume: search space: {name} is {space.get(name)} now, and {earlier_space.get(name)} in the run")
     for name, value in (earlier | {"trial_timeout": kept}).items():
         setattr(args, name, value)
 
@@ -348,30 +333,30 @@ def load_arguments(args: argparse.Namespace, run_dir: Path, space: dict[str, str
 def check_output(run_dir: Path) -> None:
     """Raises BadInput where the run's folder exists or could not be made."""
     if run_dir.exists():
-        raise BadInput(f"--run_name {run_dir.name}: {run_dir} exists already, and nothing there is overwritten")
+        raise errors.BadInput(f"--run_name {run_dir.name}: {run_dir} exists already, and nothing there is overwritten")
     parent = next(p for p in run_dir.parents if p.exists())
     try:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
-        raise BadInput(f"--output_dir {run_dir.parent}: cannot be written: {error.strerror}") from None
+        raise errors.BadInput(f"--output_dir {run_dir.parent}: cannot be written: {error.strerror}") from None
 
 
 def load_examples(dataset: str, download: bool = False) -> tuple[list[dict], list[dict]]:
     """The training and the validation questions of a folder, or of a repository on the hub with parquet files."""
     try:
         if Path(dataset).is_dir():
-            files = squad.find_squad_files(Path(dataset))
-            return squad.read_squad(files["train"]), squad.read_squad(files["validation"])
+            files = data.find_squad_files(Path(dataset))
+            return data.read_squad(files["train"]), data.read_squad(files["validation"])
         import datasets
 
         folder = hub_snapshot(dataset, "dataset", ["*.parquet"], download)
         files = {split: sorted(map(str, folder.rglob(f"{split}*.parquet"))) for split in ("train", "validation")}
         loaded = {split: list(data) for split, data in datasets.load_dataset("parquet", data_files=files).items()}
         for split, examples in loaded.items():
-            squad.check_examples(examples, f"{dataset}, {split}")
+            data.check_examples(examples, f"{dataset}, {split}")
         return loaded["train"], loaded["validation"]
     except ValueError as error:
-        raise BadInput(f"--dataset {error}") from None
+        raise errors.BadInput(f"--dataset {error}") from None
 
 
 def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool) -> Path:
@@ -392,7 +377,7 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool)
         return Path(huggingface_hub.snapshot_download(**what))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = errors.one_line(error, 200)
-        raise BadInput(
+        raise errors.BadInput(
             f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it; "
             f"run with --prefetch where there is a network ({reason})"
         ) from None
@@ -418,6 +403,6 @@ def model_folder(model: str, download: bool = False) -> Path:
     folder = hub_snapshot(model, "model", ["*.json", "*.safetensors", "*.model", "*.txt"], download)
     try:
         check_model_folder(folder)
-    except BadInput as error:
-        raise BadInput(f"--model {model}: {str(error).split(': ', 1)[1]}; run with --prefetch where there is a network") from None
+    except errors.BadInput as error:
+        raise errors.BadInput(f"--model {model}: {str(error).split(': ', 1)[1]}; run with --prefetch where there is a network") from None
     return folder

@@ -25,7 +25,7 @@ import torch
 import transformers
 from transformers import masking_utils
 
-import errors
+from hpo import errors
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SCALER_FILE = "grad_scaler.json"  # in a checkpoint: DeepSpeed saves its own loss scaler, and not torch's

@@ -23,8 +23,8 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import precision as mixed  # `precision` is an argument's name here
-import squad
+from hpo.squad import evaluation
+from hpo.squad import precision as mixed  # `precision` is an argument of functions here
 
 CONTEXT = 600_000_000  # bytes, assumed: the CUDA context with its kernels, and the workspaces of cuBLAS
 COMMUNICATION = 400_000_000  # bytes, assumed: NCCL's buffers, where a trial has several GPUs
@@ -138,7 +138,7 @@ def passes(
         live.gradients += parameter.grad.untyped_storage().nbytes()
 
     with FakeTensorMode(), live:
-        model = squad.fuse_gelu(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype))
+        model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype))
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
         weights = live.now
@@ -147,7 +147,7 @@ def passes(
         live.reset()
         model.train()
         with sixteen_bits():
-            loss, _ = squad.answer_loss(model, batch(batch_size, max_length, answer_tokens))
+            loss, _ = evaluation.answer_loss(model, batch(batch_size, max_length, answer_tokens))
         loss.backward()
         backward, activations, logits = live.peak, live.peak_without_gradients, live.peak_of_logits
         model.zero_grad()
@@ -156,21 +156,21 @@ def passes(
         live.reset()
         model.eval()
         with torch.no_grad(), sixteen_bits():
-            # Where prompts are short, answers fill the batch: squad.evaluate_loss counts an answer's position as LOGITS tokens.
-            for length in {max_length, min(max_length, squad.LOGITS * answer_tokens)}:
-                squad.answer_loss(model, batch(max(1, eval_tokens // length), length, answer_tokens))
+            # Where prompts are short, answers fill the batch: evaluation.evaluate_loss counts an answer's position as LOGITS tokens.
+            for length in {max_length, min(max_length, evaluation.LOGITS * answer_tokens)}:
+                evaluation.answer_loss(model, batch(max(1, eval_tokens // length), length, answer_tokens))
             generate(model, batch(max(1, eval_tokens // max_length), max_length, 1), max_new_tokens)
         sizes = tuple(parameter.numel() for parameter in model.parameters())
         return Run(sizes, activations - weights, logits, backward - weights, live.peak - weights)
 
 
 def generate(model, batch: dict, max_new_tokens: int) -> None:
-    """The first step of squad.predict and the second, whose cache has as many tokens as the last one's: the prompts are taken as the longest."""
+    """The first step of evaluation.predict and the second, whose cache has as many tokens as the last one's: the prompts are taken as the longest."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **squad._positions(model, mask))
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **evaluation._positions(model, mask))
     if max_new_tokens > 1:
         cache, mask = output.past_key_values, torch.nn.functional.pad(mask, (0, 1), value=1)
-        positions = {name: ids[:, -1:] + 1 for name, ids in squad._positions(model, mask).items()}
+        positions = {name: ids[:, -1:] + 1 for name, ids in evaluation._positions(model, mask).items()}
         model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions)
 
 
@@ -189,7 +189,7 @@ def forecast(
 
     Args:
         model_folder: with config.json; the weights are not read.
-        ds_config: the DeepSpeed configuration, see inputs.read_ds_config.
+        ds_config: the DeepSpeed configuration, see checks.read_ds_config.
         precision: "fp16", "bf16" or "fp32".
         batch_size: sequences a GPU in training.
         max_length: tokens of the longest sequence, all of them taken as so long.

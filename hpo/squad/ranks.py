@@ -19,9 +19,8 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import errors
-import resume
-from errors import Kind
+from hpo import errors
+from hpo.errors import Kind
 
 START = 600  # seconds that the ranks may take to meet
 PATIENCE = datetime.timedelta(days=7)  # for Tune to decide what becomes of a trial at its rung; a hung trial is the Watchdog's business
@@ -113,7 +112,7 @@ class Group:
         if self.size == 1:
             yield
             return
-        killed_before = resume.oom_kills()
+        killed_before = errors.oom_kills()
         futures = [actor.train.remote(config) for actor in self.others]
         over, lost = threading.Event(), []
         watch = threading.Thread(target=self._watch, args=(futures, over, lost), daemon=True)
@@ -138,7 +137,7 @@ class Group:
                     lost.append(its_error)
             for actor in self.others:
                 ray.kill(actor)
-            cause = _cause([error, *lost], resume.oom_kills() > killed_before)
+            cause = _cause([error, *lost], errors.oom_kills() > killed_before)
             if cause is error:
                 raise
             raise cause from (lost[0] if lost else error)

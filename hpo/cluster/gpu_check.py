@@ -1,6 +1,6 @@
 """Whether the GPUs that this process may use are there and compute.
 
-    python gpu_check.py     # prints the GPUs, exit code 0; or one line on what is wrong, exit code 1
+    python -m hpo.cluster.gpu_check     # prints the GPUs, exit code 0; or one line on what is wrong, exit code 1
 
 worker_node.slurm runs it before it joins: a GPU that cannot compute would take one trial after the other.
 """
@@ -8,7 +8,7 @@ worker_node.slurm runs it before it joins: a GPU that cannot compute would take 
 import socket
 import sys
 
-import errors
+from hpo import errors
 
 SIZE = 128  # of the matrices: sums of so many products of numbers from -3 to 3 are exact in fp16
 
@@ -52,6 +52,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    import gpu_check  # by its name, as trials do
-
-    sys.exit(gpu_check.main())
+    sys.exit(main())

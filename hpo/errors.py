@@ -8,6 +8,9 @@ import errno
 import importlib.metadata
 import os
 import re
+import sys
+from pathlib import Path
+from typing import NoReturn
 
 
 class Kind(enum.Enum):
@@ -110,3 +113,32 @@ def one_line(error: BaseException | str, limit: int = 300) -> str:
     """The text of an error on one line: its first `limit` characters, or the last ones where the limit is negative."""
     text = " ".join(str(error).split())
     return text[:limit] if limit > 0 else text[limit:]
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message, one line, says what and where."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())
+
+
+def refuse(error: BadInput) -> NoReturn:
+    """Ends the program as wrong input does: one line and exit code 2."""
+    print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def oom_kills(root: Path = Path("/")) -> int:
+    """How many processes the kernel has killed for their memory in the control group of this one, as at the memory limit of a job."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":  # version 2
+            folder, name = root / "sys/fs/cgroup" / group.lstrip("/"), "memory.events"
+        elif "memory" in controllers.split(","):
+            folder, name = root / "sys/fs/cgroup/memory" / group.lstrip("/"), "memory.oom_control"
+        else:
+            continue
+        for file in (parent / name for parent in (folder, *folder.parents)):
+            if file.exists():
+                return sum(map(int, re.findall(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)))
+    return 0

@@ -1,0 +1,1 @@
+"""Ray and Slurm: starting, watching, saving and going on."""

@@ -1,0 +1,28 @@
+"""Waiting for a file system that is full or gone."""
+
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+
+def wait_for_storage(run_dir: Path, needed: int, patience: float) -> bool:
+    """Waits until the file system of a run takes files again and has room for what the run still lacks of `needed` bytes.
+
+    Returns whether it has come to that within `patience` seconds.
+    """
+    deadline = time.time() + patience
+    while time.time() < deadline:
+        try:
+            with tempfile.TemporaryFile(dir=run_dir) as file:
+                file.write(b"x" * 4096)
+                file.flush()
+                os.fsync(file.fileno())
+            used = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
+            if shutil.disk_usage(run_dir).free >= needed - used:
+                return True
+        except OSError:
+            pass
+        time.sleep(min(5, patience / 10))
+    return False

@@ -1,0 +1,1 @@
+"""SQuAD v1.1 for a causal language model: data, evaluation, precision, ranks. Nothing of Ray Tune in here."""
