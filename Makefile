@@ -1,12 +1,14 @@
 # make demo   sets up .venv, makes the demo's model and data, runs the whole search on this machine (run_name demo)
-# make test   sets up and runs every test
+# make test   sets up, and runs the linter and all tests
+# make check  sets up, and runs the linter and the quick tests: no Ray, no Slurm
 # VENV=path   another environment than .venv; PYTHON=python3.11 another Python to make it with
 
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
+QUICK = rooms report resume slot_time figures goldens plan fuzz bohb squad inputs
 
-.PHONY: demo demo-data test
+.PHONY: demo demo-data lint check test
 
 demo: demo-data
 	rm -rf results/demo
@@ -16,7 +18,13 @@ demo: demo-data
 demo-data: $(READY)
 	$(VENV)/bin/python demo/make_demo.py
 
-test: $(READY)
+lint: $(READY)
+	$(VENV)/bin/python -m ruff check --no-cache .
+
+check: lint
+	$(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow" $(QUICK:%=tests/test_%.py)
+
+test: lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(READY): requirements.txt

@@ -1,12 +1,13 @@
-"""EM and F1 of 1,000 questions: ours (evaluation.predict) against one question at a time, with the same predictions.
+"""EM and F1 of 1,000 questions: evaluation.predict against one question at a time, with the same predictions.
 
     make demo-data && .venv/bin/python bench/evaluation.py        # about six minutes
 
-One question at a time as people do it: model.generate with its defaults, greedy, with as many new tokens at most. The
-model is the demo's after a short fine-tuning, so that it answers and ends as trained ones do: as it is, and with the
-vocabulary of BLOOM, 250,880 (rows that no answer uses); the ratio is that of the latter. One thread, and the C library's settings for memory, as a trial has;
-seconds are those of its CPU, which other work on the machine disturbs less than a clock. All ways take turns; medians
-of the turns.
+One at a time is what people write: model.generate with its defaults, greedy, with the same limit of new tokens. The
+model is the demo's after a short fine-tuning, so that it answers and ends as trained models do. It is measured as it
+is, and with BLOOM's vocabulary of 250,880, in rows that no answer uses. The ratio is that of BLOOM's vocabulary.
+
+One thread, and the C library's settings for memory, as in a trial. Seconds are CPU seconds, which other work on the
+machine disturbs less than seconds of a clock. All ways take turns; the table has medians of the turns.
 """
 
 import copy
@@ -14,21 +15,16 @@ import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import raytune_bayesian  # first: sets up Ray's environment
-
-# isort: split
+import common
 import numpy as np
 import torch
 import transformers
 
+from hpo.cluster.launch import MALLOC
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation
-from raytune_bayesian import EVAL_TOKENS, SquadMetric
+from hpo.squad import evaluation, models
+from raytune_bayesian import EVAL_TOKENS, MAX_LENGTH, SquadMetric
 
 QUESTIONS = 1000
 TURNS = 5  # in each, one at a time answers a fifth of the questions, each other way all of them
@@ -38,9 +34,11 @@ LIMIT = 8.0
 
 
 def fine_tune(model, tokenizer, data: squad_data.TokenizedSquad) -> None:
+    """Trains all weights for STEPS steps, in place."""
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=LR), np.random.default_rng(0)
     for _ in range(STEPS):
-        batch = evaluation.collate([data[i] for i in rng.choice(len(data), BATCH, replace=False)], tokenizer.pad_token_id)
+        drawn = [data[i] for i in rng.choice(len(data), BATCH, replace=False)]
+        batch = evaluation.collate(drawn, tokenizer.pad_token_id)
         loss, count = evaluation.answer_loss(model, batch)
         (loss / count).backward()
         optimizer.step()
@@ -49,6 +47,7 @@ def fine_tune(model, tokenizer, data: squad_data.TokenizedSquad) -> None:
 
 @torch.no_grad()
 def one_at_a_time(model, tokenizer, data: squad_data.TokenizedSquad, indices, max_new_tokens: int) -> list[dict]:
+    """The answers to the questions with these indices, as people compute them."""
     predictions = []
     for i in indices:
         prompt = torch.from_numpy(data[i]["input_ids"][: data[i]["prompt_length"]].astype(np.int64))[None]
@@ -65,14 +64,15 @@ def one_at_a_time(model, tokenizer, data: squad_data.TokenizedSquad, indices, ma
 def generate_in_batches(model, tokenizer, data: squad_data.TokenizedSquad, max_new_tokens: int) -> list[dict]:
     """What evaluation.predict would be with model.generate."""
     predictions = [{}] * len(data)
-    for indices, _ in evaluation._shares(data.prompt_lengths, EVAL_TOKENS, None):
+    for indices in evaluation.batches_by_length(data.prompt_lengths, EVAL_TOKENS):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = evaluation.collate(prompts, tokenizer.pad_token_id)
         output = model.generate(
             batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        for i, answer in zip(indices, tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)):
+        answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for i, answer in zip(indices, answers, strict=True):
             predictions[i] = {"id": data.references[i]["id"], "prediction_text": answer.strip()}
     return predictions
 
@@ -91,7 +91,10 @@ def compare(name: str, plain, fused, tokenizer, data: squad_data.TokenizedSquad,
         for way, predict in ways.items():
             indices = range(turn, len(data), TURNS) if predict is None else range(len(data))
             began = time.process_time()
-            found = one_at_a_time(plain, tokenizer, data, indices, max_new_tokens) if predict is None else predict()
+            if predict is None:
+                found = one_at_a_time(plain, tokenizer, data, indices, max_new_tokens)
+            else:
+                found = predict()
             scores = SquadMetric().compute(predictions=found, references=[data.references[i] for i in indices])
             seconds[way].append((time.process_time() - began) * len(data) / len(indices))
             if predict is None:
@@ -112,19 +115,24 @@ def compare(name: str, plain, fused, tokenizer, data: squad_data.TokenizedSquad,
 
 
 def main() -> None:
+    """Fine-tunes the demo's model, and prints the table."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    folder = ROOT / "demo" / "model"
-    tokenizer = raytune_bayesian.load_tokenizer(folder)
-    examples = squad_data.read_squad(squad_data.find_squad_files(ROOT / "demo" / "squad")["train"])
-    train = squad_data.tokenize(examples[:-QUESTIONS], tokenizer, raytune_bayesian.MAX_LENGTH, training=True)
-    data = squad_data.tokenize(examples[-QUESTIONS:], tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
+    folder = common.DEMO / "model"
+    tokenizer = models.load_tokenizer(folder)
+    examples = squad_data.read_squad(squad_data.find_squad_files(common.DEMO / "squad")["train"])
+    train = squad_data.tokenize(examples[:-QUESTIONS], tokenizer, MAX_LENGTH, training=True)
+    data = squad_data.tokenize(examples[-QUESTIONS:], tokenizer, MAX_LENGTH, training=False)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     fine_tune(plain, tokenizer, train)
     plain.eval()
-    print(f"limit: at least {LIMIT} times faster than one at a time; prompts of {np.median(data.prompt_lengths):.0f} tokens (median), "
-          f"answers of {np.mean(data.lengths - data.prompt_lengths):.1f} with EOS (mean), at most {train.longest_answer}")  # fmt: skip
-    print(f"{'vocabulary':<22}{'way':<31}{'CPU s':>9}{'least-most':>15}{'times':>7}{'same predictions':>18}{'EM, F1':>12}")
+    prompt, answer = np.median(data.prompt_lengths), np.mean(data.lengths - data.prompt_lengths)
+    print(
+        f"limit: at least {LIMIT} times faster than one at a time; prompts of {prompt:.0f} tokens (median), "
+        f"answers of {answer:.1f} with EOS (mean), at most {train.longest_answer}"
+    )
+    titles = f"{'CPU s':>9}{'least-most':>15}{'times':>7}{'same predictions':>18}{'EM, F1':>12}"
+    print(f"{'vocabulary':<22}{'way':<31}{titles}")
     for name, vocabulary in (("demo, 1,361", None), ("BLOOM's, 250,880", BLOOM_VOCABULARY)):
         if vocabulary:
             plain.resize_token_embeddings(vocabulary)
@@ -134,6 +142,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if not raytune_bayesian.MALLOC.items() <= os.environ.items():  # read when a process starts
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | raytune_bayesian.MALLOC)
+    if not MALLOC.items() <= os.environ.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
     main()

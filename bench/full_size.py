@@ -1,10 +1,12 @@
-"""The real size on this machine's CPU: a search with a randomly initialised model of BLOOM-560M's exact shape and vocabulary.
+"""The real size on this machine's CPU: a search with a random model of BLOOM-560M's exact shape and vocabulary.
 
-    make demo-data && .venv/bin/python bench/full_size.py [folder]        # about 25 minutes, 24 GB of memory, 71 GB of disk
+    make demo-data && .venv/bin/python bench/full_size.py [folder]        # 25 minutes, 24 GB of memory, 71 GB of disk
 
-Four trials, one at a time: each trains to the first rung and is paused with a checkpoint; the best is resumed (the last of the four
-would go on without a pause; by the seed it is the first), trains to the end, and becomes best_model. Real SQuAD where it is beside this
-folder, else the demo's questions. Shows that it works and what it takes; it says nothing about fp16 or a GPU.
+Four trials, one at a time. Each trains to the first rung and is paused with a checkpoint. The best is resumed, trains
+to the end, and becomes best_model. (The last of the four would go on without a pause; with this seed the first is the
+best.) Questions are SQuAD's where it is beside the repository, in ../shared/squad, else the demo's.
+
+It shows that the real size works, and what it takes. It says nothing about fp16 or a GPU.
 """
 
 import contextlib
@@ -20,19 +22,24 @@ from pathlib import Path
 
 import psutil
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hpo import files
 from hpo.results import tables
 
+ROOT = Path(__file__).parent.parent
 VOCABULARY = 250_880
-ARGUMENTS = ["--max_t", "4", "--num_samples", "4", "--max_concurrent_trials", "1", "--max_train_samples", "32", "--num_train_epochs", "0.5",
-             "--max_eval_samples", "8", "--seed", "45", "--run_name", "full_size"]  # fmt: skip
+ARGUMENTS = [
+    "--max_t", "4", "--num_samples", "4", "--max_concurrent_trials", "1", "--max_train_samples", "32",
+    "--num_train_epochs", "0.5", "--max_eval_samples", "8", "--seed", "45", "--run_name", "full_size",
+]  # fmt: skip
 
 
 def make_model(folder: Path) -> int:
-    """Writes a random BLOOM-560M with the demo's tokenizer, filled up to BLOOM's vocabulary with tokens that no text has; its parameters."""
+    """Writes a random BLOOM-560M. Returns the number of its parameters.
+
+    The tokenizer is the demo's, filled up to BLOOM's vocabulary with tokens that no text has.
+    """
     import torch
     import transformers
 
@@ -44,7 +51,8 @@ def make_model(folder: Path) -> int:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert len(transformers.AutoTokenizer.from_pretrained(folder)) == VOCABULARY
     torch.manual_seed(0)
-    special = {name: getattr(transformers.AutoConfig.from_pretrained(folder), name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    demo = transformers.AutoConfig.from_pretrained(folder)
+    special = {name: getattr(demo, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=1024, n_layer=24, n_head=16, **special)
     model = transformers.BloomForCausalLM(config)
     model.save_pretrained(folder)
@@ -59,6 +67,7 @@ class Peak(threading.Thread):
         self.process, self.most = psutil.Process(pid), 0
 
     def run(self):
+        """Looks until the process has ended."""
         while self.process.is_running():
             used = 0
             for process in self.process.children(recursive=True):
@@ -71,12 +80,15 @@ class Peak(threading.Thread):
 
 
 def main(folder: Path) -> None:
+    """Runs the search, and prints what it took."""
     began = time.time()
     parameters = make_model(folder / "model")
-    print(f"model: {parameters / 1e6:.0f} million parameters, vocabulary {VOCABULARY:,}, made in {time.time() - began:.0f} s", flush=True)
+    made = f"vocabulary {VOCABULARY:,}, made in {time.time() - began:.0f} s"
+    print(f"model: {parameters / 1e6:.0f} million parameters, {made}", flush=True)
     data = ROOT.parent / "shared" / "squad"
-    command = [sys.executable, ROOT / "raytune_bayesian.py", "--model", folder / "model", "--dataset", data if data.is_dir() else ROOT / "demo" / "squad",
-               "--output_dir", folder / "results", *ARGUMENTS]  # fmt: skip
+    data = data if data.is_dir() else ROOT / "demo" / "squad"
+    where = ["--model", folder / "model", "--dataset", data, "--output_dir", folder / "results"]
+    command = [sys.executable, ROOT / "raytune_bayesian.py", *where, *ARGUMENTS]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     peak, lines, checkpoint = Peak(process.pid), [], 0
     peak.start()
@@ -93,14 +105,15 @@ def main(folder: Path) -> None:
     trials = files.read_csv(results / "trials.csv")
     disk, count = map(float, re.search(r"disk: up to ([\d.]+) GB in .* for (\d+) checkpoints", "".join(lines)).groups())
     model = sum(file.stat().st_size for file in (results / "best_model").iterdir())
-    bill = {name: 60 * minutes for name, minutes in run["bill"].items()}
+    seconds = {name: 60 * minutes for name, minutes in run["slot_minutes"].items()}
     milestones = sum(i["exact_match"] is not None for i in iterations)
+    best = [i["eval_loss"] for i in iterations if i["trial_id"] == iterations[-1]["trial_id"]]
     rows = [
-        ["eval_loss of the trial that trained fully", ", ".join(f"{i['eval_loss']:.3f}" for i in iterations if i["trial_id"] == iterations[-1]["trial_id"])],
+        ["eval_loss of the trial that trained fully", ", ".join(f"{loss:.3f}" for loss in best)],
         ["trials; paused and resumed", f"{len(trials)}; {sum(t['resumes'] for t in trials)}"],
-        ["seconds an iteration of 4 questions, training alone", f"{bill['training'] / len(iterations):.1f}"],
-        ["seconds an evaluation of 8 questions", f"{bill['evaluation'] / len(iterations):.1f}"],
-        ["seconds a checkpoint", f"{bill['checkpoints'] / milestones:.1f}"],
+        ["seconds an iteration of 4 questions, training alone", f"{seconds['training'] / len(iterations):.1f}"],
+        ["seconds an evaluation of 8 questions", f"{seconds['evaluation'] / len(iterations):.1f}"],
+        ["seconds a checkpoint", f"{seconds['checkpoints'] / milestones:.1f}"],
         ["GB a checkpoint; as the disk forecast counts", f"{checkpoint / 1e9:.2f}; {disk / (count + 1):.2f}"],
         ["GB on disk at most, by the forecast", f"{disk:.1f}"],
         ["GB of best_model", f"{model / 1e9:.2f}"],

@@ -1,18 +1,18 @@
-"""What has to be measured on a GPU, in parts; bench/gpu.sh runs all of them, each with its limit of time.
+"""What has to be measured on a GPU, in parts. bench/gpu.sh runs all of them, each with its time limit.
 
-    .venv/bin/python bench/gpu.py speed              # one part; prints a table, and writes speed.txt and speed.json to gpu-results
+    .venv/bin/python bench/gpu.py speed              # one part: a table, also in gpu-results
     .venv/bin/python bench/gpu.py speed --tiny       # at a size that says nothing, without a GPU too
 
-Parts: fp16, pause, speed, launches, memory, evaluation. What a part compares are jobs, each in a process of its own: DeepSpeed keeps global
-state of autocast. Models are the demo's, or random ones of BLOOM-560M's shape with random tokens, as long as SQuAD's questions are.
+Parts: fp16, pause, speed, launches, memory, evaluation. A part compares jobs. Each job is a process of its own, because
+DeepSpeed keeps global state of autocast. Models are the demo's, or random ones of BLOOM-560M's shape with random
+tokens, as long as SQuAD's questions are.
 """
 
 import argparse
-import contextlib
+import dataclasses
 import json
 import math
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,19 +22,21 @@ import types
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-DEMO = ROOT / "demo"
 BLOOM = {"vocab_size": 250_880, "hidden_size": 1024, "n_layer": 24, "n_head": 16}
 TINY_BLOOM = {"vocab_size": 400, "hidden_size": 32, "n_layer": 2, "n_head": 4}
-MEDIAN, SPREAD, LONGEST, ANSWER = 177, 0.395, 835, 4  # tokens of SQuAD's prompts: log-normal, with 339 at 95 %; of an answer with EOS
+MEDIAN, SPREAD, LONGEST = 177, 0.395, 835  # tokens of SQuAD's prompts: log-normal, 339 at 95 %
+ANSWER = 4  # tokens of an answer, EOS included
 PADDED = 512  # tokens of a sequence of the textbook
-KINDS = {"fp32": ("fp32", 0), "fp16, stage 0": ("fp16", 0), "fp16, stage 1": ("fp16", 1), "bf16, stage 0": ("bf16", 0)}
+KINDS = {  # precision, ZeRO stage
+    "fp32": ("fp32", 0),
+    "fp16, stage 0": ("fp16", 0),
+    "fp16, stage 1": ("fp16", 1),
+    "bf16, stage 0": ("bf16", 0),
+}
 
 
 def at_size(tiny: bool, full, small):
+    """A number of the benchmark, or of --tiny."""
     return small if tiny else full
 
 
@@ -42,11 +44,8 @@ def at_size(tiny: bool, full, small):
 # jobs: each prints one line of JSON
 
 
-def ds_config(stage: int) -> dict:
-    return json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
-
-
 def cuda() -> bool:
+    """Whether there is a GPU."""
     import torch
 
     return torch.cuda.is_available()
@@ -57,7 +56,8 @@ def bloom(tiny: bool):
     import torch
     import transformers
 
-    config = transformers.BloomConfig(**at_size(tiny, BLOOM, TINY_BLOOM), hidden_dropout=0.0, attention_dropout=0.0, pad_token_id=0, eos_token_id=1)
+    sizes = at_size(tiny, BLOOM, TINY_BLOOM) | {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+    config = transformers.BloomConfig(**sizes, pad_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
     with torch.device("cuda" if cuda() else "cpu"):
         model = transformers.BloomForCausalLM(config)
@@ -72,7 +72,9 @@ def questions(count: int, tiny: bool, length: int | None = None):
 
     rng = np.random.default_rng(0)
     median, longest = at_size(tiny, MEDIAN, 20), at_size(tiny, LONGEST, 40)
-    lengths = np.clip(rng.lognormal(math.log(median), SPREAD, count), ANSWER + 4, longest).astype(int) if length is None else np.full(count, length)
+    lengths = np.full(count, length)
+    if length is None:
+        lengths = np.clip(rng.lognormal(math.log(median), SPREAD, count), ANSWER + 4, longest).astype(int)
     return squad_data.TokenizedSquad(
         tokens=rng.integers(3, at_size(tiny, BLOOM, TINY_BLOOM)["vocab_size"], lengths.sum(), dtype=np.int32),
         offsets=np.cumsum([0, *lengths]),
@@ -86,106 +88,77 @@ def no_tokenizer(*_):
     return types.SimpleNamespace(pad_token_id=0, eos_token_id=1, batch_decode=lambda answers, **_: [""] * len(answers))
 
 
+def demo(kind: str, stage: int, *arguments):
+    """The Setup of trials of the demo's model, in a precision and at a ZeRO stage."""
+    import common
+
+    setup = common.setup_of_search("--model", common.DEMO / "model", "--dataset", common.DEMO / "squad", *arguments)
+    return dataclasses.replace(setup, ds_config=common.ds_config(stage), precision=kind)
+
+
 def learn(kind: str, stage: int, steps: int, factor: float, tiny: bool) -> dict:
     """eval_loss of the demo's model after so many steps with the loss multiplied by a factor."""
+    import common
     import launches
+    import torch
     import transformers
 
     import raytune_bayesian
-    from hpo.squad import data as squad_data
-    from hpo.squad import evaluation, precision, ranks
+    from hpo.squad import evaluation, models, precision
 
     class Scaled(raytune_bayesian.Trainer):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs) * factor
 
-    group = ranks.Group()
-    transformers.set_seed(1)
-    tokenizer = raytune_bayesian.load_tokenizer(DEMO / "model")
-    train, selection = squad_data.hold_out(squad_data.read_squad(squad_data.find_squad_files(DEMO / "squad")["train"]), at_size(tiny, 200, 20), 0)
-    train, selection = squad_data.tokenize(train, tokenizer, 1024, True), squad_data.tokenize(selection, tokenizer, 1024, False)
-    order = raytune_bayesian.data_order(train.lengths, 1.0, 2, 0)[: 2 * steps]
-    run = {"ds_config": ds_config(stage), "precision": kind, "seed": 1}
-    model = raytune_bayesian.pretrained(DEMO / "model")
+    setup = demo(kind, stage, "--max_eval_samples", at_size(tiny, 200, 20))
+    pad = models.load_tokenizer(setup.model).pad_token_id
+    transformers.set_seed(setup.seed)
+    order = raytune_bayesian.data_order(setup.train.lengths, 1.0, 2, setup.seed)[: 2 * steps]
+    data = torch.utils.data.Subset(setup.train, order)
+    model, group = models.pretrained(setup.model), common.one_rank()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = raytune_bayesian.make_trainer(model, train, order, {"lr": 1e-4, "wd": 0.0, "per_device_bs": 2}, run, group, folder, tokenizer.pad_token_id)
+        trainer = raytune_bayesian.make_trainer(model, data, common.HYPERPARAMETERS, setup, group, folder, pad)
         trainer.__class__ = Scaled
-        watch = launches.Watch(trainer, lambda engine: precision.Gradients(engine, ds_config(stage), kind, None, 1))
+        watch = launches.Watch(trainer, lambda engine: precision.Gradients(engine, setup.ds_config, kind, None, 1))
         trainer.train()
-    with precision.autocast(ds_config(stage), kind, watch.gradients.engine.device.type):
-        loss = evaluation.evaluate_loss(trainer.model, selection, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
+    with precision.autocast(setup.ds_config, kind, watch.gradients.engine.device.type):
+        loss = evaluation.evaluate_loss(trainer.model, setup.selection, pad, raytune_bayesian.EVAL_TOKENS)
     return {"eval_loss": loss, **watch.gradients.summary()}
 
 
-def trial(run: dict, rungs: list[int], folder: Path, pause: int | None = None, checkpoint: Path | None = None, iterations=None) -> tuple[list, Path]:
-    """A trial without Tune, from a checkpoint or from its start, to its end or to a pause after so many iterations.
-
-    Args:
-        folder: for its checkpoints.
-        iterations: a subclass of raytune_bayesian.Iterations.
-
-    Returns:
-        Its reports, and its last checkpoint.
-    """
-    import raytune_bayesian
-    from hpo.squad import ranks
-
-    raytune_bayesian.GROUPS or raytune_bayesian.GROUPS.append(ranks.Group())
-    reports, kept = [], folder / "none"
-
-    def report(metrics, checkpoint=None):
-        nonlocal kept
-        reports.append(metrics)
-        if checkpoint:
-            kept = folder / f"after_{metrics['training_iteration']}"
-            shutil.move(checkpoint.path, kept)
-        if metrics["training_iteration"] == pause:
-            raise SystemExit  # as Tune pauses a trial
-
-    saved = checkpoint and raytune_bayesian.tune.Checkpoint.from_directory(checkpoint)
-    with contextlib.ExitStack() as stack:
-        for name, value in {"report": report, "get_checkpoint": lambda: saved}.items():
-            stack.enter_context(mock.patch.object(raytune_bayesian.tune, name, value))
-        stack.enter_context(mock.patch.object(raytune_bayesian, "Iterations", iterations or raytune_bayesian.Iterations))
-        stack.enter_context(mock.patch.object(raytune_bayesian.resume, "saving_folder", tempfile.TemporaryDirectory))
-        stack.enter_context(contextlib.suppress(SystemExit))
-        config = {"train_loop_config": {"lr": 1e-4, "per_device_bs": 2, "wd": 0.01}, "rungs": rungs}
-        raytune_bayesian.train_rank(config, run, raytune_bayesian.GROUPS[0])
-    return reports, kept
-
-
 def resume(kind: str, stage: int, tiny: bool) -> dict:
-    """A trial of the demo's model that runs through, twice, and one that is paused and resumed: whether losses and weights are the same bits."""
+    """Whether losses and weights of a trial that was paused and resumed are the same bits as without a pause.
+
+    The trial without a pause runs twice.
+    """
+    import common
     import torch
     from safetensors.torch import load_file
 
-    import raytune_bayesian
-    from hpo.squad import data as squad_data
-
-    tokenizer = raytune_bayesian.load_tokenizer(DEMO / "model")
-    train, selection = squad_data.hold_out(squad_data.read_squad(squad_data.find_squad_files(DEMO / "squad")["train"]), 40, 0)
-    run = {
-        "model": DEMO / "model", "train": squad_data.tokenize(train[: at_size(tiny, 80, 12)], tokenizer, 1024, True),
-        "selection": squad_data.tokenize(selection, tokenizer, 1024, False), "ds_config": ds_config(stage), "precision": kind, "seed": 1, "max_t": 4,
-        "num_train_epochs": 1.0, "metric": "eval_loss", "max_new_tokens": 8, "cpus_per_trial": 1, "gpus_per_trial": 0, "run_dir": "/nonexistent",
-    }  # fmt: skip
+    setup = demo(kind, stage, "--max_train_samples", at_size(tiny, 80, 12), "--max_eval_samples", 40, "--max_t", 4)
+    setup = dataclasses.replace(setup, num_train_epochs=1.0, max_new_tokens=8)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("through", "again", "paused"):
-            (own := Path(folder) / name).mkdir()
+            trial = common.TrialHere(Path(folder) / name, pause=2 if name == "paused" else None)
+            trial.run(setup, rungs=[2, 4])
+            reports = trial.reports
             if name == "paused":
-                before, checkpoint = trial(run, [2, 4], own, pause=2)
-                after, checkpoint = trial(run, [2, 4], own, checkpoint=checkpoint)
-                reports = before + after
-            else:
-                reports, checkpoint = trial(run, [2, 4], own)
-            found[name] = [r["eval_loss"] for r in reports], load_file(checkpoint / "model.safetensors")
+                trial = common.TrialHere(Path(folder) / name, trial.last_checkpoint)
+                trial.run(setup, rungs=[2, 4])
+                reports = reports + trial.reports
+            found[name] = [r["eval_loss"] for r in reports], load_file(trial.last_checkpoint / "model.safetensors")
     losses, weights = found["through"]
-    equal = {name: losses == its and all(torch.equal(weights[w], own[w]) for w in weights) for name, (its, own) in found.items()}
-    return {"losses": {name: its for name, (its, _) in found.items()}, "equal": equal}
+    equal = {
+        name: losses == its_losses and all(torch.equal(weights[w], its_weights[w]) for w in weights)
+        for name, (its_losses, its_weights) in found.items()
+    }
+    return {"losses": {name: its_losses for name, (its_losses, _) in found.items()}, "equal": equal}
 
 
-def pace(way: str, kind: str, stage: int, batch_sizes: list[int], together: int, meeting: str, number: int, tiny: bool) -> dict:
+def pace(
+    way: str, kind: str, stage: int, batch_sizes: list[int], together: int, meeting: str, number: int, tiny: bool
+) -> dict:
     """Optimizer steps a second by batch size, while `together` processes do the same."""
     import launches
     import torch
@@ -251,11 +224,17 @@ def profiled(way: str, kind: str, stage: int, tiny: bool) -> dict:
 
     kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     return {
-        "launches": calls("cudaLaunchKernel", "cuLaunchKernel"), "copies": calls("cudaMemcpyAsync", "cudaMemsetAsync"), "to the CPU": calls("Memcpy DtoH"),
-        "waits": calls("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"), "items": calls("aten::item"),
-        "GPU ms": sum(event.self_device_time_total for event in kernels) / 1000 / steps, "ms": 1000 * profile.seconds / steps,
-        "most": [[event.key[:80], event.count / steps] for event in sorted(events, key=lambda event: -event.count)[:40]],
-    }  # fmt: skip
+        "launches": calls("cudaLaunchKernel", "cuLaunchKernel"),
+        "copies": calls("cudaMemcpyAsync", "cudaMemsetAsync"),
+        "to the CPU": calls("Memcpy DtoH"),
+        "waits": calls("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+        "items": calls("aten::item"),
+        "GPU ms": sum(event.self_device_time_total for event in kernels) / 1000 / steps,
+        "ms": 1000 * profile.seconds / steps,
+        "most": [
+            [event.key[:80], event.count / steps] for event in sorted(events, key=lambda event: -event.count)[:40]
+        ],
+    }
 
 
 def counted(row: str, tiny: bool) -> dict:
@@ -267,12 +246,13 @@ def counted(row: str, tiny: bool) -> dict:
 
 def peaks(kind: str, stage: int, tiny: bool) -> dict:
     """Most bytes on the GPU in training, evaluation and resume of a trial, and the forecast of each."""
+    import common
     import torch
 
     import raytune_bayesian
     from hpo.plan import memory
     from hpo.squad import data as squad_data
-    from hpo.squad import evaluation
+    from hpo.squad import evaluation, models
 
     found = {"resume": 0, "training": 0, "evaluation": 0, "start": 0, "reserved": 0}
 
@@ -285,7 +265,7 @@ def peaks(kind: str, stage: int, tiny: bool) -> dict:
 
     class Iterations(raytune_bayesian.Iterations):
         def on_train_begin(self, *args, **kwargs):
-            note("resume" if self.checkpoint else "start")
+            note("resume" if self.trial.checkpoint else "start")
             super().on_train_begin(*args, **kwargs)
 
         def on_step_end(self, *args, **kwargs):
@@ -295,42 +275,50 @@ def peaks(kind: str, stage: int, tiny: bool) -> dict:
 
     length = at_size(tiny, LONGEST, 40)
     room, eval_tokens = squad_data.ANSWER_ROOM, raytune_bayesian.EVAL_TOKENS
-    run = {
-        "model": "/nonexistent", "train": questions(16, tiny, length), "selection": questions(at_size(tiny, 20, 4), tiny, length),
-        "ds_config": ds_config(stage), "precision": kind, "seed": 1, "max_t": 2, "num_train_epochs": 1.0, "metric": "eval_loss",
-        "max_new_tokens": room, "cpus_per_trial": 1, "gpus_per_trial": 0, "run_dir": "/nonexistent",
-    }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(raytune_bayesian, "load_tokenizer", no_tokenizer):
+    data = questions(16, tiny, length), questions(at_size(tiny, 20, 4), tiny, length)
+    setup = common.setup_of_questions(*data, stage, kind, max_new_tokens=room)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(models, "load_tokenizer", no_tokenizer),
+        mock.patch.object(models, "pretrained", lambda _: model),
+        mock.patch.object(raytune_bayesian, "Iterations", Iterations),
+    ):
         model = evaluation.fuse_gelu(bloom(tiny))
         model.config.save_pretrained(folder)
-        forecast = memory.forecast(folder, ds_config(stage), kind, 2, length, ANSWER, eval_tokens, room)
-        with mock.patch.object(raytune_bayesian, "pretrained", lambda _: model):
-            trial_folder = Path(folder)
-            _, checkpoint = trial(run, [1, 2], trial_folder, pause=1, iterations=Iterations)
-            size = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-            model = evaluation.fuse_gelu(bloom(tiny))
-            if cuda():
-                torch.cuda.empty_cache()
-                torch.cuda.reset_peak_memory_stats()
-            trial(run, [1, 2], trial_folder, checkpoint=checkpoint, iterations=Iterations)
+        forecast = memory.forecast(folder, setup.ds_config, kind, 2, length, ANSWER, eval_tokens, room)
+        paused = common.TrialHere(Path(folder), pause=1)
+        paused.run(setup, rungs=[1, 2])
+        size = sum(file.stat().st_size for file in paused.last_checkpoint.rglob("*") if file.is_file())
+        model = evaluation.fuse_gelu(bloom(tiny))
+        if cuda():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        common.TrialHere(Path(folder), paused.last_checkpoint).run(setup, rungs=[1, 2])
     base = forecast.weights + forecast.optimizer
-    expected = {"training": base + max(forecast.backward, forecast.step), "evaluation": base + forecast.evaluation, "resume": base + forecast.resume}
+    expected = {
+        "training": base + max(forecast.backward, forecast.step),
+        "evaluation": base + forecast.evaluation,
+        "resume": base + forecast.resume,
+    }
     return {"measured": found, "forecast": expected, "with reserve": forecast.peak, "checkpoint": size}
 
 
 def answer(kind: str, tiny: bool) -> dict:
-    """Questions a second of evaluation: eval_loss, and answers of so many tokens; a random model ends none of them earlier."""
+    """Questions a second of evaluation: eval_loss, and answers of so many tokens; a random model ends none earlier."""
+    import common
     import torch
 
     import raytune_bayesian
     from hpo.squad import evaluation, precision
 
-    device = "cuda" if cuda() else "cpu"
+    device, eval_tokens = "cuda" if cuda() else "cpu", raytune_bayesian.EVAL_TOKENS
     model, data, rates = evaluation.fuse_gelu(bloom(tiny)).to(device), questions(at_size(tiny, 500, 6), tiny), {}
-    ways = {"eval_loss": lambda: evaluation.evaluate_loss(model, data, 0, raytune_bayesian.EVAL_TOKENS)}
+    ways = {"eval_loss": lambda: evaluation.evaluate_loss(model, data, 0, eval_tokens)}
     for tokens in (3, 16):
-        ways[f"answers of {tokens} tokens"] = lambda tokens=tokens: evaluation.predict(model, no_tokenizer(), data, raytune_bayesian.EVAL_TOKENS, tokens)
-    with precision.autocast(ds_config(0), kind, device):
+        ways[f"answers of {tokens} tokens"] = lambda tokens=tokens: evaluation.predict(
+            model, no_tokenizer(), data, eval_tokens, tokens
+        )
+    with precision.autocast(common.ds_config(0), kind, device):
         for name, way in ways.items():
             seconds = []
             for _ in range(at_size(tiny, 3, 1)):
@@ -345,7 +333,10 @@ JOBS = {job.__name__: job for job in (learn, resume, pace, profiled, counted, pe
 
 
 def run_jobs(name: str, settings: list[dict], at_once: int = 1) -> list[dict]:
-    """Runs a job with each of the settings, so many at the same time; a job that fails gives {"failed": its last line}."""
+    """Runs a job with each of the settings, so many at the same time.
+
+    A job that fails gives {"failed": its last line}.
+    """
     results = []
     for start in range(0, len(settings), at_once):
         running = []
@@ -359,7 +350,9 @@ def run_jobs(name: str, settings: list[dict], at_once: int = 1) -> list[dict]:
             lines = log.read().splitlines()
             if process.returncode:
                 print(f"{name}: " + "\n".join(lines[-30:]), file=sys.stderr, flush=True)
-            results.append({"failed": (lines or ["no output"])[-1][:300]} if process.returncode else json.loads(output.splitlines()[-1]))
+                results.append({"failed": (lines or ["no output"])[-1][:300]})
+            else:
+                results.append(json.loads(output.splitlines()[-1]))
     return results
 
 
@@ -368,65 +361,96 @@ def run_jobs(name: str, settings: list[dict], at_once: int = 1) -> list[dict]:
 
 
 def side_by_side(tiny: bool) -> int:
+    """How many jobs may run at the same time, where they need the CPU too."""
     return at_size(tiny, max(1, len(os.sched_getaffinity(0)) // 2), 2)
 
 
 def table(names: list[str], results: list[dict], columns: list[str], cells) -> list[str]:
     """A line for each result; `cells` gives the texts of one."""
     lines = [f"{'':<38}" + "".join(f"{column:>18}" for column in columns)]
-    for name, result in zip(names, results):
+    for name, result in zip(names, results, strict=True):
         texts = [result["failed"]] if "failed" in result else cells(result)
         lines.append(f"{name:<38}" + "".join(f"{text:>18}" for text in texts))
     return lines
 
 
 def fp16(tiny: bool) -> tuple[list[str], list[dict]]:
-    """Final eval_loss of the demo's model in each precision; with a small loss the gradients are as small as in a real fine-tuning."""
+    """Final eval_loss of the demo's model; with a small loss the gradients are as small as in a real fine-tuning."""
     cases = [(200, 1.0), (100, 0.01)] if not tiny else [(3, 0.01)]
-    settings = [{"kind": kind, "stage": stage, "steps": steps, "factor": factor, "tiny": tiny} for steps, factor in cases for kind, stage in KINDS.values()]
+    names, settings = [], []
+    for steps, factor in cases:
+        for name, (kind, stage) in KINDS.items():
+            names.append(f"{name}, {steps} steps, loss x {factor:g}")
+            settings.append({"kind": kind, "stage": stage, "steps": steps, "factor": factor, "tiny": tiny})
     results = run_jobs("learn", settings, side_by_side(tiny))
-    names = [f"{name}, {steps} steps, loss x {factor:g}" for steps, factor in cases for name in KINDS]
-    columns = ["eval_loss", "gradient norm", "loss scale", "skipped steps"]
-    cells = lambda r: [f"{r['eval_loss']:.4f}", f"{r['grad_norm']:.4f}", f"{r['loss_scale'] or 1:g}", f"{r['skipped_steps']}"]  # noqa: E731
-    return table(names, results, columns, cells), results
+
+    def cells(r):
+        scale = f"{r['loss_scale'] or 1:g}"
+        return [f"{r['eval_loss']:.4f}", f"{r['grad_norm']:.4f}", scale, f"{r['skipped_steps']}"]
+
+    return table(names, results, ["eval_loss", "gradient norm", "loss scale", "skipped steps"], cells), results
 
 
 def pause(tiny: bool) -> tuple[list[str], list[dict]]:
-    """Whether a trial that is paused and resumed ends with the same bits; through, twice, says whether the GPU itself repeats its bits."""
+    """Whether a trial that was paused ends with the same bits; "again" says whether the GPU repeats its own bits."""
     kinds = {name: KINDS[name] for name in KINDS if not tiny or "fp16" in name}
-    results = run_jobs("resume", [{"kind": kind, "stage": stage, "tiny": tiny} for kind, stage in kinds.values()], side_by_side(tiny))
-    cells = lambda r: [str(r["equal"]["again"]), str(r["equal"]["paused"]), f"{r['losses']['through'][-1]:.6f}", f"{r['losses']['paused'][-1]:.6f}"]  # noqa: E731
-    return table(list(kinds), results, ["same bits: again", "paused, resumed", "eval_loss", "resumed"], cells), results
+    settings = [{"kind": kind, "stage": stage, "tiny": tiny} for kind, stage in kinds.values()]
+    results = run_jobs("resume", settings, side_by_side(tiny))
+
+    def cells(r):
+        losses = [f"{r['losses'][name][-1]:.6f}" for name in ("through", "paused")]
+        return [str(r["equal"]["again"]), str(r["equal"]["paused"]), *losses]
+
+    columns = ["same bits: again", "paused, resumed", "eval_loss", "resumed"]
+    return table(list(kinds), results, columns, cells), results
 
 
 def speed(tiny: bool) -> tuple[list[str], list[dict]]:
     """Optimizer steps a second of all processes together, of BLOOM-560M's shape."""
-    rows = [("ours", "fp16", 0, 1), ("textbook", "fp16", 0, 1), ("ours", "bf16", 0, 1), ("ours", "bf16", 0, 2), ("ours", "bf16", 0, 4)]
+    rows = [
+        ("ours", "fp16", 0, 1),
+        ("textbook", "fp16", 0, 1),
+        ("ours", "bf16", 0, 1),
+        ("ours", "bf16", 0, 2),
+        ("ours", "bf16", 0, 4),
+    ]
     if tiny:
         rows = [("textbook", "fp16", 0, 1), ("ours", "fp16", 0, 2)]
     names, results = [], []
     for way, kind, stage, together in rows:
+        setting = {"way": way, "kind": kind, "stage": stage, "batch_sizes": [1, 2], "together": together, "tiny": tiny}
         with tempfile.TemporaryDirectory() as meeting:
-            setting = {"way": way, "kind": kind, "stage": stage, "batch_sizes": [1, 2], "together": together, "meeting": meeting, "tiny": tiny}
-            found = run_jobs("pace", [setting | {"number": i} for i in range(together)], together)
+            settings = [setting | {"meeting": meeting, "number": i} for i in range(together)]
+            found = run_jobs("pace", settings, together)
         failed = [f for f in found if "failed" in f]
         names.append(f"{way}, {kind}, {together} at the same time")
         rates = None if failed else {size: sum(f["rates"][size] for f in found) for size in found[0]["rates"]}
         results.append(failed[0] if failed else {"rates": rates, "peak": max(f["peak"] for f in found)})
+
+    def cells(r):
+        one, two = r["rates"]["1"], r["rates"]["2"]
+        return [f"{one:.2f}", f"{two:.2f}", f"{2 * two:.1f}", f"{r['peak'] / 1e9:.2f}"]
+
     columns = ["batch 1: steps/s", "batch 2: steps/s", "questions/s", "GB of each"]
-    cells = lambda r: [f"{r['rates']['1']:.2f}", f"{r['rates']['2']:.2f}", f"{2 * r['rates']['2']:.1f}", f"{r['peak'] / 1e9:.2f}"]  # noqa: E731
     return table(names, results, columns, cells), results
 
 
 def launches(tiny: bool) -> tuple[list[str], list[dict]]:
     """What bench/launches.py counts against the profiler's count, in a step of two questions."""
-    rows = {"ours": ("ours", "fp16", 0), "ours, bf16": ("ours", "bf16", 0), "ours, stage 1": ("ours", "fp16", 1), "textbook": ("textbook", "fp16", 0)}
+    rows = {
+        "ours": ("ours", "fp16", 0),
+        "ours, bf16": ("ours", "bf16", 0),
+        "ours, stage 1": ("ours", "fp16", 1),
+        "textbook": ("textbook", "fp16", 0),
+    }
     if tiny:
         rows = {"ours": rows["ours"]}
     settings = [{"way": way, "kind": kind, "stage": stage, "tiny": tiny} for way, kind, stage in rows.values()]
     results = run_jobs("profiled", settings, side_by_side(tiny))
-    for result, count in zip(results, run_jobs("counted", [{"row": row, "tiny": tiny} for row in rows], side_by_side(tiny))):
-        result["counted"], result["counted syncs"] = (math.nan, math.nan) if "failed" in count else (sum(count["launches"].values()), count["syncs"])
+    counts = run_jobs("counted", [{"row": row, "tiny": tiny} for row in rows], side_by_side(tiny))
+    for result, count in zip(results, counts, strict=True):
+        result["counted"] = math.nan if "failed" in count else sum(count["launches"].values())
+        result["counted syncs"] = math.nan if "failed" in count else count["syncs"]
     fields = ["counted", "launches", "copies", "counted syncs", "to the CPU", "waits", "GPU ms", "ms"]
     lines = table(list(rows), results, fields, lambda r: [f"{r[field]:.1f}" for field in fields])
     return lines + ["milliseconds are with the profiler at work"], results
@@ -435,17 +459,24 @@ def launches(tiny: bool) -> tuple[list[str], list[dict]]:
 def memory(tiny: bool) -> tuple[list[str], list[dict]]:
     """Most memory of a trial against the forecast, batch 2, the longest questions."""
     kinds = {name: KINDS[name] for name in ("fp16, stage 0", "fp16, stage 1")[: at_size(tiny, 2, 1)]}
-    results = run_jobs("peaks", [{"kind": kind, "stage": stage, "tiny": tiny} for kind, stage in kinds.values()], len(kinds))
+    settings = [{"kind": kind, "stage": stage, "tiny": tiny} for kind, stage in kinds.values()]
+    results = run_jobs("peaks", settings, len(kinds))
+
+    def cells(r):
+        forecast, measured = r["forecast"], r["measured"]
+        ratio = f"{forecast / measured:.2f}" if measured else "-"
+        return [f"{forecast / 1e9:.3f}", f"{measured / 1e9:.3f}", ratio]
+
     lines = []
-    for name, result in zip(kinds, results):
+    for name, result in zip(kinds, results, strict=True):
         if "failed" in result:
             lines += table([name], [result], [], None)[1:]
             continue
         forecast, measured = result["forecast"], result["measured"]
-        parts = [(f"{name}: {part}", {"forecast": forecast[part], "measured": measured[part]}) for part in forecast]
-        parts.append((f"{name}: all, as reserved", {"forecast": result["with reserve"], "measured": measured["reserved"]}))
-        cells = lambda r: [f"{r['forecast'] / 1e9:.3f}", f"{r['measured'] / 1e9:.3f}", f"{r['forecast'] / r['measured']:.2f}" if r["measured"] else "-"]  # noqa: E731
-        lines += table([part for part, _ in parts], [row for _, row in parts], ["forecast, GB", "measured, GB", "ratio"], cells)
+        parts = {f"{name}: {part}": (forecast[part], measured[part]) for part in forecast}
+        parts[f"{name}: all, as reserved"] = result["with reserve"], measured["reserved"]
+        rows = [{"forecast": expected, "measured": found} for expected, found in parts.values()]
+        lines += table(list(parts), rows, ["forecast, GB", "measured, GB", "ratio"], cells)
     return lines, results
 
 
@@ -454,10 +485,13 @@ def evaluation(tiny: bool) -> tuple[list[str], list[dict]]:
     kinds = ["fp16", "bf16"][: at_size(tiny, 2, 1)]
     results = run_jobs("answer", [{"kind": kind, "tiny": tiny} for kind in kinds])
     columns = next((list(result["rates"]) for result in results if "rates" in result), [])
-    cells = lambda r: [f"{rate:.1f}" for rate in r["rates"].values()] + [f"{r['peak'] / 1e9:.2f}"]  # noqa: E731
     lines = [f"{'':<10}" + "".join(f"{column:>24}" for column in [*columns, "GB"])]
-    for kind, result in zip(kinds, results):
-        lines.append(f"{kind:<10}" + "".join(f"{text:>24}" for text in ([result["failed"]] if "failed" in result else cells(result))))
+    for kind, result in zip(kinds, results, strict=True):
+        if "failed" in result:
+            texts = [result["failed"]]
+        else:
+            texts = [f"{rate:.1f}" for rate in result["rates"].values()] + [f"{result['peak'] / 1e9:.2f}"]
+        lines.append(f"{kind:<10}" + "".join(f"{text:>24}" for text in texts))
     return lines, results
 
 
@@ -465,6 +499,7 @@ PARTS = {part.__name__: part for part in (fp16, pause, speed, launches, memory, 
 
 
 def main(name: str, tiny: bool, out: Path) -> None:
+    """Runs a part, prints its table and writes its files."""
     part, began = PARTS[name], time.time()
     lines, results = part(tiny)
     text = "\n".join([f"{name}: {part.__doc__}", *lines, f"({time.time() - began:.0f} s)"])
@@ -484,8 +519,7 @@ if __name__ == "__main__":
     parser.add_argument("--job", nargs=2)
     args = parser.parse_args()
     if args.job:
-        import raytune_bayesian  # noqa: F401  before all that it imports: sets up Ray's environment
-
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
         if not cuda():
             import launches
 

@@ -233,8 +233,8 @@ class Remembering(Model):
 class NoDuplicates(Remembering):
     """Leaves out candidates within 5 % of the range of an earlier suggestion in each dimension, unless all are."""
 
-    def _candidates(self, good):
-        candidates = super()._candidates(good)
+    def candidates(self, good):
+        candidates = super().candidates(good)
         distances = [np.abs(candidates - known).max(axis=1) for known in self.suggested]
         fresh = candidates[np.min(distances, axis=0) > 0.05] if distances else candidates
         return fresh if len(fresh) else candidates
@@ -248,10 +248,10 @@ class PendingAreBad(Remembering):
         self.suggested = [each for each in self.suggested if not np.array_equal(each, told)]
         super().new_result(job, update_model)
 
-    def _density(self, kde, points):
+    def density(self, kde, points):
         if self.suggested and any(kde is pair["bad"] for pair in self.kde_models.values()):
             kde = types.SimpleNamespace(bw=kde.bw, data=np.concatenate([kde.data, self.suggested]))
-        return super()._density(kde, points)
+        return super().density(kde, points)
 
 
 def rays_own(ledger: Ledger) -> None:

@@ -1,8 +1,9 @@
-"""How long the scripts take around a search, on a real Slurm cluster of three nodes on this machine (as root).
+"""The time that the scripts add to a search, on a real Slurm cluster of three nodes on this machine (as root).
 
-    .venv/bin/python bench/slurm_overhead.py        # two minutes; needs demo/model (make demo-data) and Debian's slurm-wlm munge iproute2
+    .venv/bin/python bench/slurm_overhead.py        # two minutes
 
-The textbook scripts sleep 10 s for the head and 30 s for the workers before they start anything: that is the baseline.
+It needs demo/model (make demo-data) and Debian's packages slurm-wlm, munge and iproute2. The baseline is the sleeps of
+the textbook scripts, before they start anything: 10 s for the head and 30 s for the workers.
 """
 
 import shutil
@@ -13,19 +14,21 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from slurm_cluster import Project, SlurmCluster
 
 from hpo import files
 
+DEMO = Path(__file__).parent.parent / "demo"
 RUNS = 3
 TEXTBOOK_SLEEPS = 40  # seconds
 LIMITS = {"job start to first trial running": 45, "last trial's end to an empty queue": 10}
 
 
 def main() -> None:
+    """Runs the searches, and prints the table."""
     seconds: dict[str, list[float]] = {name: [] for name in LIMITS}
     with tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp") as folder, SlurmCluster(Path(folder)) as cluster:
         for i in range(RUNS):
@@ -33,7 +36,7 @@ def main() -> None:
             (place / "tmp").mkdir(parents=True)
             project = Project(cluster, place, place / "tmp")
             job = project.submit(
-                "--model", ROOT / "demo" / "model", "--dataset", ROOT / "demo" / "squad", "--max_t", 4, "--num_train_epochs", 0.2,
+                "--model", DEMO / "model", "--dataset", DEMO / "squad", "--max_t", 4, "--num_train_epochs", 0.2,
                 "--max_eval_samples", 40, "--run_name", "x", NUM_WORKERS="2",
             )  # fmt: skip
             project.wait_for("an empty queue", lambda: not cluster.queue(), 300)

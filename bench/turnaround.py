@@ -1,40 +1,38 @@
-"""From the scheduler's choice of a trial to its first optimizer step: in a fresh process, in a warm one, and resumed from a checkpoint.
+"""From the scheduler's choice of a trial to its first optimizer step: in a fresh process, a warm one, and resumed.
 
-    make demo-data && .venv/bin/python bench/turnaround.py           # the demo's model, two minutes on two cores
-    .venv/bin/python bench/turnaround.py --full                      # and a random BLOOM-560M: 20 minutes, 20 GB of memory, 30 GB of disk
-    .venv/bin/python bench/turnaround.py --starts                    # only how soon all slots of a search are at work, seven minutes
+    make demo-data && .venv/bin/python bench/turnaround.py    # the demo's model, two minutes on two cores
+    .venv/bin/python bench/turnaround.py --full               # and a random BLOOM-560M: 20 minutes, 20 GB of memory,
+                                                              # 30 GB of disk
+    .venv/bin/python bench/turnaround.py --starts             # only how soon all slots are at work, seven minutes
 
-One trial at a time on real Ray with the real DeepSpeed engine. Fresh: Tune's default, a process for each trial. Warm: reuse_actors, as
-raytune_bayesian.py has it. Resumed: in a warm process, after a pause. Until the first step is done, and until it begins: on a CPU it takes
-a big model seconds. Each trial has two iterations of two optimizer steps, and writes a checkpoint after each.
+One trial at a time, on real Ray with the real DeepSpeed engine. Fresh: a worker process for each trial, which is Tune's
+default. Warm: reuse_actors, as in raytune_bayesian.py. Resumed: in a warm process, after a pause. Measured is the time
+until the first step is done, and until it begins, because a step of a big model takes seconds on a CPU. Each trial has
+two iterations of two optimizer steps, and writes a checkpoint after each.
 
---starts: until the trials in all slots of a search have imported what they train with, with Tune's own control loop, which starts one process after
-the other, and with ray_private.TuneController, which starts them side by side. Searcher and scheduler are those of a search; a trial waits until all have
-come so far, as one that trains for minutes. The imports come in the trial, as in a search; before it a process starts as fast as it does here,
-or some seconds later, as where Ray's own files come over a network.
+--starts measures the time until the trials in all slots have imported what they train with. Tune's own control loop
+starts one worker process after the other; ray_private.TuneController starts them side by side. Searcher and scheduler
+are those of a search. A trial waits until all trials have their imports, as one that trains for minutes. A process
+starts as fast as it does here, or some seconds later, as where Ray's own files come over a network.
 """
 
+import dataclasses
+import importlib
 import os
 import statistics
 import sys
 import tempfile
 import time
-import types
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])  # for the processes of trials
-
-import raytune_bayesian  # first: sets up Ray's environment
-
-# isort: split
-import ray
+import common
 import ray.tune.tune
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from hpo import checks
+import raytune_bayesian
+from hpo import arguments
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.cluster import ray_private
@@ -53,13 +51,15 @@ class Choices(FIFOScheduler):
         self.pause, self.chosen_at, self.seconds = pause, {}, {"started": [], "resumed": []}
 
     def choose_trial_to_run(self, tune_controller):
+        """The next new trial, then the next paused one."""
         trials = [t for t in tune_controller.get_trials() if t.status in (t.PENDING, t.PAUSED)]
         trial = min(trials, key=lambda t: (t.status == t.PAUSED, t.trial_id), default=None)
-        if trial and not any(t.status == t.RUNNING for t in tune_controller.get_trials()):  # else it has to wait for that one
-            self.chosen_at.setdefault(trial.trial_id, time.time())  # Tune asks again until its process is there
+        if trial and not any(t.status == t.RUNNING for t in tune_controller.get_trials()):  # else it waits for that one
+            self.chosen_at.setdefault(trial.trial_id, time.time())  # Tune asks again until a process is there
         return trial
 
     def on_trial_result(self, tune_controller, trial, result):
+        """Notes how long the trial took to its first step."""
         at = self.chosen_at.pop(trial.trial_id, None)
         if at:
             seconds = result["first_step_at"] - at, result["first_step_began"] - at
@@ -69,10 +69,8 @@ class Choices(FIFOScheduler):
         return TrialScheduler.PAUSE if self.pause and result["training_iteration"] == 1 else TrialScheduler.CONTINUE
 
 
-def trial(config, run):
+def train(config, setup, trial):
     """A trial that also reports when its first step began and was done, and the size of its checkpoint."""
-    import time
-
     import raytune_bayesian
 
     class Iterations(raytune_bayesian.Iterations):
@@ -88,55 +86,62 @@ def trial(config, run):
             super().on_step_end(*args, **kwargs)
 
         def report(self, checkpoint=None):
-            size = sum(file.stat().st_size for file in Path(checkpoint.path).rglob("*") if file.is_file())
-            self.metrics |= {"first_step_at": self.first_step_at, "first_step_began": self.first_step_began, "checkpoint_bytes": size}
+            self.metrics["first_step_at"], self.metrics["first_step_began"] = self.first_step_at, self.first_step_began
+            self.metrics["checkpoint_bytes"] = sum(f.stat().st_size for f in checkpoint.rglob("*") if f.is_file())
             super().report(checkpoint)
 
-    original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
-    try:
-        raytune_bayesian.train({"train_loop_config": {"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "rungs": [1, 2]}, run)
-    finally:
-        raytune_bayesian.Iterations = original
+    with mock.patch.object(raytune_bayesian, "Iterations", Iterations):
+        raytune_bayesian.train(config, setup, trial)
 
 
-def measure(run: dict, folder: Path, trials: int, reuse: bool, pause: bool) -> Choices:
+def measure(setup, folder: Path, trials: int, reuse_actors: bool, pause: bool) -> Choices:
+    """Runs trials, one at a time; the scheduler, which has the seconds."""
     scheduler = Choices(pause)
-    results = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trial, run=run), {"cpu": len(os.sched_getaffinity(0)), "gpu": run["gpus_per_trial"]}),
-        param_space={"i": tune.grid_search(list(range(trials)))},
-        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=reuse),
-        run_config=tune.RunConfig(name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1)),
-    ).fit()
-    for error in results.errors:
-        raise error
+    config = {"train_loop_config": common.HYPERPARAMETERS | {"per_device_bs": 1}, "rungs": [1, 2]}
+    setup = dataclasses.replace(setup, run_dir=folder)
+    resources = {"cpu": len(os.sched_getaffinity(0)), "gpu": setup.gpus_per_trial}
+    common.run_trials(trials, train, config, setup, resources, scheduler, reuse_actors)
     return scheduler
 
 
 def table(name: str, model: Path, trials: int) -> float:
-    arguments = ["--model", str(model), "--dataset", f"{ROOT}/demo/squad", "--max_t", "2", "--max_train_samples", "4", "--num_train_epochs", "1",
-                 "--max_eval_samples", "1"]  # fmt: skip
-    args = raytune_bayesian.parse_arguments(arguments)
-    ds_config, examples = checks.check(args, raytune_bayesian.SEARCH_SPACE)
-    run = raytune_bayesian.prepare(args, examples, checks.model_folder(args.model), ds_config) | {"run_dir": "/nonexistent"}
-    run.pop("test")
+    """Prints the table of a model; returns how many times faster a warm process is than a fresh one."""
+    setup = common.setup_of_search(
+        "--model", model, "--dataset", common.DEMO / "squad", "--max_t", 2, "--max_train_samples", 4,
+        "--num_train_epochs", 1, "--max_eval_samples", 1,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        fresh = measure(run, Path(folder) / "fresh", trials, reuse=False, pause=False)
-        warm = measure(run, Path(folder) / "warm", trials, reuse=True, pause=False)
-        paused = measure(run, Path(folder) / "paused", trials, reuse=True, pause=True)
-    rows = {"fresh process": fresh.seconds["started"], "warm": warm.seconds["started"][1:], "resumed, warm": paused.seconds["resumed"]}
-    print(f"\n{name}: {fresh.bytes / 1e9:.3g} GB a checkpoint, written in {statistics.median([fresh.saving, warm.saving, paused.saving]):.2f} s")
-    print(f"{'seconds to the first step':28}{'median':>8}{'least':>8}{'most':>8}{'times':>8}{'to its begin':>14}{'times':>8}   limit of warm: {LIMIT}")
-    medians = {row: [statistics.median(column) for column in zip(*seconds)] for row, seconds in rows.items()}
+        fresh = measure(setup, Path(folder) / "fresh", trials, reuse_actors=False, pause=False)
+        warm = measure(setup, Path(folder) / "warm", trials, reuse_actors=True, pause=False)
+        paused = measure(setup, Path(folder) / "paused", trials, reuse_actors=True, pause=True)
+    rows = {
+        "fresh process": fresh.seconds["started"],
+        "warm": warm.seconds["started"][1:],
+        "resumed, warm": paused.seconds["resumed"],
+    }
+    saving = statistics.median([fresh.saving, warm.saving, paused.saving])
+    print(f"\n{name}: {fresh.bytes / 1e9:.3g} GB a checkpoint, written in {saving:.2f} s")
+    titles = f"{'median':>8}{'least':>8}{'most':>8}{'times':>8}{'to its begin':>14}{'times':>8}"
+    print(f"{'seconds to the first step':28}{titles}   limit of warm: {LIMIT}")
+    medians = {
+        row: [statistics.median(column) for column in zip(*seconds, strict=True)] for row, seconds in rows.items()
+    }
     for row, seconds in rows.items():
         at, began = medians[row]
-        times, times_began = (fresh / own for fresh, own in zip(medians["fresh process"], medians[row]))
+        times, times_began = medians["fresh process"][0] / at, medians["fresh process"][1] / began
         done = [at for at, _ in seconds]
-        print(f"{row:28}{at:8.2f}{min(done):8.2f}{max(done):8.2f}{times:8.1f}{began:14.2f}{times_began:8.1f}", flush=True)
+        to_its_end = f"{at:8.2f}{min(done):8.2f}{max(done):8.2f}{times:8.1f}"
+        print(f"{row:28}{to_its_end}{began:14.2f}{times_began:8.1f}", flush=True)
     return medians["fresh process"][0] / medians["warm"][0]
 
 
 class Later:
-    """Takes its time where a process unpickles it, before it takes its first trial."""
+    """Waits where a worker process unpickles it, before the process takes its first trial.
+
+    Args:
+        seconds: to wait.
+        searching: the process that does not wait.
+    """
 
     def __init__(self, seconds: float, searching: int):
         self.seconds, self.searching = seconds, searching
@@ -149,12 +154,10 @@ class Later:
 
 def start(seed: int, later: float) -> float:
     """Seconds until trials could train in all slots."""
-    before = Later(later, os.getpid())
+    before, cores = Later(later, os.getpid()), len(os.sched_getaffinity(0))
 
-    def waiting(config, folder):
-        before  # noqa: B018
-        import raytune_bayesian  # noqa: F401
-
+    def waiting(config, folder, before=before):  # `before` waits where the function is unpickled
+        importlib.import_module("raytune_bayesian")
         (Path(folder) / f"{os.getpid()}").touch()
         begun, deadline = time.time(), time.time() + 300
         while len(list(Path(folder).iterdir())) < SLOTS and time.time() < deadline:
@@ -164,19 +167,26 @@ def start(seed: int, later: float) -> float:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as begun:
         started = time.time()
         results = tune.Tuner(
-            tune.with_resources(tune.with_parameters(waiting, folder=begun), {"cpu": len(os.sched_getaffinity(0)) / SLOTS}),
+            tune.with_resources(tune.with_parameters(waiting, folder=begun), {"cpu": cores / SLOTS}),
             param_space=raytune_bayesian.SEARCH_SPACE,
             tune_config=tune.TuneConfig(
-                metric="loss", mode="min", num_samples=SLOTS, search_alg=TuneBOHB(seed=seed), reuse_actors=True,
-                scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=1, reduction_factor=4, stop_last_trials=False),
+                metric="loss",
+                mode="min",
+                num_samples=SLOTS,
+                search_alg=TuneBOHB(seed=seed),
+                reuse_actors=True,
+                scheduler=HyperBandForBOHB(
+                    time_attr="training_iteration", max_t=1, reduction_factor=4, stop_last_trials=False
+                ),
             ),
             run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0),
-        ).fit()  # fmt: skip
+        ).fit()
         assert len(list(Path(begun).iterdir())) == SLOTS
     return max(result.metrics["begun"] for result in results) - started
 
 
 def starts() -> None:
+    """Prints the table of --starts."""
     print(f"\nseconds until trials have their imports in all of {SLOTS} slots; limit: ours is not slower")
     print(f"{'a process starts':28}{'control loop':14}{'median':>8}{'least':>8}{'most':>8}{'times':>8}")
     ratios = []
@@ -187,28 +197,26 @@ def starts() -> None:
                 ray.tune.tune.TuneController = controller
                 seconds[name].append(start(seed, later))
         medians = [statistics.median(row) for row in seconds.values()]
-        for (name, row), median in zip(seconds.items(), medians):
+        for (name, row), median in zip(seconds.items(), medians, strict=True):
             when = f"{later:g} s later" if later else "as it does here"
-            print(f"{when:28}{name:14}{median:8.1f}{min(row):8.1f}{max(row):8.1f}{medians[0] / median:8.2f}", flush=True)
+            numbers = f"{median:8.1f}{min(row):8.1f}{max(row):8.1f}{medians[0] / median:8.2f}"
+            print(f"{when:28}{name:14}{numbers}", flush=True)
         ratios.append(medians[0] / medians[-1])
     print(f"\nratio: {ratios[0]:.2f}")  # of what was measured; what comes later is assumed
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
-        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=checks.machines()[1]), temp_dir, trials_dir)
+    """Prints the tables."""
+    with common.ray_session(arguments.machines()[1]):
         if "--starts" in sys.argv:
-            starts()
-            ray.shutdown()
-            return
-        ratio = table("demo's model", ROOT / "demo" / "model", TRIALS)
+            return starts()
+        ratio = table("demo's model", common.DEMO / "model", TRIALS)
         if "--full" in sys.argv:
             import full_size
 
             with tempfile.TemporaryDirectory() as folder:
                 full_size.make_model(Path(folder) / "model")
                 table("BLOOM-560M, random weights", Path(folder) / "model", 4)
-        ray.shutdown()
     print(f"\nratio: {ratio:.2f}")
 
 

@@ -158,7 +158,13 @@ def make_articles(rng: random.Random, count: int, titles: set[str], all_referenc
                 answers = [{"text": t, "answer_start": start + references[0].index(t)} for t in references]
                 if not all_references and rng.random() < 0.8:  # as in SQuAD, where training questions have one
                     answers = answers[:1]
-                qas.append({"id": f"{rng.getrandbits(96):024x}", "question": question(rng, relation, subject), "answers": answers})
+                qas.append(
+                    {
+                        "id": f"{rng.getrandbits(96):024x}",
+                        "question": question(rng, relation, subject),
+                        "answers": answers,
+                    }
+                )
             paragraphs.append({"context": context, "qas": qas})
         articles.append({"title": subject.replace(" ", "_"), "paragraphs": paragraphs})
     return articles
@@ -189,7 +195,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     specials = ["<pad>", "<s>", "</s>"]
     bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left",
@@ -254,10 +263,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> BloomFor
     model = BloomForCausalLM(config)
     copying_start(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min((s + 1) / WARMUP, (STEPS - s) / (STEPS - WARMUP)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / WARMUP, (STEPS - s) / (STEPS - WARMUP))
+    )
     rng, started = random.Random(SEED + 3), time.time()
     for step in range(STEPS):
-        texts = [make_text(rng, titles, lambda text: tokenizer.backend_tokenizer.encode(text).ids) for _ in range(BATCH)]
+        texts = [
+            make_text(rng, titles, lambda text: tokenizer.backend_tokenizer.encode(text).ids) for _ in range(BATCH)
+        ]
         width = max(len(ids) for ids, _ in texts)
         # padded on the right, where a causal model never looks
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in texts])
@@ -272,7 +285,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> BloomFor
         schedule.step()
         if step % 50 == 0 or step == STEPS - 1:
             right = (logits.argmax(-1) == targets).float().mean().item()
-            print(f"[{time.time() - started:4.0f} s] pretraining step {step:3d}/{STEPS}, loss {loss.item():.3f}, right {right:.2f}", flush=True)
+            print(
+                f"[{time.time() - started:4.0f} s] pretraining step {step:3d}/{STEPS}, loss {loss.item():.3f}, right {right:.2f}",
+                flush=True,
+            )
     return model.eval()
 
 

@@ -1,8 +1,9 @@
-"""What an error means for the search. The one place where errors are told apart; docs/failures.md has the table and what is done.
+"""What an error means for the search. The one place where errors are told apart; docs/failures.md has the table.
 
-Imports nothing but the standard library: the processes of trials and worker_node.slurm load it before torch and Ray.
+Imports the standard library only: the command line, worker processes and worker_node.slurm load it first of all.
 """
 
+import contextlib
 import enum
 import errno
 import importlib.metadata
@@ -10,7 +11,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 
 class Kind(enum.Enum):
@@ -23,13 +23,19 @@ class Kind(enum.Enum):
     SETUP = "installation"  # no trial can run with this installation: the search ends
 
 
-# Regular expressions for the text of an error. The first one that is found decides. torch puts "CUDA error: " before the texts of CUDA.
+# Regular expressions for the text of an error, its kind, and its meaning. The first one that is found decides.
+# torch puts "CUDA error: " before the texts of CUDA.
+OLD_DRIVER = "the driver is too old for the CUDA that torch was built with"
 TEXTS = [
-    ("no kernel image is available", Kind.SETUP, "torch has no kernels for this GPU; the default wheel has none for a V100"),
+    (
+        "no kernel image is available",
+        Kind.SETUP,
+        "torch has no kernels for this GPU; the default wheel has none for a V100",
+    ),
     ("_STATUS_ARCH_MISMATCH", Kind.SETUP, "cuBLAS or cuDNN has no kernels for this GPU"),
-    ("CUDA driver version is insufficient", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
-    ("NVIDIA driver on your system is too old", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
-    ("PTX was compiled with an unsupported toolchain", Kind.SETUP, "the driver is too old for the CUDA that torch was built with"),
+    ("CUDA driver version is insufficient", Kind.SETUP, OLD_DRIVER),
+    ("NVIDIA driver on your system is too old", Kind.SETUP, OLD_DRIVER),
+    ("PTX was compiled with an unsupported toolchain", Kind.SETUP, OLD_DRIVER),
     ("this GPU has no bf16", Kind.SETUP, "`--precision bf16` needs an A100, an H100 or newer"),
     ("not compiled with CUDA enabled", Kind.SETUP, "a torch for the CPU is installed where a trial has a GPU"),
     ("CUDA out of memory", Kind.TRIAL, "the trial needs more memory than the GPU has"),
@@ -37,7 +43,11 @@ TEXTS = [
     ("Cuda failure.*out of memory", Kind.TRIAL, "the same, in NCCL"),
     ("CUBLAS_STATUS_ALLOC_FAILED", Kind.TRIAL, "the same, in cuBLAS"),
     ("CUDNN_STATUS_.*ALLOC.*FAILED", Kind.TRIAL, "the same, in cuDNN"),
-    ("device-side assert triggered", Kind.PROCESS, "a kernel refuses a value, for example an index out of range: the fault is in the model or the data"),
+    (
+        "device-side assert triggered",
+        Kind.PROCESS,
+        "a kernel refuses a value, for example an index out of range: the fault is in the model or the data",
+    ),
     ("uncorrectable ECC error", Kind.NODE, "the GPU's memory is broken"),
     ("unspecified launch failure", Kind.NODE, "the GPU or its driver fails"),
     ("launch timed out and was terminated", Kind.NODE, "the GPU or its driver fails"),
@@ -59,29 +69,31 @@ STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, err
 
 
 class TrialFailed(Exception):
-    """A trial has failed, its processes are of no more use, and another try would fail too."""
+    """A trial has failed and would fail again. Its processes cannot be used any more."""
 
 
 class CannotTrain(Exception):
-    """This ds_config and this DeepSpeed cannot train in this precision: not one step, or with other gradients than the loss has."""
+    """This DeepSpeed cannot train with this ds_config in this precision, or it uses wrong gradients."""
 
 
 def is_storage(error: BaseException | str) -> bool:
-    """Whether an error says that a file system is full or gone. Libraries that write in C or Rust raise errors of their own."""
+    """Whether an error says that a file system is full or gone."""
     if isinstance(error, OSError) and error.errno in STORAGE:
         return True
-    return any(word in str(error) for word in (*map(os.strerror, STORAGE), "(os error 28)", "inline_container", "PytorchStreamWriter"))
+    of_libraries = ("(os error 28)", "inline_container", "PytorchStreamWriter")  # of Rust and C++
+    return any(text in str(error) for text in (*map(os.strerror, STORAGE), *of_libraries))
 
 
 def kind_of(error: BaseException | str) -> Kind:
-    """What an error, or its text, means. What is not known is the trial's own: NaN, broken data, a mistake in the code."""
+    """What an error, or its text, means. An unknown one is the trial's: NaN, broken data, a mistake in the code."""
     if is_storage(error):
         return Kind.STORAGE
     if isinstance(error, TrialFailed):
         return Kind.PROCESS
     if isinstance(error, CannotTrain):
         return Kind.SETUP
-    classes = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}  # by name: torch and Ray are slow to import
+    # Classes are compared by name, because importing torch and Ray is slow.
+    classes = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}
     if "torch.OutOfMemoryError" in classes:
         return Kind.TRIAL
     for pattern, kind, _ in TEXTS:
@@ -93,7 +105,7 @@ def kind_of(error: BaseException | str) -> Kind:
 
 
 def what_to_install(error: BaseException | str) -> str:
-    """For an error of the installation, what to install; else nothing."""
+    """What to install, for an error of the installation; otherwise an empty text."""
     if kind_of(error) is not Kind.SETUP:
         return ""
     if isinstance(error, CannotTrain):
@@ -101,16 +113,19 @@ def what_to_install(error: BaseException | str) -> str:
     torch = importlib.metadata.version("torch").partition("+")[0]
     wheel = f"pip install torch=={torch} --index-url https://download.pytorch.org/whl/cu126"
     if re.search("no kernel image|ARCH_MISMATCH", str(error)):
-        return f"a V100 (sm_70) needs a torch that was built for CUDA 12.6: {wheel}; a GPU that is newer than an H100 needs the default wheel"
+        old = f"a V100 (sm_70) needs a torch that was built for CUDA 12.6: {wheel}"
+        return f"{old}; a GPU that is newer than an H100 needs the default wheel"
     if "no bf16" in str(error):
         return "take --precision fp16"
     if "not compiled" in str(error):
-        return f"install a torch with CUDA: the default wheel (A100, H100; driver 580 or newer), or, for a V100 or an older driver: {wheel}"
-    return f"install a newer NVIDIA driver (580 or newer for the default wheel), or a torch that was built for CUDA 12.6: {wheel}"
+        default = "install a torch with CUDA: the default wheel (A100, H100; driver 580 or newer)"
+        return f"{default}, or, for a V100 or an older driver: {wheel}"
+    driver = "install a newer NVIDIA driver (580 or newer for the default wheel)"
+    return f"{driver}, or a torch that was built for CUDA 12.6: {wheel}"
 
 
 def one_line(error: BaseException | str, limit: int = 300) -> str:
-    """The text of an error on one line: its first `limit` characters, or the last ones where the limit is negative."""
+    """The text of an error on one line: its first `limit` characters, or its last ones if the limit is negative."""
     text = " ".join(str(error).split())
     return text[:limit] if limit > 0 else text[limit:]
 
@@ -122,14 +137,18 @@ class BadInput(Exception):
         return " ".join(super().__str__().split())
 
 
-def refuse(error: BadInput) -> NoReturn:
-    """Ends the program as wrong input does: one line and exit code 2."""
-    print(f"raytune_bayesian.py: error: {error}", file=sys.stderr)
-    sys.exit(2)
+@contextlib.contextmanager
+def exit_on_bad_input():
+    """Ends the program on BadInput: one line, and exit code 2."""
+    try:
+        yield
+    except BadInput as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes the kernel has killed for their memory in the control group of this one, as at the memory limit of a job."""
+    """How many processes of this one's control group, for example of a Slurm job, the kernel has killed for memory."""
     for line in (root / "proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":  # version 2

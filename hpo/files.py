@@ -1,4 +1,4 @@
-"""Files that a reader sees whole or not at all, and tables as text."""
+"""Files that a reader never sees incomplete, and tables as text. Imports the standard library only."""
 
 import csv
 import io
@@ -9,30 +9,33 @@ from pathlib import Path
 
 
 def sync(*paths: Path) -> None:
-    """Returns when files, and the names in folders, are on the disk: a loss of power does not take them any more."""
+    """Waits until files, and the names in folders, are on the disk. A power failure does not lose them after that."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError:
-            if not path.is_dir():  # not every file system can do it for folders
+            if not path.is_dir():  # some file systems cannot do it for folders
                 raise
         finally:
             os.close(descriptor)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never a part."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file. A reader sees the old content or the new content, never a part.
+
+    The content is written to a temporary file in the same folder, which is renamed when it is complete.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def to_json(content: dict) -> str:
-    """JSON text; NaN and infinity, for which JSON has no word, become null."""
+    """JSON text. NaN and infinity become null, because JSON does not have them."""
 
     def plain(value):
         if isinstance(value, dict):
@@ -45,27 +48,34 @@ def to_json(content: dict) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_whole(path, to_json(content) + "\n")
+    """Writes a JSON file atomically, with the content as `to_json` has it."""
+    write_atomically(path, to_json(content) + "\n")
 
 
 def write_csv(path: Path, fields: list[str], rows: list[dict]) -> None:
-    """Fields that a row lacks stay empty; keys that are in no field become columns at the end."""
+    """Writes a CSV file atomically.
+
+    Args:
+        path: the file.
+        fields: the columns. A cell stays empty where a row does not have the field.
+        rows: the rows. Keys of the first row that are not in `fields` become columns at the end.
+    """
     fields = fields + [key for key in (rows[0] if rows else {}) if key not in fields]
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows with numbers as numbers and empty cells as None."""
-    with open(path, newline="") as file:
+    """Reads a CSV file. Numbers, True and False become values of Python, and an empty cell becomes None."""
+    with open(path, newline="", encoding="utf-8") as file:
         return [{key: _value(key, text) for key, text in row.items()} for row in csv.DictReader(file)]
 
 
 def _value(key: str, text: str):
-    if key in ("trial_id", "status", "node"):
+    if key in ("trial_id", "status", "node"):  # text, although an id may look like a number: 12e45678
         return text
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]
@@ -79,6 +89,6 @@ def _value(key: str, text: str):
 
 
 def columns(rows: list[list]) -> str:
-    """Rows in columns, to the right, the first row their head."""
+    """Rows as text in columns that are aligned to the right. The first row is the header."""
     widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths)) for row in rows)
+    return "\n".join("  ".join(str(cell).rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("RAY_AUTH_MODE", "token")  # before ray is imported, as raytune_bayesian.py does
-
 import pytest
+
+import hpo  # noqa: F401  before ray: it sets Ray's environment
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that spin on a busy machine make small models slower
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the processes of trials
+SCRIPT = ROOT / "raytune_bayesian.py"
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
 
 
@@ -32,7 +33,9 @@ def make_squad(folder: Path, sizes={"train": (20, 20), "dev": (6, 10)}, seed=0) 
                 rng.shuffle(colours)
                 context = f"Tale {a}.{p} of {split}. " + " ".join(f"{n} has a {c} hat." for n, c in zip(names, colours))
                 who = rng.randrange(4)
-                answers = [{"text": t, "answer_start": context.index(t)} for t in (colours[who], f"a {colours[who]} hat")]
+                answers = [
+                    {"text": t, "answer_start": context.index(t)} for t in (colours[who], f"a {colours[who]} hat")
+                ]
                 qas = [{"id": f"{split}-{a}-{p}", "question": f" What hat has {names[who]}?", "answers": answers}]
                 paragraphs.append({"context": context, "qas": qas})
             data.append({"title": f"{split} {a}", "paragraphs": paragraphs})
@@ -52,7 +55,9 @@ def make_model(folder: Path, dropout: float = 0.0) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<pad>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator(["Question: What hat has Bo? Context: Al has a pink hat. Answer: red blue green"] * 9, trainer)
+    tokenizer.train_from_iterator(
+        ["Question: What hat has Bo? Context: Al has a pink hat. Answer: red blue green"] * 9, trainer
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False
     )
@@ -89,6 +94,36 @@ def tokenizer(tiny_model):
 
 
 @pytest.fixture(scope="session")
+def ray_token(tmp_path_factory) -> Path:
+    """The token of every Ray that is started in this process: Ray reads it once a process."""
+    token = tmp_path_factory.mktemp("token") / "token"
+    token.touch(mode=0o600)
+    token.write_text(os.urandom(32).hex())
+    return token
+
+
+@pytest.fixture(scope="module")
+def ray_without_gpu(ray_token):
+    """Ray in this process, as the script starts it. Its worker processes can train in fp16 on the CPU."""
+    import tempfile
+
+    import ray
+
+    from hpo.cluster.launch import start_ray
+    from slurm_cluster import NO_GPU
+
+    before = dict(os.environ)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_GPU), os.environ["PYTHONPATH"]])
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(ray_token)
+    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
+        start_ray(0, temp_dir, trials_dir)
+        yield
+        ray.shutdown()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
 def demo_model() -> Path:
     """The demo's model; its data is beside it. Made by the first of the tests' processes that asks for it."""
     folder = ROOT / "demo" / "model"
@@ -106,21 +141,37 @@ def shared_squad() -> Path:
     return SHARED_SQUAD
 
 
+QUICK = [
+    "rooms",
+    "report",
+    "resume",
+    "slot_time",
+    "figures",
+    "goldens",
+    "plan",
+    "fuzz",
+    "bohb",
+    "squad",
+    "inputs",
+    "errors",
+]
+SLOW = ["memory", "launches", "bench", "trial", "precision", "trackers", "run", "faults", "slurm", "demo"]
+
+
 def pytest_collection_modifyitems(items):
-    """Quick ones first. Where two processes share them (make test) one begins with the cluster's, which mostly wait, the other with the rest."""
-    order = ["report", "resume", "bill", "figures", "plan", "fuzz", "bohb", "squad", "inputs", "errors", "memory", "launches", "bench", "trial", "trackers", "run", "faults", "slurm", "demo"]
+    """Quick tests first. Of two processes (make test), one begins with the cluster's tests, which mostly wait."""
+    order = [*QUICK, *SLOW]
     if "PYTEST_XDIST_WORKER" in os.environ:
         order.insert(0, order.pop(order.index("slurm")))
     rank = {f"test_{name}": i for i, name in enumerate(order)}
     items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
 
 
-def run_script(*arguments, timeout=900, script=ROOT / "raytune_bayesian.py", before=(), **environment) -> subprocess.CompletedProcess:
-    """Runs raytune_bayesian.py as a user does, in a process group of its own, `before` in front of the command; output is text."""
+def run_script(*arguments, timeout=900, script=SCRIPT, before=(), **environment) -> subprocess.CompletedProcess:
+    """Runs the script as a user does, in a process group of its own, `before` in front of the command."""
     command = [*before, sys.executable, str(script), *map(str, arguments)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}, start_new_session=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **pipes)
     try:
         out, err = process.communicate(timeout=timeout)
     finally:

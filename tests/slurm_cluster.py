@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from faulty import write_script
+
 ROOT = Path(__file__).parent.parent
 FILES = ["raytune_bayesian.py", "hpo", "ds_config.json", "head_node.slurm", "worker_node.slurm", "cluster.env"]
 
@@ -28,6 +30,7 @@ def copy_project(folder: Path) -> None:
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy(ROOT / name, folder)
+
 
 NO_GPU = ROOT / "tests" / "no_gpu"  # on PYTHONPATH: a stand-in for CUDA
 NODES = ["node1", "node2", "node3"]
@@ -104,7 +107,9 @@ class SlurmCluster:
         devices = [f / f"gpu{i}" for i in range(self.gpus)]
         for device in devices:
             sh(f"mknod {device} c 1 3")
-        nodes = "\n".join(f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus}" for n in NODES)
+        nodes = "\n".join(
+            f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus}" for n in NODES
+        )
         (f / "slurm.conf").write_text(f"""
 ClusterName=test
 SlurmctldHost=controller({self.address("controller")})
@@ -133,7 +138,9 @@ MpiDefault=none
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
 PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
 """)
-        (f / "gres.conf").write_text(f"AutoDetect=off\nNodeName=node[1-3] Name=gpu Type=v100 File={f}/gpu[0-{self.gpus - 1}]\n")
+        (f / "gres.conf").write_text(
+            f"AutoDetect=off\nNodeName=node[1-3] Name=gpu Type=v100 File={f}/gpu[0-{self.gpus - 1}]\n"
+        )
         (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (f / "private").mkdir()
 
@@ -143,7 +150,9 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
         for host in HOSTS:
             sh(f"ip netns add {host} && ip link add veth-{host} type veth peer name eth0 netns {host}")
             sh(f"ip link set veth-{host} master slurmtest && ip link set veth-{host} up")
-            sh(f"ip -n {host} addr add {self.address(host)}/24 dev eth0 && ip -n {host} link set eth0 up && ip -n {host} link set lo up")
+            sh(
+                f"ip -n {host} addr add {self.address(host)}/24 dev eth0 && ip -n {host} link set eth0 up && ip -n {host} link set lo up"
+            )
 
     def _remove_hosts(self):
         for host in HOSTS:
@@ -154,7 +163,10 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
 
     def _munge(self):
         sh("mkdir -p /run/munge && chown munge: /run/munge && chmod 755 /run/munge")
-        self._start("munged", ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground", "--force"])
+        self._start(
+            "munged",
+            ["setpriv", "--reuid=munge", "--regid=munge", "--clear-groups", "munged", "--foreground", "--force"],
+        )
         wait_for("munged", lambda: sh("munge -n | unmunge", check=False))
 
     def start_node(self, node: str):
@@ -166,7 +178,9 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
 
     def _start(self, name: str, command: list[str]):
         with open(self.folder / f"{name}.out", "a") as log:
-            self.daemons[name] = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     def stop(self, name: str, how=signal.SIGTERM):
         """Ends a daemon."""
@@ -187,9 +201,27 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
     def command(self, node: str, *command: str) -> list[str]:
         """The command, to be run on a node."""
         inside = 'hostname "$0"; exec "$@"'
-        return ["nsenter", f"--net=/var/run/netns/{node}", "unshare", "--uts", "sh", "-c", inside, node, *map(str, command)]
+        return [
+            "nsenter",
+            f"--net=/var/run/netns/{node}",
+            "unshare",
+            "--uts",
+            "sh",
+            "-c",
+            inside,
+            node,
+            *map(str, command),
+        ]
 
-    def run(self, node: str, *command: str, check: bool = True, timeout: float = 60, cwd: Path | None = None, **environment: str) -> str:
+    def run(
+        self,
+        node: str,
+        *command: str,
+        check: bool = True,
+        timeout: float = 60,
+        cwd: Path | None = None,
+        **environment: str,
+    ) -> str:
         """Runs a command on a node to its end; its output. RuntimeError when it fails and check is true."""
         done = subprocess.run(
             self.command(node, *command), env={**self.environment, **environment}, cwd=cwd,
@@ -228,18 +260,12 @@ class Project:
         copy_project(folder)
         (folder / "logs").mkdir()
 
-    def edit(self, old: str, new: str) -> None:
-        """Puts `new` in the place of `old` in the copy's raytune_bayesian.py; RuntimeError unless `old` is there once."""
+    def hand(self, body: str) -> None:
+        """Makes the project's script one with another `train`, see faulty.write_script; the honest one is experiment.py."""
         script = self.folder / "raytune_bayesian.py"
-        text = script.read_text()
-        if text.count(old) != 1:
-            raise RuntimeError(f"{text.count(old)} times in {script}, not once: {old}")
-        script.write_text(text.replace(old, new))
-
-    def slow_down(self) -> None:
-        """Each optimizer step waits, as for a GPU: a long training on the processor would take it from what is tested."""
-        end_of_step = "        if state.global_step not in self.last_steps[1:]:\n"
-        self.edit(end_of_step, "        time.sleep(0.05)\n" + end_of_step)
+        if not (self.folder / "experiment.py").exists():
+            script.rename(self.folder / "experiment.py")
+        write_script(script, body, "experiment")
 
     def submit(self, *arguments, node="node1", options=(), **environment) -> str:
         """Submits the head job; its id."""
@@ -259,7 +285,9 @@ class Project:
         try:
             return wait_for(what, condition, timeout)
         except RuntimeError as error:
-            slurm = "".join(self.cluster.run("node1", *what, check=False) for what in (["sinfo", "-N", "-l"], ["squeue", "-l"]))
+            slurm = "".join(
+                self.cluster.run("node1", *what, check=False) for what in (["sinfo", "-N", "-l"], ["squeue", "-l"])
+            )
             logs = "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.folder / "logs").iterdir()))
             raise RuntimeError(f"{error}\n{logs}\n{slurm}") from None
 
@@ -284,6 +312,6 @@ class Project:
             "processes": {n: p for n in NODES if (p := self.cluster.processes(n))},
             "ports": {n: p for n, p in ports.items() if p},
             "temporary": sorted(map(str, self.temporary.iterdir())),
-            "meeting": sorted(map(str, self.folder.glob("results/.ray-*"))),
+            "rendezvous": sorted(map(str, self.folder.glob("results/.ray-*"))),
         }
         return {key: value for key, value in found.items() if value}

@@ -1,5 +1,7 @@
-"""That benchmarks still run, at a size that says nothing. Not here: those of minutes that call what other tests do (recipe, full_size,
-faults, slurm_overhead)."""
+"""Benchmarks still run, at a size that says nothing.
+
+Not here: recipe, full_size, faults and slurm_overhead. They take minutes and run what other tests run.
+"""
 
 import json
 import os
@@ -8,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+
 from conftest import ROOT
 
 
@@ -22,46 +25,48 @@ def test_evaluation(monkeypatch, demo_model, capsys):
     assert out.count("12 of 12") == 6 and "\nratio: " in out
 
 
+def run_bench(name, code):
+    """Runs code in a process of its own, with the benchmark as `bench`."""
+    command = f"import sys; sys.path.insert(0, 'bench'); import {name} as bench\n{code}"
+    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("way", ["plain", "ours"])
 def test_throughput(way, demo_model):
-    small = "throughput.QUESTIONS = 20; throughput.WINDOWS = 1; throughput.STEPS = dict.fromkeys(throughput.STEPS, 2)"
-    command = f"import sys; sys.path.insert(0, 'bench'); import throughput; {small}; throughput.train('{way}', throughput.SMALL_VOCABULARY)"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])
+    small = "bench.QUESTIONS, bench.WINDOWS, bench.STEPS = 20, 1, dict.fromkeys(bench.STEPS, 2)"
+    out = run_bench("throughput", f"{small}\nbench.train('{way}', bench.SMALL_VOCABULARY)")
+    row = json.loads(out.splitlines()[-1])
     assert len(row["rates"]) == 1 and row["rates"][0] > 0 and 0.1 < row["peak"] < 10
 
 
 def test_memory_forecast():
     small = "bench.HIDDEN, bench.LAYERS, bench.VOCABULARY, bench.LENGTH = 64, 2, 2000, 64"
-    command = f"import sys; sys.path.insert(0, 'bench'); import memory_forecast as bench; {small}; bench.train(1, 'fp32')"
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = json.loads(run_bench("memory_forecast", f"{small}\nbench.train(1, 'fp32')").splitlines()[-1])
     assert 0 < row["forecast"] < 2e8 and row["measured"] > 0 and row["seconds"] < 60
 
 
+STARTS = "bench.SLOTS, bench.STARTS, bench.LATER = 2, 1, 1; sys.argv.append('--starts')"
+REAL = "sys.argv += ['--slots', '4', '--trials', '40', '--ray']; bench.REAL = 8"
+QUALITY = "sys.argv += ['--methods', 'ours', 'random', '--problems', 'demo', '--seeds', '2']"
+
+
 @pytest.mark.parametrize(
-    "name, command, says",
+    "name, code, says",
     [
-        ("turnaround", "bench.SLOTS, bench.STARTS, bench.LATER = 2, 1, 1; sys.argv.append('--starts')", r"1 s later +Tune's own .*\n1 s later +ours .*\n\nratio: "),
+        ("startup", "bench.TURNS = 1", r"\na wrong search space .*\n\nratio: \d"),
+        ("turnaround", STARTS, r"\n1 s later +Tune's own .*\n1 s later +ours .*\n\nratio: "),
         ("turnaround", "bench.TRIALS = 2", r"resumed, warm .*\n\nratio: \d"),
-        ("scheduling", "sys.argv += ['--slots', '4', '--trials', '40', '--ray']; bench.REAL = 8", r"\nours: 0 failed, .*\n.*\nratio: \d"),
-        ("search_quality", "sys.argv += ['--methods', 'ours', 'random', '--problems', 'demo', '--seeds', '2']", r"\nrandom .*\nratio: \d"),
+        ("scheduling", REAL, r"\nours: 0 failed, .*\n.*\nratio: \d"),
+        ("search_quality", QUALITY, r"\nrandom .*\nratio: \d"),
         ("pauses", "bench.PAUSES = 12", r"\n14 pauses of 2 trials of 2 ranks "),
     ],
 )
-def test_the_others(name, command, says, demo_model):
-    command = f"""
-import os, sys
-sys.path.insert(0, "bench")
-import {name} as bench
-os.environ["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), "{ROOT}/bench"])  # trials import it
-{command}
-bench.main()
-"""
-    done = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and re.search(says, done.stdout), done.stdout[-2000:] + done.stderr[-2000:]
+def test_the_others(name, code, says, demo_model, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "bench"), prepend=os.pathsep)  # trials import it
+    out = run_bench(name, f"{code}\nbench.main()")
+    assert re.search(says, out), out[-2000:]
 
 
 def test_launches(monkeypatch, capsys):
@@ -71,7 +76,8 @@ def test_launches(monkeypatch, capsys):
     monkeypatch.setattr(launches, "ROWS", {name: launches.ROWS[name] for name in ("textbook", "ours")})
     launches.main(layers=1, operations=True)
     out = capsys.readouterr().out
-    assert all(f"\n{name} " in out for name in launches.ROWS) and re.search(r"\nmessages between two ranks: .*\n\nratio: \d", out)
+    assert all(f"\n{name} " in out for name in launches.ROWS)
+    assert re.search(r"\nmessages between two ranks: .*\n\nratio: \d", out)
 
 
 def run_gpu_sh(*arguments, **environment):
@@ -93,7 +99,8 @@ def test_part_for_a_gpu(part, tmp_path, demo_model):
 
 def test_gpu_sh_refuses_a_machine_without_a_gpu(tmp_path, demo_model):
     done = run_gpu_sh(OUT=str(tmp_path / "out"))
-    assert done.returncode == 2 and re.fullmatch(r"gpu.sh: no GPU .*\n", done.stderr) and not done.stdout and not (tmp_path / "out").exists()
+    assert done.returncode == 2 and re.fullmatch(r"gpu.sh: no GPU .*\n", done.stderr) and not done.stdout
+    assert not (tmp_path / "out").exists()
     done = run_gpu_sh("--tiny", "nonsense")
     assert done.returncode == 2 and "no part 'nonsense'" in done.stderr
 
@@ -101,8 +108,10 @@ def test_gpu_sh_refuses_a_machine_without_a_gpu(tmp_path, demo_model):
 def test_gpu_sh_goes_on_after_a_part_that_fails(tmp_path, demo_model):
     """A Python that fails at one part, and hangs in another longer than its limit."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/bash\n[[ $2 == fp16 ]] && exit 1\n[[ $2 == pause ]] && exit 124\n[[ $1 == -c ]] && exit 1\necho "at $2"\n')
+    lines = ["[[ $2 == fp16 ]] && exit 1", "[[ $2 == pause ]] && exit 124", "[[ $1 == -c ]] && exit 1", 'echo "at $2"']
+    python.write_text("\n".join(["#!/bin/bash", *lines, ""]))
     python.chmod(0o755)
     done = run_gpu_sh("--tiny", PYTHON=str(python), OUT=str(tmp_path))
     assert done.returncode == 1 and done.stdout.endswith("failed: fp16 pause\n")
-    assert re.findall("^at .*", done.stdout, re.M) == ["at speed", "at launches", "at memory", "at evaluation"] and "pause: not done within" in done.stdout
+    went_on = ["at speed", "at launches", "at memory", "at evaluation"]
+    assert re.findall("^at .*", done.stdout, re.M) == went_on and "pause: not done within" in done.stdout

@@ -6,9 +6,8 @@ import re
 import statistics
 from collections import Counter
 
-from conftest import ROOT, run_script
-
 import raytune_bayesian
+from conftest import ROOT, run_script
 from hpo import files
 from hpo.plan import plan
 from hpo.results import tables
@@ -23,7 +22,9 @@ def test_demo_search_learns(tmp_path, demo_model):
     process = run_script(*arguments, "--output_dir", tmp_path, "--run_name", "demo", timeout=900)
     assert process.returncode == 0, process.stdout + process.stderr
     log = (process.stdout + process.stderr).splitlines()
-    assert len(log) < 400 and not [line for line in log if re.search("(?i)warn|deprecat|traceback", line)], process.stdout + process.stderr
+    assert len(log) < 400 and not [line for line in log if re.search("(?i)warn|deprecat|traceback", line)], (
+        process.stdout + process.stderr
+    )
     folder = tmp_path / "demo"
     trials = files.read_csv(folder / "trials.csv")
     run = json.loads((folder / "run.json").read_text())
@@ -40,7 +41,9 @@ def test_demo_search_learns(tmp_path, demo_model):
     iterations = files.read_csv(folder / "iterations.csv")
     first = {i["trial_id"]: i["eval_loss"] for i in iterations if i["training_iteration"] == 1}
     chosen = tables.ranked(trials, "eval_loss")[0]["trial_id"]
-    assert 2 * first[chosen] < max(first.values())  # hyperparameters matter; by the last rung a good search has only good ones left
+    assert 2 * first[chosen] < max(
+        first.values()
+    )  # hyperparameters matter; by the last rung a good search has only good ones left
     from_model = [first[t["trial_id"]] for t in trials[:16] if t["model_based"]]
     at_random = [first[t["trial_id"]] for t in trials[:16] if not t["model_based"]]
     assert sum(from_model) / len(from_model) < sum(at_random) / len(at_random)
@@ -54,7 +57,9 @@ def test_demo_search_learns(tmp_path, demo_model):
     assert len(iterations) == expected.iterations
     mean = statistics.mean(i["ended_at"] - i["started_at"] for i in iterations)
     took = max(i["ended_at"] for i in iterations) - min(i["started_at"] for i in iterations)
-    print(f"iterations took {took:.1f} s, {expected.time * mean:.1f} s by the plan at {mean:.3f} s each, on {slots} slots")
+    print(
+        f"iterations took {took:.1f} s, {expected.time * mean:.1f} s by the plan at {mean:.3f} s each, on {slots} slots"
+    )
     assert 0.85 < took / (expected.time * mean) < 1.15
 
 

@@ -9,12 +9,13 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
 from ray.exceptions import ActorDiedError
-from slurm_cluster import NO_GPU, copy_project
 
+from conftest import ROOT, run_script
+from faulty import write_script
 from hpo import errors, files
 from hpo.errors import Kind
+from slurm_cluster import NO_GPU
 
 HELP = (  # torch adds it to each error of CUDA
     "\nSearch for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information."
@@ -25,13 +26,29 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12080). Pl
 NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
 WHOLE = [  # errors as torch and Ray raise them, one for each row of errors.TEXTS in its order
     (torch.AcceleratorError, "CUDA error: no kernel image is available for execution on the device" + HELP, Kind.SETUP),
-    (RuntimeError, "CUDA error: CUBLAS_STATUS_ARCH_MISMATCH when calling `cublasGemmEx( handle, opa, opb)`", Kind.SETUP),
-    (torch.AcceleratorError, "CUDA error: CUDA driver version is insufficient for CUDA runtime version" + HELP, Kind.SETUP),
+    (
+        RuntimeError,
+        "CUDA error: CUBLAS_STATUS_ARCH_MISMATCH when calling `cublasGemmEx( handle, opa, opb)`",
+        Kind.SETUP,
+    ),
+    (
+        torch.AcceleratorError,
+        "CUDA error: CUDA driver version is insufficient for CUDA runtime version" + HELP,
+        Kind.SETUP,
+    ),
     (RuntimeError, TOO_OLD, Kind.SETUP),
-    (torch.AcceleratorError, "CUDA error: the provided PTX was compiled with an unsupported toolchain." + HELP, Kind.SETUP),
+    (
+        torch.AcceleratorError,
+        "CUDA error: the provided PTX was compiled with an unsupported toolchain." + HELP,
+        Kind.SETUP,
+    ),
     (RuntimeError, "this GPU has no bf16: Tesla V100-SXM2-16GB", Kind.SETUP),
     (AssertionError, "Torch not compiled with CUDA enabled", Kind.SETUP),
-    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB", Kind.TRIAL),
+    (
+        torch.OutOfMemoryError,
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.77 GiB",
+        Kind.TRIAL,
+    ),
     (torch.AcceleratorError, "CUDA error: out of memory" + HELP, Kind.TRIAL),
     (torch.distributed.DistBackendError, NCCL + "Cuda failure 2 'out of memory'", Kind.TRIAL),
     (RuntimeError, "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", Kind.TRIAL),
@@ -41,7 +58,11 @@ WHOLE = [  # errors as torch and Ray raise them, one for each row of errors.TEXT
     (torch.AcceleratorError, "CUDA error: unspecified launch failure" + HELP, Kind.NODE),
     (torch.AcceleratorError, "CUDA error: the launch timed out and was terminated" + HELP, Kind.NODE),
     (torch.AcceleratorError, "CUDA error: an illegal memory access was encountered" + HELP, Kind.NODE),
-    (RuntimeError, "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  Reboot the system to recover this GPU", Kind.NODE),
+    (
+        RuntimeError,
+        "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  Reboot the system to recover this GPU",
+        Kind.NODE,
+    ),
     (RuntimeError, "NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.", Kind.NODE),
     (torch.AcceleratorError, "CUDA error: CUDA-capable device(s) is/are busy or unavailable" + HELP, Kind.NODE),
     (torch.AcceleratorError, "CUDA error: no CUDA-capable device is detected" + HELP, Kind.NODE),
@@ -49,9 +70,17 @@ WHOLE = [  # errors as torch and Ray raise them, one for each row of errors.TEXT
     (RuntimeError, "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU", Kind.NODE),
     (torch.AcceleratorError, "CUDA error: system not yet initialized" + HELP, Kind.NODE),
     (RuntimeError, "CUDA driver initialization failed, you might not have a CUDA gpu.", Kind.NODE),
-    (RuntimeError, "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices()", Kind.NODE),
+    (
+        RuntimeError,
+        "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling NumCudaDevices()",
+        Kind.NODE,
+    ),
     (torch.distributed.DistBackendError, NCCL + "Cuda failure 'unknown error'", Kind.NODE),
-    (RuntimeError, "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21482", Kind.NODE),
+    (
+        RuntimeError,
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:21482",
+        Kind.NODE,
+    ),
     (torch.AcceleratorError, "CUDA error: an error that nobody has seen yet" + HELP, Kind.NODE),
 ]
 OTHERS = [
@@ -80,7 +109,9 @@ def test_what_an_error_means(cls, text, kind):
     assert errors.kind_of(error) is kind
     installed = errors.what_to_install(error)
     assert bool(installed) == (kind is Kind.SETUP)
-    assert ("https://download.pytorch.org/whl/cu126" in installed) == (kind is Kind.SETUP and "bf16" not in text and cls is not errors.CannotTrain)
+    assert ("https://download.pytorch.org/whl/cu126" in installed) == (
+        kind is Kind.SETUP and "bf16" not in text and cls is not errors.CannotTrain
+    )
 
 
 def test_a_lost_rank_is_the_node_s_fault():
@@ -100,20 +131,38 @@ def test_each_text_decides_alone_and_stands_in_the_documentation():
 def test_what_to_install_fits_the_error():
     version = torch.__version__.partition("+")[0]
     command = f"pip install torch=={version} --index-url https://download.pytorch.org/whl/cu126"
-    for text, words in [(WHOLE[0][1], "V100 (sm_70)"), (TOO_OLD, "newer NVIDIA driver (580"), ("Torch not compiled with CUDA enabled", "install a torch with CUDA")]:
+    for text, words in [
+        (WHOLE[0][1], "V100 (sm_70)"),
+        (TOO_OLD, "newer NVIDIA driver (580"),
+        ("Torch not compiled with CUDA enabled", "install a torch with CUDA"),
+    ]:
         assert words in errors.what_to_install(text) and command in errors.what_to_install(text)
-    assert f"torch=={version}" in (ROOT / "requirements.txt").read_text() and f"/{command}\n" in (ROOT / "docs" / "failures.md").read_text()
+    assert (
+        f"torch=={version}" in (ROOT / "requirements.txt").read_text()
+        and f"/{command}\n" in (ROOT / "docs" / "failures.md").read_text()
+    )
 
 
 def test_one_line():
-    assert errors.one_line("a\n b\tc") == "a b c" and errors.one_line("abc", 2) == "ab" and errors.one_line(OSError("abc"), -2) == "bc"
+    assert (
+        errors.one_line("a\n b\tc") == "a b c"
+        and errors.one_line("abc", 2) == "ab"
+        and errors.one_line(OSError("abc"), -2) == "bc"
+    )
 
 
 # -- the check of the GPUs ------------------------------------------------------------------------------------------------------
 
 
 def gpu_check(**environment):
-    done = subprocess.run([sys.executable, "-c", "import sys; from hpo.cluster.gpu_check import main; sys.exit(main())"], cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; from hpo.cluster.gpu_check import main; sys.exit(main())"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | environment,
+    )
     assert done.stdout.count("\n") == 1, done
     return done.returncode, done.stdout
 
@@ -130,10 +179,19 @@ def test_the_check_passes_with_a_gpu():
     assert code == 0 and torch.cuda.get_device_name(0) in line
 
 
-@pytest.mark.parametrize("text, says", [(WHOLE[0][1], "a V100 (sm_70) needs a torch"), (TOO_OLD, "install a newer NVIDIA driver"), ("CUDA error: unspecified launch failure", None)])
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (WHOLE[0][1], "a V100 (sm_70) needs a torch"),
+        (TOO_OLD, "install a newer NVIDIA driver"),
+        ("CUDA error: unspecified launch failure", None),
+    ],
+)
 def test_the_check_says_in_one_line_what_is_wrong(text, says):
     code, line = gpu_check(PYTHONPATH=str(NO_GPU), GPU_CHECK_SAYS=text)
-    assert code == 1 and line.startswith(errors.one_line(text)) and (f"; {says}" in line if says else line == text + "\n"), line
+    assert (
+        code == 1 and line.startswith(errors.one_line(text)) and (f"; {says}" in line if says else line == text + "\n")
+    ), line
 
 
 def test_a_gpu_that_computes_wrong_is_found(monkeypatch):
@@ -154,65 +212,54 @@ def test_a_gpu_that_computes_wrong_is_found(monkeypatch):
 # -- what ends a search -----------------------------------------------------------------------------------------------------------
 
 FAULT = """
-def train(config, run):
+def train(config, setup, trial):
     raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
-
-
-if __name__ == "__main__":
-    # by the name"""
+"""
 
 
 def test_an_error_of_the_installation_ends_the_search_at_once(tmp_path, tiny_model, tiny_squad):
     """With what to install; no trial has failed for it, so that --resume goes on with all of them."""
-    copy_project(tmp_path)
-    script = tmp_path / "raytune_bayesian.py"
-    whole, begin = script.read_text(), 'if __name__ == "__main__":\n    # by the name'
-    assert whole.count(begin) == 1
-    script.write_text(whole.replace(begin, FAULT.strip("\n")))
+    script = write_script(tmp_path / "fault.py", FAULT)
     arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
                  "--max_concurrent_trials", 1, "--num_samples", 6]  # fmt: skip
     name = ["--output_dir", tmp_path, "--run_name", "x"]
-    process = run_script(*arguments, *name, script=script, PYTHONPATH=str(tmp_path))
+    process = run_script(*arguments, *name, script=script)
     assert process.returncode == 1, process.stdout + process.stderr
     says = r"no kernel image is available for execution on the device \(on \S+\); a V100 \(sm_70\) needs a torch that was built for CUDA 12.6: pip install torch=="
     assert re.search(says, process.stderr), process.stderr
-    assert "failed after" not in process.stdout and json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
-    script.write_text(whole)
-    process = run_script("--resume", *name, script=script, PYTHONPATH=str(tmp_path))
+    assert (
+        "failed after" not in process.stdout
+        and json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"
+    )
+    process = run_script("--resume", *name)
     assert process.returncode == 0, process.stdout + process.stderr
     trials = files.read_csv(tmp_path / "x" / "trials.csv")
     assert len(trials) == 6 and {t["status"] for t in trials} == {"stopped", "completed"}
 
 
 ASSERTS = """
-honest_train = train
-
-
-def train(config, run):
-    mark = Path(run["run_dir"]) / ".assert"
+def train(config, setup, trial):
+    mark = setup.run_dir / ".assert"
     if not mark.exists():
-        mark.write_text(f"{tune.get_context().get_trial_id()} {os.getpid()}")
+        mark.write_text(f"{Path(trial.folder).parent.name} {os.getpid()}")
         raise RuntimeError("CUDA error: device-side assert triggered")
     if mark.read_text().endswith(f" {os.getpid()}"):
         raise RuntimeError("this process cannot use CUDA any more")
-    honest_train(config, run)
-
-
-if __name__ == "__main__":
-    # by the name"""
+    experiment.train(config, setup, trial)
+"""
 
 
 def test_a_device_side_assert_fails_the_trial_and_ends_its_process(tmp_path, tiny_model, tiny_squad):
     """It is not tried again, and the trials after it have another process."""
-    copy_project(tmp_path)
-    script = tmp_path / "raytune_bayesian.py"
-    script.write_text(script.read_text().replace('if __name__ == "__main__":\n    # by the name', ASSERTS.strip("\n")))
+    script = write_script(tmp_path / "asserts.py", ASSERTS)
     process = run_script(
         "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
-        "--max_concurrent_trials", 1, "--num_samples", 6, "--output_dir", tmp_path, "--run_name", "x", script=script, PYTHONPATH=str(tmp_path),
+        "--max_concurrent_trials", 1, "--num_samples", 6, "--output_dir", tmp_path, "--run_name", "x", script=script,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr
     hit = (tmp_path / "x" / ".assert").read_text().split()[0]
     trials = files.read_csv(tmp_path / "x" / "trials.csv")
     assert [t["trial_id"] for t in trials if t["status"] == "failed"] == [hit], process.stdout
-    assert re.search(f"trial {hit} .*failed after 0 iterations: .*device-side assert triggered", process.stdout), process.stdout
+    assert re.search(f"trial {hit} .*failed after 0 iterations: .*device-side assert triggered", process.stdout), (
+        process.stdout
+    )

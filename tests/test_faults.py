@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, run_script
-from slurm_cluster import copy_project, wait_for
 
+from conftest import ROOT, run_script
+from faulty import write_script
 from hpo import files
+from slurm_cluster import wait_for
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
@@ -61,10 +62,27 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
     lines = []
     try:
-        small = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16, "--output_dir", disk, "--run_name", "x"]
+        small = [
+            "--model",
+            tiny_model,
+            "--dataset",
+            tiny_squad,
+            *SMALL,
+            "--max_concurrent_trials",
+            1,
+            "--num_samples",
+            16,
+            "--output_dir",
+            disk,
+            "--run_name",
+            "x",
+        ]
         process = run_script(*small)
         assert process.returncode == 2 and not list(disk.iterdir())
-        assert re.fullmatch(f".*--output_dir {disk}: the run needs up to 0.0[0-9]+ GB there, and 0.00[0-9]+ GB are free\n", process.stderr)
+        assert re.fullmatch(
+            f".*--output_dir {disk}: the run needs up to 0.0[0-9]+ GB there, and 0.00[0-9]+ GB are free\n",
+            process.stderr,
+        )
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
 
         process = subprocess.Popen(
@@ -93,7 +111,9 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
         (disk / "filler").unlink()
         lines.append(process.communicate(timeout=300)[0])
         out = "".join(lines)
-        assert process.returncode == 0 and out.count("going on with a search") == 2 and out.count("Best Trial Result") == 1, out
+        assert (
+            process.returncode == 0 and out.count("going on with a search") == 2 and out.count("Best Trial Result") == 1
+        ), out
         assert out.count("\nstorage: ") == 2 and re.search("storage: .*o space left on device", out), out
         assert "Traceback" not in out and "ended early" not in out
         trials = files.read_csv(disk / "x" / "trials.csv")
@@ -106,7 +126,9 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
 
 def memory_cgroup(limit: int) -> Path:
     """A new control group for processes of at most so many bytes; for root."""
-    first = Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory/cgroup.procs").exists() else Path("/sys/fs/cgroup")
+    first = (
+        Path("/sys/fs/cgroup/memory") if Path("/sys/fs/cgroup/memory/cgroup.procs").exists() else Path("/sys/fs/cgroup")
+    )
     group = first / f"bohb-test-{os.getpid()}"
     group.mkdir()
     (group / ("memory.limit_in_bytes" if first.name == "memory" else "memory.max")).write_text(str(limit))
@@ -117,33 +139,28 @@ def test_a_trial_that_the_kernel_kills_at_the_memory_limit(tmp_path, tiny_model,
     """As at the limit of a Slurm job: failed and not tried again, as it would need as much again; kill -9 alone is not taken for it."""
     if os.getuid() != 0:
         pytest.skip("only root can make a control group")
-    copy_project(tmp_path)
-    script = tmp_path / "raytune_bayesian.py"
-    harm = """
-import signal
-
-honest_train = train
-
-
-def train(config, run):
+    script = write_script(
+        tmp_path / "harmed.py",
+        """
+def train(config, setup, trial):
     for fault in ("kill", "memory"):
-        mark = Path(run["run_dir"]) / f".fault-{fault}"
+        mark = setup.run_dir / f".fault-{fault}"
         if not mark.exists():
-            mark.write_text(tune.get_context().get_trial_id())
+            mark.write_text(Path(trial.folder).parent.name)
             if fault == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             held = [b"x" * 2**27 for _ in range(64)]  # 8 GiB
             time.sleep(60)
-    honest_train(config, run)
-"""
-    script.write_text(script.read_text().replace('\nif __name__ == "__main__":\n    # by the name', harm + '\n\nif __name__ == "__main__":\n    # by the name'))
+    experiment.train(config, setup, trial)
+""",
+    )
     group = memory_cgroup(6 * 2**30)
     try:
         arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
                      "--max_concurrent_trials", 1, "--num_samples", 3, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
         inside = ["bash", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "-"]
         no_monitor = {"RAY_memory_monitor_refresh_ms": "0"}  # Ray's own is tested above
-        process = run_script(*arguments, script=script, before=inside, PYTHONPATH=str(tmp_path), **no_monitor)
+        process = run_script(*arguments, script=script, before=inside, **no_monitor)
     finally:
         wait_for("the end of all processes", lambda: not (group / "cgroup.procs").read_text(), 30)
         group.rmdir()
@@ -151,7 +168,9 @@ def train(config, run):
     assert process.returncode == 0, out + process.stderr
     killed, hungry = ((tmp_path / "x" / f".fault-{fault}").read_text() for fault in ("kill", "memory"))
     status = {t["trial_id"]: t["status"] for t in files.read_csv(tmp_path / "x" / "trials.csv")}
-    assert (status[killed], status[hungry]) == ("completed", "failed") if killed != hungry else status[hungry] == "failed", out
+    assert (
+        (status[killed], status[hungry]) == ("completed", "failed") if killed != hungry else status[hungry] == "failed"
+    ), out
     assert re.search(f"trial {killed} .*goes on from iteration 0", out), out
     assert re.search(f"trial {hungry} .*failed after 0 iterations: .*the kernel has killed its process", out), out
     assert out.count("goes on from iteration") == 1 and len(status) == 3
@@ -161,38 +180,49 @@ def test_a_search_cut_between_a_report_and_its_consequences(tmp_path, tiny_model
     """Saved when a trial's report has ended it and Tune has not said so yet, then killed: once each where it lost its bracket, and where
     it was trained fully. And a process that is lost after its trial's last report. Each is known to have ended, and the slot is free.
     """
-    copy_project(tmp_path)
-    script, marks = tmp_path / "raytune_bayesian.py", [tmp_path / name for name in ("paused", "completed", "lost")]
-    save = '        state_file.save_state(run_dir, parts | {"bill": spent.get_state()})\n'
-    kill = f"""
-        for mark in map(Path, {[str(mark) for mark in marks[:2]]}):
-            gone = set(searcher.running) - {{trial["trial_id"] for trial in live}}
-            if not mark.exists() and any(record["trials"][trial]["status"] == mark.name for trial in gone):
-                mark.touch()
-                os.killpg(0, 9)
-"""
-    lose = f"""
-honest_train = train
-
-
-def train(config, run):
-    honest_train(config, run)
+    marks = [tmp_path / name for name in ("paused", "completed", "lost")]
+    script = write_script(
+        tmp_path / "cut.py",
+        f"""
+def train(config, setup, trial):
+    experiment.train(config, setup, trial)
     if Path("{marks[1]}").exists() and not Path("{marks[2]}").exists():
         Path("{marks[2]}").touch()
         os._exit(9)
 
 
-if __name__ == "__main__":"""
-    text = script.read_text()
-    assert text.count(save) == 1
-    script.write_text(text.replace(save, save + kill).replace('if __name__ == "__main__":\n    # by the name', lose + "\n    # by the name"))
-    record = tmp_path / "hpo" / "results" / "record.py"
-    assert record.read_text().count("self.pace = 4 *") == 1
-    record.write_text(record.read_text().replace("self.pace = 4 *", "self.pace = 0 *"))  # saved at each change, on a slow disk too
+def save_and_cut(run_dir, state):
+    save_state(run_dir, state)
+    live = {{trial["trial_id"] for trial in state["live"]}}
+    ended = set(state["searcher"]["running"]) - live
+    for mark in map(Path, {[str(mark) for mark in marks[:2]]}):
+        if not mark.exists() and any(state["log"]["trials"][trial]["status"] == mark.name for trial in ended):
+            mark.touch()
+            os.killpg(0, 9)
+
+
+if __name__ == "__main__":
+    from hpo.cluster import session
+    from hpo.results.trial_log import TrialLog
+
+    save_state, session.save_state = session.save_state, save_and_cut
+    TrialLog.save_interval = property(lambda self: 0, lambda self, seconds: None)  # saves at each change, on a slow disk too
+""",
+    )
     name = ["--output_dir", tmp_path, "--run_name", "x"]
-    arguments = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 18]
+    arguments = [
+        "--model",
+        tiny_model,
+        "--dataset",
+        tiny_squad,
+        *SMALL,
+        "--max_concurrent_trials",
+        1,
+        "--num_samples",
+        18,
+    ]
     for begin, code, mark in zip([arguments, ["--resume"], ["--resume"]], [-9, -9, 0], marks):
-        process = run_script(*begin, *name, script=script, timeout=300, PYTHONPATH=str(tmp_path))
+        process = run_script(*begin, *name, script=script, timeout=300)
         assert process.returncode == code and mark.exists(), process.stdout + process.stderr
     trials = files.read_csv(tmp_path / "x" / "trials.csv")
     ends = Counter((t["training_iteration"], t["status"]) for t in trials)
@@ -202,20 +232,17 @@ if __name__ == "__main__":"""
 
 
 FAULTS = """
-honest_train = train
-
-
-def train(config, run):
+def train(config, setup, trial):
     faults = ["nan", "data", "gpu memory", "overflow", "memory", "lost", "no change", "fails", None]
     for i, fault in enumerate(faults):  # each once, by the first trials in their order
-        mark = Path(run["run_dir"]) / f".fault-{i}"
+        mark = setup.run_dir / f".fault-{i}"
         if not mark.exists():
-            mark.write_text(tune.get_context().get_trial_id())
+            mark.write_text(Path(trial.folder).parent.name)
             break
     if fault == "nan":
         config = {**config, "train_loop_config": {**config["train_loop_config"], "lr": 1e30}}
     elif fault == "data":
-        run = {**run, "train": Unreadable(run["train"])}
+        setup = dataclasses.replace(setup, train=Unreadable(**vars(setup.train)))
     elif fault == "gpu memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")  # no GPU here
     elif fault == "memory":
@@ -225,12 +252,10 @@ def train(config, run):
             time.sleep(0.1)
         time.sleep(60)
     elif fault == "overflow":  # in fp16, which torch has on a CPU too
-        honest, Trainer.compute_loss = Trainer.compute_loss, lambda self, *args, **kwargs: honest(self, *args, **kwargs) * 1e30
-        ds_config = {**run["ds_config"], "fp16": {"enabled": "auto", "initial_scale_power": 4}}
-        try:
-            return honest_train(config, {**run, "precision": "fp16", "ds_config": ds_config})
-        finally:
-            Trainer.compute_loss = honest
+        ds_config = {**setup.ds_config, "fp16": {"enabled": "auto", "initial_scale_power": 4}}
+        setup = dataclasses.replace(setup, precision="fp16", ds_config=ds_config)
+        with unittest.mock.patch.object(experiment.Trainer, "compute_loss", overflow):
+            return experiment.train(config, setup, trial)
     elif fault:  # the next trial of this process comes to harm, once
         from ray.train._internal.session import _TrainSession
 
@@ -247,46 +272,52 @@ def train(config, run):
             _TrainSession.finish = finish
         else:
             _TrainSession.reset = reset
-    honest_train(config, run)
+    experiment.train(config, setup, trial)
 
 
-class Unreadable:
-    def __init__(self, data):
-        self.lengths = data.lengths
+def overflow(self, *args, honest=experiment.Trainer.compute_loss, **kwargs):
+    return honest(self, *args, **kwargs) * 1e30
 
-    def __len__(self):
-        return len(self.lengths)
 
+class Unreadable(TokenizedSquad):
     def __getitem__(self, i):
         raise ValueError("cannot read question 7")
-
-
-if __name__ == "__main__":"""
+"""
 
 
 def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     """NaN, broken data, out of memory: failed with the reason, not tried again, bad at their rung. A lost process: tried again."""
-    copy_project(tmp_path)
-    script = tmp_path / "raytune_bayesian.py"
-    script.write_text(script.read_text().replace('if __name__ == "__main__":\n    # by the name', FAULTS + '\n    # by the name'))
+    script = write_script(tmp_path / "faults.py", FAULTS)
     total, used = psutil.virtual_memory().total, psutil.virtual_memory().used
     process = run_script(
         "--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16, "--output_dir", tmp_path,
-        "--run_name", "x", script=script, PYTHONPATH=str(tmp_path), RAY_memory_usage_threshold=str((used + 6 * 2**30) / total),
+        "--run_name", "x", script=script, RAY_memory_usage_threshold=str((used + 6 * 2**30) / total),
     )  # fmt: skip
     out = process.stdout
     assert process.returncode == 0, out + process.stderr
     trials = {t["trial_id"]: t for t in files.read_csv(tmp_path / "x" / "trials.csv")}
     hit = [(tmp_path / "x" / f".fault-{i}").read_text() for i in range(9)]
-    reasons = ["FloatingPointError eval_loss is nan", "ValueError cannot read question 7", "OutOfMemoryError CUDA out of memory", "FloatingPointError fp16: the gradients overflow again and again", ".*out of memory: .*running low on memory"]
+    reasons = [
+        "FloatingPointError eval_loss is nan",
+        "ValueError cannot read question 7",
+        "OutOfMemoryError CUDA out of memory",
+        "FloatingPointError fp16: the gradients overflow again and again",
+        ".*out of memory: .*running low on memory",
+    ]
     for trial, reason in zip(hit, reasons):
         lines = [line for line in out.splitlines() if f"trial {trial} " in line]
         assert len(lines) == 1 and re.search(f"failed after 0 iterations: {reason}", lines[0]), lines
         assert (trials[trial]["status"], trials[trial]["training_iteration"]) == ("failed", 0)
-    assert len(set(hit)) == 9 and Counter(t["status"] for t in trials.values()) == {"failed": 5, "stopped": 10, "completed": 1}
+    assert len(set(hit)) == 9 and Counter(t["status"] for t in trials.values()) == {
+        "failed": 5,
+        "stopped": 10,
+        "completed": 1,
+    }
     lost = [line for line in out.splitlines() if "goes on from iteration 0: " in line]
     assert len(lost) == 3, lost
-    for line, reason in zip(lost, ["The actor is dead", "did not let go of the trial before it", "cannot change over"]):
+    for line, reason in zip(
+        lost, ["The actor is dead", "did not finish resetting from its previous trial", "cannot change over"]
+    ):
         assert re.search(reason, line) and trials[re.search("trial (\\w+)", line).group(1)]["status"] != "failed", line
 
 
@@ -296,10 +327,23 @@ def test_all_trials_fail(tmp_path, tiny_squad, tiny_model):
     wrong = json.loads((broken / "config.json").read_text()) | {"hidden_size": 64}
     (broken / "config.json").write_text(json.dumps(wrong))  # not what the weights have
     process = run_script(
-        "--model", broken, "--dataset", tiny_squad, *SMALL, "--output_dir", tmp_path, "--run_name", "x", "--max_concurrent_trials", 1
+        "--model",
+        broken,
+        "--dataset",
+        tiny_squad,
+        *SMALL,
+        "--output_dir",
+        tmp_path,
+        "--run_name",
+        "x",
+        "--max_concurrent_trials",
+        1,
     )
     assert process.returncode == 1
     assert process.stdout.count("failed after 0 iterations") == 16 and process.stdout.count("error.txt)") == 16
-    assert "all 16 trials of the first rung failed, the last one: RuntimeError" in process.stderr and f"{tmp_path}/x" in process.stderr
+    assert (
+        "all 16 trials of the first rung failed, the last one: RuntimeError" in process.stderr
+        and f"{tmp_path}/x" in process.stderr
+    )
     assert [t["status"] for t in files.read_csv(tmp_path / "x" / "trials.csv")] == ["failed"] * 16
     assert json.loads((tmp_path / "x" / "run.json").read_text())["status"] == "failed"

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import raytune_bayesian
-from hpo import checks, errors
+from hpo import arguments, checks, errors
 from hpo.cluster import state as state_file
-from hpo.squad import data
+from hpo.squad import data, loading
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -56,7 +56,10 @@ def one_line(error):
 
 
 QA = {"id": "1", "question": "Who?", "answers": [{"text": "two", "answer_start": 4}]}
-DOCUMENT = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "one two", "qas": [QA, {**QA, "id": "2"}]}]}]}
+DOCUMENT = {
+    "version": "1.1",
+    "data": [{"title": "t", "paragraphs": [{"context": "one two", "qas": [QA, {**QA, "id": "2"}]}]}],
+}
 
 
 @given(st.sampled_from(list(places(DOCUMENT))), JSON)
@@ -79,6 +82,10 @@ def test_squad_bytes(content, name):
         one_line(error.value)
 
 
+def args_of(*argv):
+    return arguments.parse("", list(map(str, argv)))
+
+
 DS_CONFIG = json.loads((Path(raytune_bayesian.__file__).with_name("ds_config.json")).read_text())
 
 
@@ -87,7 +94,9 @@ DS_CONFIG = json.loads((Path(raytune_bayesian.__file__).with_name("ds_config.jso
 def test_ds_configs(path, new):
     with a_file("ds.json", json.dumps(changed(DS_CONFIG, path, new))) as file:
         try:
-            assert isinstance(checks.read_ds_config(file, 2, "fp16"), dict)
+            assert isinstance(
+                checks.read_ds_config(args_of("--deepspeed", file, "--gpus_per_trial", 2, "--precision", "fp16")), dict
+            )
         except errors.BadInput as error:
             one_line(error)
 
@@ -97,23 +106,20 @@ def test_ds_configs(path, new):
 def test_model_folders(config):
     with a_file("config.json", json.dumps(config)) as file:
         with pytest.raises(errors.BadInput) as error:  # there are no weights in any case
-            checks.check_model_folder(file.parent)
+            loading.check_model_folder(file.parent)
         one_line(error.value)
 
 
-ARGUMENTS = {k: v for k, v in vars(raytune_bayesian.parse_arguments([])).items() if k not in ("given", "resume", "prefetch")}
+ARGUMENTS = arguments.kept(args_of())
 RUN = {"arguments": ARGUMENTS, "search_space": {"lr": "1"}}
 
 
 @given(st.sampled_from(list(places(RUN))), JSON)
 @FUZZ
 def test_records_of_runs(path, new):
-    args = raytune_bayesian.parse_arguments(["--resume", "--run_name", "x"])
     with a_file("run.json", json.dumps(changed(RUN, path, new))) as file:
         try:
-            checks.load_arguments(args, file.parent, {"lr": "1"})
-            args.prefetch = True  # or the machine has a say
-            checks.check_values(args)
+            args_of("--resume", "--run_name", file.parent.name, "--output_dir", file.parent.parent)
         except errors.BadInput as error:
             one_line(error)
 
@@ -126,8 +132,13 @@ def test_states(content):
             state_file.load_state(file.parent)
 
 
-FLAGS = [f"--{name}" for name in vars(raytune_bayesian.parse_arguments([])) if name not in ("given", "help")]
-VALUES = st.text(max_size=12) | st.integers().map(str) | st.floats().map(str) | st.sampled_from(["", "/", "..", "-1", "0", "a\0b", "x" * 300])
+FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "help")]
+VALUES = (
+    st.text(max_size=12)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(["", "/", "..", "-1", "0", "a\0b", "x" * 300])
+)
 
 
 @given(pairs=st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=4), more=st.lists(VALUES, max_size=2))
@@ -135,9 +146,11 @@ VALUES = st.text(max_size=12) | st.integers().map(str) | st.floats().map(str) | 
 @FUZZ
 def test_flags(pairs, more, tiny_model, tiny_squad):
     argv = ["--model", str(tiny_model), "--dataset", str(tiny_squad)]
-    argv += [word for pair in pairs for word in (pair if pair[0] not in ("--resume", "--prefetch") else pair[:1])] + more
+    argv += [
+        word for pair in pairs for word in (pair if pair[0] not in ("--resume", "--prefetch") else pair[:1])
+    ] + more
     try:
-        checks.check(raytune_bayesian.parse_arguments(argv), raytune_bayesian.SEARCH_SPACE)
+        checks.check(arguments.parse("", argv))
     except errors.BadInput as error:
         one_line(error)
     except SystemExit as end:  # --help, or -h

@@ -30,9 +30,8 @@ PLANS = [(34, 50, 4, 1), (34, 50, 4, 4), (25, 16, 4, 2), (68, 81, 3, 8)]  # tria
 
 def search(seed: int) -> list[list]:
     """The trials of a search that is stopped and taken up again: lr, batch size, weight decay, by the model, iterations."""
-    from test_bohb import OURS, loss, pair
-
     from hpo.plan.simulator import Simulation
+    from test_bohb import OURS, loss, pair
 
     chance = random.Random(seed)
     slots, options = chance.randint(1, 4), {"max_t": 16, "seed": seed}
@@ -50,9 +49,8 @@ def search(seed: int) -> list[list]:
 
 
 def plan(num_samples: int, max_t: int, reduction_factor: int, slots: int) -> str:
-    from test_bohb import SPACE
-
     from hpo.plan import plan
+    from test_bohb import SPACE
 
     setting = {"num_samples": num_samples, "max_t": max_t, "reduction_factor": reduction_factor, "slots": slots}
     return plan.plan(SPACE, [setting], [plan.forecast(SPACE, **setting)], 60.0, 10**9, 86400)

@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
-from slurm_cluster import copy_project
 
 import raytune_bayesian
-from hpo import checks, errors, files
+from conftest import ROOT, run_script
+from faulty import write_script
+from hpo import arguments, checks, errors, files, search_space
+from slurm_cluster import copy_project
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +27,17 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     (folder / "optimizer.json").write_text(json.dumps(ds_config | {"optimizer": {"type": "AdamW"}}))
     (folder / "stage3.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 3}}))
-    (folder / "offload.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    (folder / "offload.json").write_text(
+        json.dumps(ds_config | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
+    )
     (folder / "fp16.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": True}}))
     (folder / "stage4.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 4}}))
     (folder / "stage1.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 1}}))
     (folder / "autocast.json").write_text(json.dumps(ds_config | {"torch_autocast": {"enabled": True}}))
     (folder / "clip.json").write_text(json.dumps(ds_config | {"gradient_clipping": 0}))
-    (folder / "scale.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": "auto", "loss_scale_window": "long"}}))
+    (folder / "scale.json").write_text(
+        json.dumps(ds_config | {"fp16": {"enabled": "auto", "loss_scale_window": "long"}})
+    )
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
     shutil.copytree(tiny_squad, folder / "moved")
     train = json.loads((folder / "moved" / "train.json").read_text())
@@ -64,7 +69,10 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "epochs": (["--num_train_epochs", "nan"], r"--num_train_epochs nan: must be above 0"),
     "GPUs": (["--gpus_per_trial", "99"], r"--gpus_per_trial 99: this machine has \d+"),
     "CPUs": (["--cpus_per_trial", "9999"], r"--cpus_per_trial 9999: this machine has \d+"),
-    "max_t above the number of steps": (["--max_train_samples", "10", "--num_train_epochs", "1"], r"--max_t 50: .* only 5 optimizer steps"),
+    "max_t above the number of steps": (
+        ["--max_train_samples", "10", "--num_train_epochs", "1"],
+        r"--max_t 50: .* only 5 optimizer steps",
+    ),
     "no ds_config": (["--deepspeed", "@/none.json"], r"--deepspeed .*none.json: .*No such file"),
     "ds_config is a folder": (["--deepspeed", "@/empty"], r"--deepspeed .*empty: .*Is a directory"),
     "ds_config not JSON": (["--deepspeed", "@/not_json.json"], r"--deepspeed .*not_json.json: Expecting property name"),
@@ -74,26 +82,50 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "ds_config with stage 3": (["--deepspeed", "@/stage3.json"], r"stage 3 splits a model over GPUs"),
     "ds_config with offload": (["--deepspeed", "@/offload.json"], r"offload is not supported"),
     "ds_config with fp16": (["--deepspeed", "@/fp16.json"], r'fp16: enabled must be "auto"'),
-    "ds_config with a stage that is none": (["--deepspeed", "@/stage4.json"], r"zero_optimization: stage 4 is none of 0, 1, 2, 3"),
+    "ds_config with a stage that is none": (
+        ["--deepspeed", "@/stage4.json"],
+        r"zero_optimization: stage 4 is none of 0, 1, 2, 3",
+    ),
     "ds_config with autocast": (["--deepspeed", "@/autocast.json"], r"remove 'torch_autocast'"),
     "ds_config without clipping": (["--deepspeed", "@/clip.json"], r'gradient_clipping 0: must be "auto" or above 0'),
-    "ds_config with a loss scale that is none": (["--deepspeed", "@/scale.json"], r"fp16: loss_scale_window 'long': must be a number from 1 on"),
-    "fp16 at stage 1 on a CPU": (["--deepspeed", "@/stage1.json", "--precision", "fp16"], r"DeepSpeed has no fp16 on a CPU at ZeRO stage 1"),
+    "ds_config with a loss scale that is none": (
+        ["--deepspeed", "@/scale.json"],
+        r"fp16: loss_scale_window 'long': must be a number from 1 on",
+    ),
+    "fp16 at stage 1 on a CPU": (
+        ["--deepspeed", "@/stage1.json", "--precision", "fp16"],
+        r"DeepSpeed has no fp16 on a CPU at ZeRO stage 1",
+    ),
     "unknown precision": (["--precision", "half"], r"--precision: invalid choice: 'half'"),
     "name too long": (["--output_dir", "x" * 300], r"x{300}.*: File name too long"),
     "data set without files": (["--dataset", "@/empty"], r"--dataset .*empty: one file train\*.json"),
-    "data set without dev": (["--dataset", "@/no_dev"], r"--dataset .*no_dev: one file dev\*.json.* or validation\*.json"),
+    "data set without dev": (
+        ["--dataset", "@/no_dev"],
+        r"--dataset .*no_dev: one file dev\*.json.* or validation\*.json",
+    ),
     "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD v1.1 JSON file"),
-    "answer not at answer_start": (["--dataset", "@/moved"], r"train.json: question train-3-2: answer .* is not at answer_start"),
+    "answer not at answer_start": (
+        ["--dataset", "@/moved"],
+        r"train.json: question train-3-2: answer .* is not at answer_start",
+    ),
     "data set is a file": (["--dataset", "@/file"], r"--dataset .*file: neither a folder nor the name of a repository"),
     "model folder without config": (["--model", "@/empty"], r"--model .*empty: no config.json"),
     "weights that are none": (["--model", "@/bad_weights"], r"--model .*bad_weights: weights that cannot be read: "),
     "model folder without weights": (["--model", "@/no_weights"], r"--model .*no_weights: no weights"),
     "model with a broken tokenizer": (["--model", "@/bad_tokenizer"], r"--model .*bad_tokenizer: no usable tokenizer"),
-    "no such model folder": (["--model", "@/nowhere"], r"--model .*nowhere: neither a folder nor the name of a repository"),
-    "run_name exists": (["--output_dir", "@/results", "--run_name", "old"], r"--run_name old: .*results/old exists already"),
+    "no such model folder": (
+        ["--model", "@/nowhere"],
+        r"--model .*nowhere: neither a folder nor the name of a repository",
+    ),
+    "run_name exists": (
+        ["--output_dir", "@/results", "--run_name", "old"],
+        r"--run_name old: .*results/old exists already",
+    ),
     "run_name is a path": (["--run_name", "../x"], r"--run_name ../x: letters, digits"),
-    "output below a file": (["--output_dir", "@/file/results"], r"--output_dir .*file/results: cannot be written: Not a directory"),
+    "output below a file": (
+        ["--output_dir", "@/file/results"],
+        r"--output_dir .*file/results: cannot be written: Not a directory",
+    ),
     "output not writable": (["--output_dir", "/proc/results"], r"--output_dir /proc/results: cannot be written"),
 }
 
@@ -114,14 +146,21 @@ def test_what_is_said(name, broken, tiny_model, tiny_squad):
     """The steps of the script, in this process."""
     before, beside = files_of(broken), set(ROOT.iterdir())
     with pytest.raises(errors.BadInput) as error:
-        args = raytune_bayesian.parse_arguments(arguments_of(name, broken, tiny_model, tiny_squad))
-        raytune_bayesian.main(args, *checks.check(args, raytune_bayesian.SEARCH_SPACE))
+        argv = arguments_of(name, broken, tiny_model, tiny_squad)
+        raytune_bayesian.main(checks.check(arguments.parse("", argv)))
     assert len(str(error.value).splitlines()) == 1 and re.search(CASES[name][1], str(error.value))
     assert files_of(broken) == before and set(ROOT.iterdir()) == beside
 
 
-ONE_OF_EACH_KIND = ["not a number", "max_t", "ds_config not JSON", "answer not at answer_start", "weights that are none", "run_name exists"]
-SLOW_IMPORTS = ["transformers", "datasets", "evaluate", "deepspeed"]
+ONE_OF_EACH_KIND = [
+    "not a number",
+    "max_t",
+    "ds_config not JSON",
+    "answer not at answer_start",
+    "weights that are none",
+    "run_name exists",
+]
+SLOW_IMPORTS = ["transformers", "datasets", "evaluate", "deepspeed", "ray"]
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
@@ -130,21 +169,29 @@ def test_one_line_and_exit_code_2(name, broken, tmp_path, tiny_model, tiny_squad
     before = files_of(broken)
     look = f"atexit.register(lambda: pathlib.Path('{tmp_path}/modules').write_text(' '.join(sys.modules)))"
     code = f"import atexit, pathlib, runpy, sys; {look}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    command = [sys.executable, "-c", code, ROOT / "raytune_bayesian.py", *arguments_of(name, broken, tiny_model, tiny_squad)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        ROOT / "raytune_bayesian.py",
+        *arguments_of(name, broken, tiny_model, tiny_squad),
+    ]
     process = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert process.returncode == 2, process.stderr
     assert process.stdout == ""
     assert len(process.stderr.strip().splitlines()) == 1, process.stderr
     assert process.stderr.startswith("raytune_bayesian.py: error: ") and re.search(CASES[name][1], process.stderr)
     modules = set((tmp_path / "modules").read_text().split())
-    assert "ray.tune" in modules and not set(SLOW_IMPORTS) & modules
+    assert not set(SLOW_IMPORTS) & modules
     assert files_of(broken) == before
 
 
 def test_one_line_after_the_slow_imports(broken, tiny_model, tiny_squad):
     name = "model with a broken tokenizer"
     process = run_script(*arguments_of(name, broken, tiny_model, tiny_squad))
-    assert (process.returncode, process.stdout) == (2, "") and len(process.stderr.strip().splitlines()) == 1, process.stderr
+    assert (process.returncode, process.stdout) == (2, "") and len(process.stderr.strip().splitlines()) == 1, (
+        process.stderr
+    )
     assert re.search(CASES[name][1], process.stderr)
 
 
@@ -152,7 +199,7 @@ def test_search_space_is_checked(monkeypatch):
     from ray import tune
 
     good = raytune_bayesian.SEARCH_SPACE["train_loop_config"]
-    checks.check_search_space({"train_loop_config": good})
+    search_space.check({"train_loop_config": good})
     for change, message in [
         ({"lr": tune.loguniform(2e-4, 5e-6)}, "lr: lower 0.0002 is not below upper 5e-06"),
         ({"lr": tune.uniform(1e-4, 1e-4)}, "lr: lower 0.0001 is not below"),
@@ -162,52 +209,89 @@ def test_search_space_is_checked(monkeypatch):
         ({"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "nothing to search"),
     ]:
         with pytest.raises(errors.BadInput, match=re.escape(message)):
-            checks.check_search_space({"train_loop_config": {**good, **change}})
+            search_space.check({"train_loop_config": {**good, **change}})
     with pytest.raises(errors.BadInput, match="wd is missing"):
-        checks.check_search_space({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
+        search_space.check({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
 
 
-def test_search_space_edited_in_the_script(tmp_path, tiny_model, tiny_squad):
-    """What a user does: edit the block at the top of the script."""
-    copy_project(tmp_path)
-    script = tmp_path / "raytune_bayesian.py"
-    text = script.read_text()
-    assert text.count("tune.loguniform(5e-6, 2e-4)") == 1
-    script.write_text(text.replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(2e-4, 5e-6)"))
-    process = run_script("--model", tiny_model, "--dataset", tiny_squad, script=script)
-    assert process.returncode == 2 and "search space: lr: lower 0.0002 is not below upper 5e-06" in process.stderr
-    assert not (tmp_path / "results").exists() and not os.path.exists("results/bloom_bohb")
+def with_learning_rates(folder, least, most):
+    """A test script with another range of the learning rate."""
+    return write_script(
+        folder / "my_search.py",
+        f"""
+from ray import tune
+
+experiment.SEARCH_SPACE["train_loop_config"]["lr"] = tune.loguniform({least}, {most})
+train = experiment.train
+""",
+    )
 
 
-def test_a_copy_of_the_script_is_what_runs(tmp_path, tiny_model, tiny_squad):
-    """Researchers copy a script to change it."""
-    copy_project(tmp_path)
-    script = tmp_path / "my_search.py"
-    script.write_text((ROOT / "raytune_bayesian.py").read_text().replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(1e-3, 2e-3)"))
+def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad):
+    script, results = with_learning_rates(tmp_path, 2e-4, 5e-6), tmp_path / "results"
+    process = run_script("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, script=script)
+    assert process.returncode == 2, process.stderr
+    assert process.stderr == "my_search.py: error: search space: lr: lower 0.0002 is not below upper 5e-06\n"
+    assert not results.exists()
+
+
+def test_another_search_space_is_what_runs(tmp_path, tiny_model, tiny_squad):
     process = run_script(
         "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples", 5,
-        "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x", script=script,
+        "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x", script=with_learning_rates(tmp_path, 1e-3, 2e-3),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in files.read_csv(tmp_path / "x" / "trials.csv"))
+
+
+def test_a_copy_of_the_project_runs_by_itself(tmp_path, tiny_model, tiny_squad):
+    """Researchers copy a script to change it: here with another name, in another folder, and without the original's path."""
+    copy_project(tmp_path)
+    script = (tmp_path / "raytune_bayesian.py").rename(tmp_path / "my_search.py")
+    process = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 5,
+        "--num_samples", 1, "--output_dir", tmp_path, "--run_name", "x", script=script, PYTHONPATH="",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert [t["status"] for t in files.read_csv(tmp_path / "x" / "trials.csv")] == ["completed"]
 
 
 def test_a_folder_that_may_not_be_entered(tmp_path, tiny_model, tiny_squad):
     """Root may enter all folders: so the check runs as another user."""
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o700)
-    args = raytune_bayesian.parse_arguments(["--model", str(closed / "model"), "--dataset", str(tiny_squad)])
+    args = arguments.parse("", ["--model", str(closed / "model"), "--dataset", str(tiny_squad)])
     os.seteuid(65534)
     try:
         with pytest.raises(errors.BadInput, match="Permission denied"):
-            checks.check(args, raytune_bayesian.SEARCH_SPACE)
+            checks.check(args)
     finally:
         os.seteuid(0)
 
 
 def test_prefetch_on_a_login_node_does_not_look_for_gpus():
-    args = raytune_bayesian.parse_arguments(["--prefetch", "--gpus_per_trial", "99"])
-    checks.check(args, raytune_bayesian.SEARCH_SPACE)
+    args = arguments.parse("", ["--prefetch", "--gpus_per_trial", "99"])
+    checks.check(args)
+
+
+@pytest.mark.parametrize("flags", [["--help"], ["--max_t", "0"], ["--nonsense"]])
+def test_help_and_wrong_flags_import_the_standard_library_only(flags, tmp_path):
+    """What is imported is told by Python itself, on stderr."""
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", ROOT / "raytune_bayesian.py", *flags],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert process.returncode == (0 if flags == ["--help"] else 2)
+    modules = {
+        line.rpartition("|")[2].strip().partition(".")[0]
+        for line in process.stderr.splitlines()
+        if "import time:" in line
+    }
+    by_site = {"sitecustomize", "usercustomize", "apport_python_hook", "_distutils_hack", "_virtualenv"}
+    others = {name for name in modules - by_site if name not in sys.stdlib_module_names and not name.startswith("__")}
+    assert "argparse" in modules and others <= {"hpo", "imported package"}, others
 
 
 def test_help_lists_and_explains_all_flags():
@@ -215,11 +299,11 @@ def test_help_lists_and_explains_all_flags():
     assert process.returncode == 0
     flags = re.findall(r"^  --(\w+)(?: [^ ]+)*? {2,}\S|^  --(\w+) .*\n {20,}\S", process.stdout, re.MULTILINE)
     explained = {first or second for first, second in flags}
-    assert explained == set(vars(raytune_bayesian.parse_arguments([]))) - {"given"}, process.stdout
+    assert explained == set(vars(arguments.parse("", []))) - {"given"}, process.stdout
 
 
 def test_defaults():
-    args = raytune_bayesian.parse_arguments([])
+    args = arguments.parse("", [])
     assert (args.model, args.dataset) == ("bigscience/bloom-560m", "rajpurkar/squad")
     assert (args.max_t, args.reduction_factor, args.metric) == (50, 4, "eval_loss")
 
@@ -241,5 +325,10 @@ def test_what_a_full_disk_looks_like(tmp_path):
             (tmp_path / "weights").unlink(missing_ok=True)
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-    for other in (ValueError("no"), FileNotFoundError(2, "No such file"), OSError(24, "Too many open files"), TimeoutError()):
+    for other in (
+        ValueError("no"),
+        FileNotFoundError(2, "No such file"),
+        OSError(24, "Too many open files"),
+        TimeoutError(),
+    ):
         assert not errors.is_storage(other)

@@ -1,6 +1,10 @@
-"""Launches and syncs of an optimizer step, counted on the CPU by bench/launches.py: a change that adds some for each layer or tensor fails here."""
+"""Launches and syncs of an optimizer step, counted on the CPU by bench/launches.py.
+
+A change that adds some for each layer or tensor fails here.
+"""
 
 import pytest
+
 from conftest import ROOT
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT
 
 import raytune_bayesian
+from conftest import ROOT
 from hpo.plan import memory
 from hpo.squad import data, evaluation, precision, ranks
 

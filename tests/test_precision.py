@@ -1,66 +1,38 @@
 """fp16 as fp32 is tested: the real DeepSpeed engine trains in fp16 on the CPU, with a scaled loss, overflows and skipped steps, on real Ray."""
 
+import dataclasses
 import json
 import math
-import os
-import tempfile
-import types
 
 import pytest
-import ray
 import torch
 import transformers
-from conftest import ROOT
 from safetensors.torch import load_file
-from slurm_cluster import NO_GPU
-from test_trial import PauseAtRungs, config, losses, prepare, run_ranks
 from transformers import masking_utils
 
 import raytune_bayesian
+from conftest import ROOT
 from hpo import errors
-from hpo.results import record
-from hpo.squad import evaluation, precision
+from hpo.results import trial_log
+from hpo.squad import evaluation, models, precision
+from test_trial import PauseAtRungs, config, losses, prepare, run_in_ranks, run_ranks
+
+pytestmark = pytest.mark.usefixtures("ray_without_gpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    before = os.environ["PYTHONPATH"]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_GPU), before])  # DeepSpeed takes the CPU for one that it can use in fp16
-    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
-        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=0), temp_dir, trials_dir)
-        yield
-        ray.shutdown()
-    os.environ["PYTHONPATH"] = before
-
-
-def in_fp16(run, stage, precision="fp16", **fp16):
+def in_fp16(setup, stage, precision="fp16", **fp16):
     """The run in fp16, or bf16, at a ZeRO stage; fp16: what its ds_config says of the loss scale."""
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     ds_config["zero_optimization"] = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
     ds_config["fp16"] |= fp16
-    return run | {"ds_config": ds_config, "precision": precision}
+    return dataclasses.replace(setup, ds_config=ds_config, precision=precision)
 
 
-def trial(config, run):
+def trial(config, setup):
     """A trial whose loss is multiplied, and which reports its learning rate."""
     import scaled_loss
 
-    import raytune_bayesian
-
-    c = config["configs"][config["i"]]
-    scaled_loss.Trainer.multiplier = c["multiplier"]
-
-    class Iterations(raytune_bayesian.Iterations):
-        def report(self, checkpoint=None):
-            self.metrics["lr"] = self.engine.basic_optimizer.param_groups[0]["lr"]
-            super().report(checkpoint)
-
-    original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
-    raytune_bayesian.__name__ = "scaled_loss"  # what the other ranks import
-    try:
-        raytune_bayesian.train(c, run)
-    finally:
-        raytune_bayesian.Iterations = original
+    run_in_ranks(config, scaled_loss.train, setup)
 
 
 def with_loss(multiplier, **more):
@@ -68,25 +40,33 @@ def with_loss(multiplier, **more):
 
 
 @pytest.fixture(scope="module")
-def run(tiny_model, tiny_squad):
+def setup(tiny_model, tiny_squad):
     return prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
 
 
 @pytest.fixture(scope="module")
-def in_fp32(run, tmp_path_factory):
+def in_fp32(setup, tmp_path_factory):
     """Losses of a trial in fp32, with its loss as it is and a hundredth of it."""
     configs = [with_loss(1, rungs=[4]), with_loss(0.01, rungs=[4])]
-    return [losses(result) for result in run_ranks(tmp_path_factory.mktemp("fp32"), trial, run, configs, size=1)]
+    return [losses(result) for result in run_ranks(tmp_path_factory.mktemp("fp32"), trial, setup, configs, size=1)]
 
 
-STAGES = [("fp16", 0, 1), ("fp16", 1, 1), ("fp16", 2, 2), ("fp16", 0, 2), ("fp16", 3, 2), ("bf16", 0, 1), ("bf16", 1, 1)]
+STAGES = [
+    ("fp16", 0, 1),
+    ("fp16", 1, 1),
+    ("fp16", 2, 2),
+    ("fp16", 0, 2),
+    ("fp16", 3, 2),
+    ("bf16", 0, 1),
+    ("bf16", 1, 1),
+]
 
 
 @pytest.mark.parametrize("name, stage, ranks", STAGES)
-def test_sixteen_bits_learn_as_fp32_does(tmp_path, run, in_fp32, name, stage, ranks):
+def test_sixteen_bits_learn_as_fp32_does(tmp_path, setup, in_fp32, name, stage, ranks):
     """Also where the gradients are as small as in a real fine-tuning: unscaled, most of them would be 0 in fp16."""
     configs = [with_loss(multiplier, rungs=[4], per_device_bs=2 // ranks) for multiplier in (1, 0.01)]
-    results = run_ranks(tmp_path, trial, in_fp16(run, stage, name, initial_scale_power=12), configs, size=ranks)
+    results = run_ranks(tmp_path, trial, in_fp16(setup, stage, name, initial_scale_power=12), configs, size=ranks)
     assert len(results) == len(configs)
     for result, expected, gradients in zip(results, in_fp32, ((1, 100), (0.01, 1))):
         assert result.error is None
@@ -100,10 +80,12 @@ def test_sixteen_bits_learn_as_fp32_does(tmp_path, run, in_fp32, name, stage, ra
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (3, 2)])
 def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage, ranks):
     """To the last bit, loss scale and skipped steps included; and the schedule of the learning rate comes to its end."""
-    run = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
-    run = in_fp16(run, stage, initial_scale_power=24, loss_scale_window=15)
+    setup = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
+    setup = in_fp16(setup, stage, initial_scale_power=24, loss_scale_window=15)
     scheduler = PauseAtRungs([1, 3])
-    paused, through = run_ranks(tmp_path, trial, run, [with_loss(1, rungs=[1, 3, 6], per_device_bs=2 // ranks)] * 2, scheduler, size=ranks)
+    paused, through = run_ranks(
+        tmp_path, trial, setup, [with_loss(1, rungs=[1, 3, 6], per_device_bs=2 // ranks)] * 2, scheduler, size=ranks
+    )
     assert scheduler.pauses == 2 and len(losses(paused)) == 6
     for name in ("eval_loss", "grad_norm", "loss_scale", "skipped_steps", "lr"):
         assert paused.metrics_dataframe[name].tolist() == through.metrics_dataframe[name].tolist(), name
@@ -120,46 +102,54 @@ def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropo
     (3, 2, 0, "again and again, until the loss scale has fallen to 1"),
     (0, 1, 128, "with the static loss scale 128, 16 steps in a row"),
 ])  # fmt: skip
-def test_gradients_that_always_overflow_end_the_trial(tmp_path, run, stage, ranks, scale, says):
+def test_gradients_that_always_overflow_end_the_trial(tmp_path, setup, stage, ranks, scale, says):
     """With the same words at every stage, before the first iteration has ended."""
-    (result,) = run_ranks(tmp_path, trial, in_fp16(run, stage, loss_scale=scale), [with_loss(1e30, per_device_bs=1)], size=ranks)
+    (result,) = run_ranks(
+        tmp_path, trial, in_fp16(setup, stage, loss_scale=scale), [with_loss(1e30, per_device_bs=1)], size=ranks
+    )
     assert f"FloatingPointError: fp16: the gradients overflow {says}" in str(result.error), result.error
     assert "eval_loss" not in (result.metrics or {})
     assert errors.kind_of(FloatingPointError("fp16: the gradients overflow")) is errors.Kind.TRIAL
 
 
-def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, run):
+def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, setup):
     """What DeepSpeed 0.19.8 does with fp16 weights at stage 0."""
 
-    def fp16_weights_at_stage_0(config, run):
+    def fp16_weights_at_stage_0(config, setup):
         import raytune_bayesian
         from hpo.squad import precision
 
         precision.training_arguments = lambda ds_config, name: {"fp16": True, "deepspeed": ds_config}
-        raytune_bayesian.train(config["configs"][config["i"]], run)
+        run_in_ranks(config, raytune_bayesian.train, setup)
 
-    (result,) = run_ranks(tmp_path, fp16_weights_at_stage_0, in_fp16(run, 0), [with_loss(1)], size=1)
-    assert "CannotTrain: the optimizer gets gradients that are 0.000977 times those of the loss" in str(result.error)  # 1 in 2**10
+    (result,) = run_ranks(tmp_path, fp16_weights_at_stage_0, in_fp16(setup, 0), [with_loss(1)], size=1)
+    assert "CannotTrain: the optimizer gets gradients that are 0.000977 times those of the loss" in str(
+        result.error
+    )  # 1 in 2**10
     assert errors.kind_of(errors.CannotTrain("")) is errors.Kind.SETUP  # ends the search
 
 
-def test_a_configuration_that_deepspeed_refuses_is_found_too(tmp_path, run):
+def test_a_configuration_that_deepspeed_refuses_is_found_too(tmp_path, setup):
     """In one line, which ends the search: not by the failures of all trials."""
-    (result,) = run_ranks(tmp_path, trial, in_fp16(run, 1) | {"ds_config": {"zero_optimization": {"stage": 1, "round_robin_gradients": "x"}}}, [with_loss(1)], size=1)
+    refused = {"zero_optimization": {"stage": 1, "round_robin_gradients": "x"}}
+    refused = dataclasses.replace(in_fp16(setup, 1), ds_config=refused)
+    (result,) = run_ranks(tmp_path, trial, refused, [with_loss(1)], size=1)
     assert "errors.CannotTrain: " in str(result.error), result.error
 
 
 @pytest.mark.parametrize("stage, ended", [(0, True), (0, False), (1, True), (1, False)])
-def test_best_model_has_the_precision_of_the_training(tmp_path, run, tiny_model, stage, ended):
+def test_best_model_has_the_precision_of_the_training(tmp_path, setup, tiny_model, stage, ended):
     """Whether its trial came to its end or not; and the test reads it so."""
-    fp16 = in_fp16(run, stage)
+    fp16 = in_fp16(setup, stage)
     (result,) = run_ranks(tmp_path, trial, fp16, [with_loss(1, rungs=[4 if ended else 3])], size=1)
     checkpoint = next(path for path in tmp_path.glob("ray/*/checkpoint_*"))
-    assert raytune_bayesian.is_model(checkpoint) is ended
-    raytune_bayesian.save_best_model(checkpoint, fp16, tmp_path / "best_model")
-    assert {weight.dtype for weight in load_file(tmp_path / "best_model" / "model.safetensors").values()} == {torch.float16}
+    assert models.is_of_full_training(checkpoint) is ended
+    models.save_best_model(checkpoint, tiny_model, "fp16", tmp_path / "best_model")
+    assert {weight.dtype for weight in load_file(tmp_path / "best_model" / "model.safetensors").values()} == {
+        torch.float16
+    }
     assert json.loads((tmp_path / "best_model" / "config.json").read_text())["dtype"] == "float16"
-    tested = raytune_bayesian.test(fp16 | {"test": run["selection"]}, str(tmp_path / "best_model"))
+    tested = raytune_bayesian.test(tmp_path / "best_model", setup.selection, fp16)
     assert tested["eval_loss"] == pytest.approx(losses(result)[3 if ended else 2], rel=3e-3)
 
 
@@ -172,7 +162,9 @@ def test_a_model_of_bf16_is_known(tiny_model, tmp_path):
 
 def test_norms_of_skipped_steps_go_where_the_others_are():
     """DeepSpeed's norms are tensors on the GPU, and what was skipped is a number."""
-    norms = precision.on_device([torch.ones(1, device="meta"), math.inf, torch.ones((), device="meta")], torch.device("meta"))
+    norms = precision.on_device(
+        [torch.ones(1, device="meta"), math.inf, torch.ones((), device="meta")], torch.device("meta")
+    )
     assert [(norm.device.type, norm.shape, norm.dtype) for norm in norms] == [("meta", (), torch.float32)] * 3
 
 
@@ -188,7 +180,10 @@ def test_norms_of_skipped_steps_go_where_the_others_are():
 def test_engine_config(stage, name, expected):
     ds_config = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
     made = precision.training_arguments(ds_config, name)
-    assert {key: made["deepspeed"].get(key) if key == "torch_autocast" else made["deepspeed"][key]["enabled"] for key in expected} == expected
+    assert {
+        key: made["deepspeed"].get(key) if key == "torch_autocast" else made["deepspeed"][key]["enabled"]
+        for key in expected
+    } == expected
     assert (made["fp16"], made["bf16"]) == (stage == 1 and name == "fp16", False)
     assert "torch_autocast" not in ds_config and ds_config["fp16"]["enabled"] == "auto"  # the user's own stays as it is
 
@@ -196,7 +191,14 @@ def test_engine_config(stage, name, expected):
 def with_low_scores(family: str) -> torch.nn.Module:
     """A model whose queries and keys have biases that lower all scores by the same 40: softmax does not see it, fp16's smallest number does."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "attention_bias": True}
+    sizes = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "attention_bias": True,
+    }
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes)).eval()
     bias = (40 * 4) ** 0.5 / 4  # of 16 dimensions; scores are divided by 4
     with torch.no_grad():
@@ -223,7 +225,9 @@ def test_no_nan_by_padding_in_fp16(family, attention, monkeypatch):
     half = model.half()
     assert evaluation.answer_loss(half, batch)[0].item() == pytest.approx(expected, rel=1e-2)
     if attention == "eager":  # transformers' own
-        monkeypatch.setitem(masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", masking_utils.eager_mask)
+        monkeypatch.setitem(
+            masking_utils.ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, "eager", masking_utils.eager_mask
+        )
         assert evaluation.answer_loss(half, batch)[0].isnan()
 
 
@@ -235,7 +239,9 @@ def test_masks_are_transformers_own_where_something_is_visible():
         ours = precision.never_all_masked(getattr(masking_utils, name))(**sizes)
         assert (own[0, 0, :2] == empty).all() and (ours[0, 0, :2] != empty).all()
         assert torch.equal(own[0, 0, 2:], ours[0, 0, 2:]) and torch.equal(own[1], ours[1])
-    assert precision.never_all_masked(masking_utils.sdpa_mask)(batch_size=1, q_length=4, kv_length=4) is None  # no padding, no mask
+    assert (
+        precision.never_all_masked(masking_utils.sdpa_mask)(batch_size=1, q_length=4, kv_length=4) is None
+    )  # no padding, no mask
 
 
 @pytest.mark.parametrize("result, says", [
@@ -247,5 +253,5 @@ def test_masks_are_transformers_own_where_something_is_visible():
     ({"grad_norm": 9.0, "loss_scale": 2.0}, "loss_scale 2 is far from"),
 ])  # fmt: skip
 def test_unusual_gradients_are_warned_about(result, says):
-    found = record.unusual_gradients(result)
+    found = trial_log.unusual_gradients(result)
     assert found is None if says is None else says in found

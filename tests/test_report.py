@@ -7,10 +7,10 @@ import types
 from pathlib import Path
 
 import pytest
+from hpo.results.record import Record
 
 from hpo import files
 from hpo.results import tables
-from hpo.results.record import Record
 
 
 class SomeTrial:

@@ -22,7 +22,9 @@ class Clock:
 
 
 def trial(trial_id, status, actor=None):
-    return types.SimpleNamespace(trial_id=trial_id, status=status, temporary_state=types.SimpleNamespace(ray_actor=actor), error_file=None)
+    return types.SimpleNamespace(
+        trial_id=trial_id, status=status, temporary_state=types.SimpleNamespace(ray_actor=actor), error_file=None
+    )
 
 
 @pytest.fixture()
@@ -86,20 +88,28 @@ CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={}
 
 
 def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_path):
-    nodes = [{"NodeManagerAddress": f"10.0.0.{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)]
+    nodes = [
+        {"NodeManagerAddress": f"10.0.0.{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)
+    ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     said, text = [], ""
     watch, victim = watchdogs.BadNodes(tmp_path, said.append), trial("a", "RUNNING")
     victim.error_file = str(tmp_path / "error.txt")
-    for number, address in enumerate(["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1):  # one is an accident, and so is as many as elsewhere
+    for number, address in enumerate(
+        ["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1
+    ):  # one is an accident, and so is as many as elsewhere
         assert not said
         text += CUDA.format(number, address)
         (tmp_path / "error.txt").write_text(text)
         watch.on_trial_recover(0, [], victim)
     assert said == ["worker job 71 is given up: a GPU of its node fails"]
-    assert (tmp_path / "bad-71").read_text() == "a GPU fails here, 2 times so far: CUDA error: an illegal memory access\n"
+    assert (
+        tmp_path / "bad-71"
+    ).read_text() == "a GPU fails here, 2 times so far: CUDA error: an illegal memory access\n"
     (tmp_path / "bad-71").unlink()
-    (tmp_path / "error.txt").write_text(text.replace("an illegal memory access", "device-side assert triggered"))  # the trial's own
+    (tmp_path / "error.txt").write_text(
+        text.replace("an illegal memory access", "device-side assert triggered")
+    )  # the trial's own
     watch.on_trial_error(0, [], victim)
     assert not (tmp_path / "bad-71").exists()
     (tmp_path / "error.txt").write_text(text)
@@ -108,9 +118,15 @@ def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_p
     assert not (tmp_path / "bad-71").exists()
 
 
-@pytest.mark.parametrize("group, file", [("0::/a/b", "sys/fs/cgroup/a/memory.events"), ("4:memory:/a/b", "sys/fs/cgroup/memory/a/b/memory.oom_control")])
+@pytest.mark.parametrize(
+    "group, file",
+    [("0::/a/b", "sys/fs/cgroup/a/memory.events"), ("4:memory:/a/b", "sys/fs/cgroup/memory/a/b/memory.oom_control")],
+)
 def test_kills_by_the_kernel_are_read_from_both_kinds_of_control_groups(tmp_path, group, file):
-    for path, text in {"proc/self/cgroup": f"9:pids:/\n{group}\n", file: "oom 5\nunder_oom 0\noom_kill 3\noom_group_kill 1\n"}.items():
+    for path, text in {
+        "proc/self/cgroup": f"9:pids:/\n{group}\n",
+        file: "oom 5\nunder_oom 0\noom_kill 3\noom_group_kill 1\n",
+    }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
     assert errors.oom_kills(tmp_path) == 3
@@ -146,7 +162,9 @@ def test_files_and_folders_are_on_the_disk_before_they_count(monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("code", errors.STORAGE)
 def test_errors_of_storage_are_known_as_they_come_out_of_tune(code):
-    assert errors.is_storage(OSError(code, "text")) and errors.is_storage(RuntimeError(f"Traceback …\n{OSError(code, os.strerror(code))}"))
+    assert errors.is_storage(OSError(code, "text")) and errors.is_storage(
+        RuntimeError(f"Traceback …\n{OSError(code, os.strerror(code))}")
+    )
     assert not errors.is_storage(RuntimeError("CUDA error"))
 
 
@@ -193,14 +211,19 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(tmp_path, capsys):
         state_file.save_state(tmp_path, {"number": number})
     file = tmp_path / "state.jsonl"
     file.write_bytes(file.read_bytes()[:-3])
-    assert state_file.load_state(tmp_path) == {"number": 1} and "is damaged; using the state before it" in capsys.readouterr().out
+    assert (
+        state_file.load_state(tmp_path) == {"number": 1}
+        and "is damaged; using the state before it" in capsys.readouterr().out
+    )
 
 
 def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(state_file, "VERSION", 99)
     state_file.save_state(tmp_path, {})
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match=r"state.jsonl has version 99, and this program reads \d+: go on with the commit in run.json"):
+    with pytest.raises(
+        RuntimeError, match=r"state.jsonl has version 99, and this program reads \d+: go on with the commit in run.json"
+    ):
         state_file.load_state(tmp_path)
 
 

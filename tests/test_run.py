@@ -21,14 +21,14 @@ import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, make_model, run_script
-from slurm_cluster import wait_for
 from tensorboardX.proto.event_pb2 import Event
 
+from conftest import ROOT, make_model, run_script
 from hpo import files
 from hpo.results import tables
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation
+from slurm_cluster import wait_for
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
@@ -102,10 +102,16 @@ def test_log_ends_with_result_and_table(band):
 def test_progress_is_told_at_each_change_of_a_rung(band):
     """Three changes in a band of three brackets: each with what the brackets did then, and how far the search was."""
     _, process, *_ = band
-    tables = re.findall(r"^  bracket  rung at .*\n((?:  +\d+  .*\n)*)  (\d) of 1 slots busy, (\d+) of (\d+) suggestions .*, (\d+) of 136 iterations", process.stdout, re.MULTILINE)
+    tables = re.findall(
+        r"^  bracket  rung at .*\n((?:  +\d+  .*\n)*)  (\d) of 1 slots busy, (\d+) of (\d+) suggestions .*, (\d+) of 136 iterations",
+        process.stdout,
+        re.MULTILINE,
+    )
     assert len(tables) == 3
     first = tables[0]
-    assert first[0].split() == ["1", "4", *first[0].split()[2:]] and int(first[4]) == 16  # sixteen trials had come to the rung at 1
+    assert (
+        first[0].split() == ["1", "4", *first[0].split()[2:]] and int(first[4]) == 16
+    )  # sixteen trials had come to the rung at 1
     running, paused, waiting, done = map(int, first[0].split()[2:6])
     assert (running + paused + waiting, done) == (4, 12)
     assert [int(table[4]) for table in tables] == sorted(int(table[4]) for table in tables)
@@ -119,7 +125,12 @@ def test_tables_agree_with_the_plan(band):
     assert list(trials[0]) == tables.TRIAL_FIELDS and list(iterations[0]) == tables.ITERATION_FIELDS
     assert len(trials) == 25 and Counter(t["training_iteration"] for t in trials) == {1: 12, 4: 3 + 4, 16: 1 + 2 + 3}
     pairs = [(i["trial_id"], i["training_iteration"]) for i in iterations]
-    assert len(pairs) == len(set(pairs)) == sum(t["training_iteration"] for t in trials) == 16 + 4 * 3 + 12 + 6 * 4 + 2 * 12 + 3 * 16
+    assert (
+        len(pairs)
+        == len(set(pairs))
+        == sum(t["training_iteration"] for t in trials)
+        == 16 + 4 * 3 + 12 + 6 * 4 + 2 * 12 + 3 * 16
+    )
     assert Counter(t["status"] for t in trials) == {"stopped": 19, "completed": 6}
     completed = [t for t in trials if t["status"] == "completed"]
     best = min(completed, key=lambda t: t["eval_loss"])
@@ -130,7 +141,9 @@ def test_tables_agree_with_the_plan(band):
     assert all(i["ended_at"] > i["started_at"] for i in iterations)
     at_rungs = [i for i in iterations if i["exact_match"] is not None]
     assert Counter(i["training_iteration"] for i in at_rungs) == {1: 16, 4: 4 + 6, 16: 6}  # EM where it is used
-    text = subprocess.run([sys.executable, "-m", "hpo.results", folder], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        [sys.executable, "-m", "hpo.results", folder], capture_output=True, text=True, check=True
+    ).stdout
     assert text.strip() == process.stdout[process.stdout.index("| Trial ID") :].strip()
 
 
@@ -149,7 +162,9 @@ def test_tensorboard(band):
                     found[file.parent.name, event.step] = value.simple_value
     rows = files.read_csv(folder / "iterations.csv")
     assert found == {(row["trial_id"], row["training_iteration"]): pytest.approx(row["eval_loss"]) for row in rows}
-    assert {tag for tag in tags if tag.startswith("ray/")} == {f"ray/tune/{name}" for name in (*tables.METRICS, *tables.TRAINING) if name != "loss_scale"}
+    assert {tag for tag in tags if tag.startswith("ray/")} == {
+        f"ray/tune/{name}" for name in (*tables.METRICS, *tables.TRAINING) if name != "loss_scale"
+    }
 
 
 def test_model_based_suggestions_are_counted(band):
@@ -168,18 +183,38 @@ def test_run_json(band):
     assert run["status"] == "done" and run["seed"] == 42 and run["arguments"]["max_t"] == 16
     assert set(run["versions"]) >= {"python", "ray", "torch", "transformers", "deepspeed", "hpbandster", "ConfigSpace"}
     assert set(run["gpu_minutes"]) == {"allocated", "busy", "idle"} and len(run["nodes"]) == 1
-    parts = dict(run["bill"])
-    assert parts.pop("given back") == 0 and parts.pop("allocated") == pytest.approx(sum(parts.values())) and min(parts.values()) >= 0
-    assert parts["evaluation"] > 0 and parts["checkpoints"] > 0 and parts["run again"] == 0 and parts["idle: tail"] < 0.05 * run["bill"]["allocated"]
-    assert parts["idle: not asked for"] / run["bill"]["allocated"] == pytest.approx(1 - 1 / len(os.sched_getaffinity(0)), abs=0.1)
-    assert 0.7 * run["seconds"] < run["bill"]["allocated"] * 60 / len(os.sched_getaffinity(0)) <= run["seconds"]
+    parts = dict(run["slot_minutes"])
+    assert (
+        parts.pop("given back") == 0
+        and parts.pop("allocated") == pytest.approx(sum(parts.values()))
+        and min(parts.values()) >= 0
+    )
+    assert (
+        parts["evaluation"] > 0
+        and parts["checkpoints"] > 0
+        and parts["run again"] == 0
+        and parts["idle: tail"] < 0.05 * run["slot_minutes"]["allocated"]
+    )
+    assert parts["idle: not asked for"] / run["slot_minutes"]["allocated"] == pytest.approx(
+        1 - 1 / len(os.sched_getaffinity(0)), abs=0.1
+    )
+    assert 0.7 * run["seconds"] < run["slot_minutes"]["allocated"] * 60 / len(os.sched_getaffinity(0)) <= run["seconds"]
     assert len(run["git_commit"].removesuffix("-dirty")) == 40
 
 
 def test_nothing_is_left_but_the_results(band):
     folder, _, processes, most_checkpoints, _ = band
     assert not processes
-    assert {p.name for p in folder.iterdir()} == {".lock", "run.json", "trials.csv", "iterations.csv", "best_result.json", "best_model", "report.html", "ray"}
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock",
+        "run.json",
+        "trials.csv",
+        "iterations.csv",
+        "best_result.json",
+        "best_model",
+        "report.html",
+        "ray",
+    }
     assert not list(folder.glob("ray/*/checkpoint_*")) and not list(folder.glob("ray/*/saving-*"))
     assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
 
@@ -187,7 +222,9 @@ def test_nothing_is_left_but_the_results(band):
 def test_disk_forecast(band):
     _, process, *_, most_bytes = band
     forecast = float(re.search(r"disk: up to ([\d.e-]+) GB in ", process.stdout).group(1)) * 1e9
-    assert forecast / 5 < most_bytes < forecast  # of this tiny model the megabyte that is added to each checkpoint is the most
+    assert (
+        forecast / 5 < most_bytes < forecast
+    )  # of this tiny model the megabyte that is added to each checkpoint is the most
 
 
 def test_best_model_loads_and_scores_the_same(band, tiny_squad):
@@ -208,7 +245,9 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
     for examples, expected in ((selection, result), (tested, run["test"])):
         data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
-        assert raytune_bayesian.score(model, tokenizer, data, longest) == {k: expected[k] for k in ("exact_match", "f1")}
+        assert raytune_bayesian.answer_scores(model, tokenizer, data, longest) == {
+            k: expected[k] for k in ("exact_match", "f1")
+        }
         loss = evaluation.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(expected["eval_loss"], rel=1e-5)  # as the run fuses GELU
 
@@ -221,7 +260,9 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
     """
 
     def run(name, metric, precision):
-        temporary = Path(tempfile.mkdtemp(prefix="t" * (12 if name == "one" else 13), dir="/tmp"))  # 25 and 26 characters
+        temporary = Path(
+            tempfile.mkdtemp(prefix="t" * (12 if name == "one" else 13), dir="/tmp")
+        )  # 25 and 26 characters
         return run_script(
             "--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path, "--run_name", name, "--max_t", 4,
             "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--num_samples", 5, "--metric", metric, "--seed", 7,
@@ -240,7 +281,9 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
     assert all(i["f1"] is not None for i in one) and not all(i["f1"] is not None for i in two)
     assert all(i["loss_scale"] is None for i in one) and all(i["loss_scale"] >= 2**10 for i in two)
     assert all(i["grad_norm"] > 0 and i["tokens_per_second"] > 0 for i in one + two)
-    assert [json.loads((tmp_path / name / "best_model" / "config.json").read_text())["dtype"] for name in ("one", "two")] == ["float32", "float16"]
+    assert [
+        json.loads((tmp_path / name / "best_model" / "config.json").read_text())["dtype"] for name in ("one", "two")
+    ] == ["float32", "float16"]
     assert "precision: fp16, ZeRO stage 0: torch.autocast with fp32 weights, GradScaler" in processes[1][0].stdout
 
 
@@ -283,7 +326,11 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
     assert "Best Trial Result" not in out and "Traceback" not in err
     assert (how == signal.SIGTERM) or f"what was saved is in {tmp_path}/x" in err
     run = json.loads((tmp_path / "x" / "run.json").read_text())
-    assert run["status"] == "interrupted" and run["bill"]["allocated"] > run["bill"]["training"] > 0 and len(run["nodes"]) == 1
+    assert (
+        run["status"] == "interrupted"
+        and run["slot_minutes"]["allocated"] > run["slot_minutes"]["training"] > 0
+        and len(run["nodes"]) == 1
+    )
     assert "state.jsonl" in {p.name for p in (tmp_path / "x").iterdir()}  # to go on with
     assert len(files.read_csv(tmp_path / "x" / "trials.csv")) >= 1
     assert not list((tmp_path / "tmp").iterdir()) and not psutil.wait_procs(below, timeout=0)[1]
@@ -291,7 +338,16 @@ def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_
 
 # -- going on with a search -------------------------------------------------------------------------------------------
 
-KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "exact_match", "training_iteration", "status", "model_based"]
+KEYS = [
+    "learning_rate",
+    "batch_size",
+    "weight_decay",
+    "eval_loss",
+    "exact_match",
+    "training_iteration",
+    "status",
+    "model_based",
+]
 
 
 def cut(arguments, after, how):
@@ -326,7 +382,18 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     name = ["--output_dir", tmp_path, "--run_name", "x"]
     ds_config = tmp_path / "ds.json"
     shutil.copy(ROOT / "ds_config.json", ds_config)
-    first = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--deepspeed", ds_config, *name]
+    first = [
+        "--model",
+        tiny_model,
+        "--dataset",
+        tiny_squad,
+        *SMALL,
+        "--max_concurrent_trials",
+        1,
+        "--deepspeed",
+        ds_config,
+        *name,
+    ]
     done, out = cut(first, 9, signal.SIGUSR1)
     assert done == 1 and "the time is nearly up" in out and "Best Trial Result" not in out, out
     ds_config.write_text(json.dumps(json.loads(ds_config.read_text()) | {"gradient_clipping": 2.0}))
@@ -419,9 +486,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 folder = self.root / kind / repo
                 files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
                 if path.startswith(f"/api/{kind}/{repo}/revision/"):
-                    return self.answer(json.dumps({"id": repo, "sha": self.COMMIT, "siblings": [{"rfilename": f} for f in files]}).encode())
+                    return self.answer(
+                        json.dumps(
+                            {"id": repo, "sha": self.COMMIT, "siblings": [{"rfilename": f} for f in files]}
+                        ).encode()
+                    )
                 if path.startswith(f"/api/{kind}/{repo}/tree/"):
-                    tree = [{"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files]
+                    tree = [
+                        {"type": "file", "path": f, "size": (folder / f).stat().st_size, "oid": "0" * 40} for f in files
+                    ]
                     return self.answer(json.dumps(tree).encode())
                 prefix = f"/{'' if kind == 'models' else 'datasets/'}{repo}/resolve/{self.COMMIT}/"
                 if path.startswith(prefix) and path.removeprefix(prefix) in files:
@@ -451,7 +524,9 @@ def hub(tmp_path, tiny_squad):
     for split, source in (("train", "train"), ("validation", "dev")):
         path = tmp_path / "hub" / "datasets" / "tiny" / "squad" / "plain_text" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(squad_data.read_squad(tiny_squad / f"{source}.json")), path)
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(squad_data.read_squad(tiny_squad / f"{source}.json")), path
+        )
     Hub.root, Hub.requests = tmp_path / "hub", []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -462,7 +537,16 @@ def hub(tmp_path, tiny_squad):
 
 
 def test_prefetch_then_run_without_the_hub(hub, tmp_path):
-    names = ["--model", "tiny/bloom", "--dataset", "tiny/squad", "--output_dir", tmp_path / "results", "--run_name", "x"]
+    names = [
+        "--model",
+        "tiny/bloom",
+        "--dataset",
+        "tiny/squad",
+        "--output_dir",
+        tmp_path / "results",
+        "--run_name",
+        "x",
+    ]
     small = ["--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 2]
 
     early = run_script(*names, *small, **hub | {"HF_HUB_OFFLINE": "1"})

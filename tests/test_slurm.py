@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 import ray
+
 import slurm_cluster
 from conftest import ROOT
-from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
-from test_run import closing_block
-
+from faulty import SLOW, reporting
 from hpo import files
 from hpo.cluster import idle_nodes
+from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
+from test_run import closing_block
 
 LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # slowed down, goes on until it is cancelled
 SHORT = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--num_samples", 6]
@@ -71,9 +72,8 @@ def tiny(tiny_model, tiny_squad):
 
 def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one, in one process each; the log ends with the result; nothing is left."""
-    with_gpu = """"node": socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())"""
-    project.edit('"node": socket.gethostname()', with_gpu)
-    project.slow_down()
+    with_gpu = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())'
+    project.hand(reporting(with_gpu, slow=True))
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
@@ -93,14 +93,18 @@ def test_search_on_two_nodes(project, tiny):
     run = json.loads((folder / "run.json").read_text())
     elapsed = [project.cluster.job(worker)["RunTime"].split(":") for worker in project.workers(job)]
     paid = sum(2 * (60 * int(h) + int(m) + int(s) / 60) for h, m, s in elapsed)  # GPU-minutes
-    print(f"GPU-minutes: {paid:.2f} by Slurm's elapsed times, {run['gpu_minutes']['allocated']:.2f} while the search ran, by the bill")
+    print(
+        f"GPU-minutes: {paid:.2f} by Slurm's elapsed times, {run['gpu_minutes']['allocated']:.2f} while the search ran, by the bill"
+    )
     in_use = 0  # from a node's first trial to its last: the bill has that and more, and never more than Slurm
     for node in ("node2", "node3"):
         times = [(i["started_at"], i["ended_at"]) for i in iterations if i["node"].startswith(node)]
         in_use += 2 * (max(t for _, t in times) - min(t for t, _ in times)) / 60
     assert in_use < run["gpu_minutes"]["allocated"] < paid
     for worker in project.workers(job):
-        assert project.cluster.job(worker)["ExitCode"] == "0:0" and project.cluster.job(worker)["JobState"] == "COMPLETED"
+        assert (
+            project.cluster.job(worker)["ExitCode"] == "0:0" and project.cluster.job(worker)["JobState"] == "COMPLETED"
+        )
         text = (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
         assert re.search(r"joined 10.77.0.1:\d+: node[23], 2 CPUs, 2 GPUs \(0,1\), 3072 MB\n", text), text
         assert re.search(r"the head says that it is over\n.*left after \d+ s, exit code 0\n$", text), text
@@ -122,14 +126,18 @@ def test_trials_of_two_gpus(project, tiny):
     The second rank of the first trial fails: so has the trial, once, and the search goes on.
     """
     zero3 = project.folder / "ds_config.json"
-    each = """"node": "+".join(self.group.gather(socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]))"""
-    project.edit('"node": socket.gethostname()', each)
-    start = '    transformers.set_seed(run["seed"])\n'
-    once = f"""    if group.rank == 1 and not os.path.exists("{project.folder}/failed"):
+    each = '"+".join(trial.group.gather(socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]))'
+    once = f"""
+reporting_train = train
+
+
+def train(config, setup, trial):
+    if trial.group.rank == 1 and not os.path.exists("{project.folder}/failed"):
         Path("{project.folder}/failed").touch()
         raise ValueError("no second rank")
+    reporting_train(config, setup, trial)
 """
-    project.edit(start, once + start)
+    project.hand(reporting(each) + once)
     zero3.write_text(json.dumps(json.loads(zero3.read_text()) | {"zero_optimization": {"stage": 3}}))
     job = project.submit(*tiny, *SHORT, "--gpus_per_trial", 2, "--run_name", "x", NUM_WORKERS="2")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
@@ -141,7 +149,9 @@ def test_trials_of_two_gpus(project, tiny):
     trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert sorted(t["training_iteration"] for t in trials) == [0] + [1] * 2 + [4] * 3, project.log(job)
     assert [t["status"] for t in trials if t["training_iteration"] == 0] == ["failed"]
-    assert re.search("failed after 0 iterations: .*TrialFailed: ValueError no second rank", project.log(job)), project.log(job)
+    assert re.search("failed after 0 iterations: .*TrialFailed: ValueError no second rank", project.log(job)), (
+        project.log(job)
+    )
     assert "goes on from iteration" not in project.log(job)
 
 
@@ -164,7 +174,7 @@ def test_two_experiments_in_one_folder(project, tiny):
 
 
 def test_cancelling_one_leaves_the_other(project, tiny):
-    project.slow_down()
+    project.hand(SLOW)
     one = project.submit(*tiny, *LONG, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
     other = project.submit(*tiny, *SHORT, "--num_samples", 8, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
     project.wait_for_search(one)
@@ -180,7 +190,7 @@ def test_cancelling_one_leaves_the_other(project, tiny):
 
 def test_nobody_else_gets_in(project, tiny):
     """Another user on the head's node, a client on another node without the token, and a scan of the head's ports."""
-    project.slow_down()
+    project.hand(SLOW)
     job = project.submit(*tiny, *LONG)
     project.wait_for_search(job)
     address = re.search(r"Ray is up at (\S+)", project.log(job)).group(1)
@@ -209,7 +219,9 @@ def test_nobody_else_gets_in(project, tiny):
     with ThreadPoolExecutor(3) as pool:
         for outcome in pool.map(lambda attempt: connect(attempt[0], *attempt[2], **attempt[1]), attempts):
             assert outcome.returncode != 0 and "IN" not in outcome.stdout
-            assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[-2000:]
+            assert re.search("(?i)unauthenticated|invalid.?auth.?token|authentication", outcome.stderr), outcome.stderr[
+                -2000:
+            ]
 
     # as another user: the token's folder and Ray's sockets are closed to him
     probe = (
@@ -224,10 +236,15 @@ def test_nobody_else_gets_in(project, tiny):
     # jobs over the dashboard: on loopback only, and not without the token
     open_ports = {int(p) for p in re.findall(r":(\d+) ", sh("ip netns exec node1 ss -Hltn"))}
     listening = sh("ip netns exec node1 ss -Hltn").splitlines()
-    assert [line.split()[3] for line in listening if line.split()[3].endswith(f":{dashboard}")] == [f"127.0.0.1:{dashboard}"]
+    assert [line.split()[3] for line in listening if line.split()[3].endswith(f":{dashboard}")] == [
+        f"127.0.0.1:{dashboard}"
+    ]
     post = "curl -s -m 5 -o /dev/null -w '%{http_code}' -X POST -H 'Content-Type: application/json' -d '{\"entrypoint\": \"id\"}'"
     other_user = "setpriv --reuid=65534 --regid=65534 --clear-groups"
-    assert project.cluster.run("node1", "sh", "-c", f"{other_user} {post} http://127.0.0.1:{dashboard}/api/jobs/") in ("401", "403")
+    assert project.cluster.run("node1", "sh", "-c", f"{other_user} {post} http://127.0.0.1:{dashboard}/api/jobs/") in (
+        "401",
+        "403",
+    )
     answers = {}
     for port in open_ports - {6818}:
         url = f"http://{project.cluster.address('node1')}:{port}/api/jobs/"
@@ -248,10 +265,12 @@ def drain(project, *nodes):
 def test_scancel_is_clean(project, tiny, phase):
     if phase == "waiting":
         drain(project, "node2", "node3")
-    project.slow_down()
+    project.hand(SLOW)
     job = project.submit(*tiny, *LONG)
     if phase == "before workers":
-        project.wait_for("the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values()))
+        project.wait_for(
+            "the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values())
+        )
         assert "worker jobs" not in project.log(job)
     elif phase == "waiting":
         project.wait_for("the wait for workers", lambda: "run folder:" in project.log(job))
@@ -264,32 +283,48 @@ def test_scancel_is_clean(project, tiny, phase):
 
 
 def test_a_worker_that_comes_late_joins(project, tiny):
-    project.slow_down()
+    project.hand(SLOW)
     drain(project, "node3")
     job = project.submit(*tiny, *LONG, "--run_name", "late", NUM_WORKERS="2")
     project.wait_for_search(job)
     assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
     project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
     rows = project.folder / "results" / "late" / "iterations.csv"
-    project.wait_for("a trial on the late node", lambda: {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"})
+    project.wait_for(
+        "a trial on the late node", lambda: {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"}
+    )
     assert "joined node3" in project.log(job)
 
 
-@pytest.mark.parametrize("script, says", [("head_node.slurm", r"\[head\] ended after \d+ s, exit code 143"), ("worker_node.slurm", r"left after \d+ s, exit code 143")])
+@pytest.mark.parametrize(
+    "script, says",
+    [
+        ("head_node.slurm", r"\[head\] ended after \d+ s, exit code 143"),
+        ("worker_node.slurm", r"left after \d+ s, exit code 143"),
+    ],
+)
 def test_a_cancel_while_a_job_ends_leaves_nothing_undone(tmp_path, script, says):
     """The signal comes in the first lines of what a job does at its end: here each job ends at once, without Slurm."""
-    text = (ROOT / script).read_text()
-    begin = "\tset +e # each of these is tried\n"
-    assert text.count(begin) == 1
-    hit = '\tif [[ ! -e hit ]]; then touch hit; kill -TERM $$; fi\n'
-    (tmp_path / script).write_text(text.replace(begin, hit + begin))
-    meeting = tmp_path / "meeting"
-    meeting.mkdir()
-    (meeting / "head").write_text("down\n")
-    (meeting / "version").write_text(ray.__version__ + "\n")
+    shutil.copy(ROOT / script, tmp_path)
+    (tmp_path / "hit.sh").write_text("""set -T
+trap '[[ ${FUNCNAME[0]-} != cleanup || $BASH_COMMAND != "set +e" || -e hit ]] || { touch hit; kill -TERM $$; }' DEBUG
+""")
+    rendezvous = tmp_path / "rendezvous"
+    rendezvous.mkdir()
+    (rendezvous / "head").write_text("down\n")
+    (rendezvous / "version").write_text(ray.__version__ + "\n")
     shutil.copy(ROOT / "cluster.env", tmp_path)  # and no raytune_bayesian.py for the head
-    environment = {**os.environ, "VENV": sys.prefix, "SLURMD_NODENAME": "node1", "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    process = subprocess.run(["bash", script, str(meeting)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    environment = {
+        **os.environ,
+        "VENV": sys.prefix,
+        "SLURMD_NODENAME": "node1",
+        "SLURM_JOB_ID": "1",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    environment["BASH_ENV"] = str(tmp_path / "hit.sh")
+    process = subprocess.run(
+        ["bash", script, str(rendezvous)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert (tmp_path / "hit").exists() and process.returncode == 143, process
     assert re.search(says, process.stdout), process
 
@@ -320,7 +355,7 @@ def test_no_worker_comes(project, tiny):
 
 def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
     """The head's processes are killed with no chance to say so."""
-    project.slow_down()
+    project.hand(SLOW)
     job = project.submit(*tiny, *LONG)
     project.wait_for_search(job)
     worker = project.workers(job)[0]
@@ -329,7 +364,9 @@ def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
             os.kill(pid, 9)
         except ProcessLookupError:
             pass
-    project.wait_for("the worker's end", lambda: project.cluster.job(worker)["JobState"] not in ("RUNNING", "COMPLETING"))
+    project.wait_for(
+        "the worker's end", lambda: project.cluster.job(worker)["JobState"] not in ("RUNNING", "COMPLETING")
+    )
     assert "the head at" in (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
     shutil.rmtree(next(project.folder.glob("results/.ray-*")))  # what the killed head could not remove
     for path in project.temporary.iterdir():
@@ -343,8 +380,20 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
     """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
-    project.slow_down()
-    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 2, "--max_eval_samples", 10, "--num_samples", 6, "--max_concurrent_trials", 1]
+    project.hand(SLOW)
+    slow = [
+        *tiny,
+        "--max_t",
+        4,
+        "--num_train_epochs",
+        2,
+        "--max_eval_samples",
+        10,
+        "--num_samples",
+        6,
+        "--max_concurrent_trials",
+        1,
+    ]
     through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
     job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@70"])
     project.wait_for_search(job)
@@ -356,7 +405,10 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
     for each in (through, job):
         assert project.wait_for_end(each) == ("COMPLETED", "0:0"), project.log(each)
     log = project.log(job)
-    assert "the time is nearly up: saving all running trials" in log and "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
+    assert (
+        "the time is nearly up: saving all running trials" in log
+        and "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
+    )
     assert "going on with a search" in log and log.count("Best Trial Result:") == 1
     folders = [project.folder / "results" / name for name in ("through", f"bloom_bohb-{job}")]
     rows = [[[t[k] for k in KEYS] for t in files.read_csv(f / "trials.csv")] for f in folders]
@@ -368,10 +420,15 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
 
 def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     """kill -9 of all of Ray on a node: each trial is accounted for, and comes to the rung that it would have come to."""
-    project.slow_down()
-    job = project.submit(*tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2")
+    project.hand(SLOW)
+    job = project.submit(
+        *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2"
+    )
     rows = project.folder / "results" / "x" / "iterations.csv"
-    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"})
+    project.wait_for(
+        "trials on both nodes",
+        lambda: rows.exists() and {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"},
+    )
     for pid, command in project.cluster.processes("node2").items():
         if "ray" in command:
             try:
@@ -392,15 +449,38 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
 
 def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     """CUDA errors on one of two nodes: its job goes, Slurm keeps off the node, no trial is lost and none is told to the model as bad."""
-    broken, start = project.folder / "broken", "    GROUPS or GROUPS.append("
-    fails = f'    if socket.gethostname() == "node2" and os.path.exists("{broken}"):\n        raise RuntimeError("CUDA error: unknown")\n'
-    project.edit(start, fails + start)
-    project.slow_down()
-    arguments = ["--max_t", 16, "--num_train_epochs", 2, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x"]
+    broken = project.folder / "broken"
+    project.hand(
+        SLOW
+        + f"""
+
+slow_train = train
+
+
+def train(config, setup, trial):
+    if socket.gethostname() == "node2" and os.path.exists("{broken}"):
+        raise RuntimeError("CUDA error: unknown")
+    slow_train(config, setup, trial)
+"""
+    )
+    arguments = [
+        "--max_t",
+        16,
+        "--num_train_epochs",
+        2,
+        "--max_eval_samples",
+        10,
+        "--num_samples",
+        16,
+        "--run_name",
+        "x",
+    ]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}
-    project.wait_for("trials on both nodes", lambda: rows.exists() and {i["node"] for i in files.read_csv(rows)} == both)
+    project.wait_for(
+        "trials on both nodes", lambda: rows.exists() and {i["node"] for i in files.read_csv(rows)} == both
+    )
     bad = next(w for w in project.workers(job) if project.cluster.job(w)["NodeList"] == "node2")
     broken.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
@@ -409,7 +489,9 @@ def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
     others = [w for w in re.findall(r"worker job (\d+) replaces it", log)]
     assert others and all(project.cluster.job(w).get("NodeList") != "node2" for w in others), log
     trials = files.read_csv(rows.parent / "trials.csv")
-    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16] and "failed" not in {t["status"] for t in trials}, log
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16] and "failed" not in {
+        t["status"] for t in trials
+    }, log
     assert project.left_over() == {}
 
 
@@ -418,23 +500,35 @@ def test_idle_nodes_are_given_back(project, tiny):
 
     The trial waits for that after its first iteration, however slow the second node is to join.
     """
-    go_on, at = project.folder / "go_on", "        iteration = self.last_steps.index(state.global_step, 1)\n"
-    hold = f'        while iteration == 2 and not os.path.exists("{go_on}"):\n            time.sleep(0.2)\n'
-    project.edit(at, at + hold)
+    go_on = project.folder / "go_on"
+    project.hand(f"""
+def train(config, setup, trial):
+    report = trial.report
+
+    def report_when_told(metrics, checkpoint=None):
+        while metrics["training_iteration"] == 2 and not os.path.exists("{go_on}"):
+            time.sleep(0.2)
+        report(metrics, checkpoint)
+
+    trial.report = report_when_told
+    experiment.train(config, setup, trial)
+""")
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))
-    time.sleep(3 * idle_nodes.IdleRelease.EVERY)  # to be on the bill
+    time.sleep(3 * idle_nodes.IdleNodeRelease.EVERY)  # to be on the bill
     go_on.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
-    released = re.findall(r"^worker job (\d+) is given back: 1 trials are left, and 2 slots without it$", log, re.MULTILINE)
+    released = re.findall(
+        r"^worker job (\d+) is given back: 1 trials are left, and 2 slots without it$", log, re.MULTILINE
+    )
     assert len(released) == 1 and "replaces it" not in log and "has ended" not in log, log
     logs = {w: (project.folder / "logs" / f"ray_worker_bloom_bohb-{w}.out").read_text() for w in project.workers(job)}
     assert {w for w, text in logs.items() if "given back: no trial needs this node any more" in text} == set(released)
     assert all(project.cluster.job(w)["ExitCode"] == "0:0" for w in logs)
     run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
-    assert run["bill"]["given back"] > 0 and "given back" in log
+    assert run["slot_minutes"]["given back"] > 0 and "given back" in log
     (trial,) = files.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert (trial["status"], trial["resumes"], trial["training_iteration"]) == ("completed", 0, 4)
     assert project.left_over() == {}
@@ -449,7 +543,10 @@ def test_a_port_taken_before_ray_binds_it(project, tiny):
     The scripts name none: each process of Ray binds the port that the system gives it.
     """
     hijacker = subprocess.Popen(
-        project.cluster.command("node1", sys.executable, "-uc", HIJACKER), stdout=subprocess.PIPE, text=True, start_new_session=True
+        project.cluster.command("node1", sys.executable, "-uc", HIJACKER),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         job = project.submit(*tiny, *SHORT)
@@ -501,7 +598,11 @@ def other_ray(folder: Path, version: str | None) -> Path:
 
 
 def test_preflight_environment_missing(project, tiny):
-    refused(project, project.submit(*tiny, VENV="/nowhere"), "there is no /nowhere/bin/python: make the environment, or set VENV")
+    refused(
+        project,
+        project.submit(*tiny, VENV="/nowhere"),
+        "there is no /nowhere/bin/python: make the environment, or set VENV",
+    )
 
 
 def test_preflight_ray_not_importable(project, tiny):
@@ -519,8 +620,14 @@ def test_preflight_ray_on_the_worker(project, tiny, version):
 
 
 def test_preflight_gpu_that_torch_cannot_use(project, tiny):
-    job = project.submit(*tiny, GPU_CHECK_SAYS="CUDA error: no kernel image is available for execution on the device\nSearch for it")
-    refused(project, job, r"refused node\d: CUDA error: no kernel image is available for .*; a V100 \(sm_70\) needs a torch .* pip install torch==")
+    job = project.submit(
+        *tiny, GPU_CHECK_SAYS="CUDA error: no kernel image is available for execution on the device\nSearch for it"
+    )
+    refused(
+        project,
+        job,
+        r"refused node\d: CUDA error: no kernel image is available for .*; a V100 \(sm_70\) needs a torch .* pip install torch==",
+    )
 
 
 def test_preflight_check_of_the_gpus_that_does_not_run(project, tiny):
@@ -535,7 +642,9 @@ def test_preflight_sbatch_not_allowed(project, tiny):
 
 def test_preflight_results_not_shared(project, tiny):
     private = project.cluster.folder / "private" / "results"
-    refused(project, project.submit(*tiny, "--output_dir", private), f"{private} is not shared: that node does not see it")
+    refused(
+        project, project.submit(*tiny, "--output_dir", private), f"{private} is not shared: that node does not see it"
+    )
 
 
 def test_preflight_logs_missing(project, tiny):
@@ -553,7 +662,11 @@ def test_preflight_wrong_folder(project, tiny):
 
 def test_wrong_arguments(project, tiny):
     refused(project, project.submit(*tiny, "--max_t", 0), "raytune_bayesian.py: error: --max_t 0: must be at least 1")
-    refused(project, project.submit(*tiny, "--gpus_per_trial", 9), r"--gpus_per_trial 9: a worker node \(cluster.env\) has 2")
+    refused(
+        project,
+        project.submit(*tiny, "--gpus_per_trial", 9),
+        r"--gpus_per_trial 9: a worker node \(cluster.env\) has 2",
+    )
 
 
 def refused(project, job, sentence):

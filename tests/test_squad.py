@@ -130,7 +130,9 @@ def test_question_and_answer_that_do_not_fit_are_refused(tokenizer):
 
 
 def test_batch_is_padded_to_its_longest_and_only_answers_are_supervised(tokenizer):
-    data = squad_data.tokenize([make_example(0), make_example(1, context="long " * 9 + "answer", answer="answer")], tokenizer, 500, True)
+    data = squad_data.tokenize(
+        [make_example(0), make_example(1, context="long " * 9 + "answer", answer="answer")], tokenizer, 500, True
+    )
     batch = evaluation.collate([data[0], data[1]], tokenizer.pad_token_id)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (2, data.lengths.max())
     assert batch["attention_mask"].sum(1).tolist() == data.lengths.tolist()
@@ -161,7 +163,9 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
             total += model(input_ids=ids, labels=labels).loss.item() * n
         count += n
     for rows in (1, 7, 60):
-        assert evaluation.evaluate_loss(model, data, tokenizer.pad_token_id, rows * int(data.lengths.max())) == pytest.approx(total / count, abs=1e-5)
+        assert evaluation.evaluate_loss(
+            model, data, tokenizer.pad_token_id, rows * int(data.lengths.max())
+        ) == pytest.approx(total / count, abs=1e-5)
     assert total / count == pytest.approx(math.log(model.config.vocab_size), rel=0.05)  # random weights know nothing
 
 
@@ -177,18 +181,39 @@ def test_loss_is_a_mean_over_tokens_not_over_batches(tiny_model, tokenizer):
 
 def test_long_answers_of_short_sequences_share_a_batch_with_few(monkeypatch, tiny_model, tokenizer):
     """The logits of their positions are what needs memory."""
-    examples = [make_example(0) for _ in range(40)] + [make_example(i, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4) for i in (1, 2)]
+    examples = [make_example(0) for _ in range(40)] + [
+        make_example(i, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4) for i in (1, 2)
+    ]
     data, shapes, answer_loss = squad_data.tokenize(examples, tokenizer, 500, True), [], evaluation.answer_loss
-    monkeypatch.setattr(evaluation, "answer_loss", lambda model, batch: shapes.append((len(batch["input_ids"]), batch["width"])) or answer_loss(model, batch))
+    monkeypatch.setattr(
+        evaluation,
+        "answer_loss",
+        lambda model, batch: shapes.append((len(batch["input_ids"]), batch["width"])) or answer_loss(model, batch),
+    )
     evaluation.evaluate_loss(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), data, 0, 2048)
-    assert len(shapes) > 1 and sum(rows for rows, _ in shapes) == 42 and max(width for _, width in shapes) == data.longest_answer
+    assert (
+        len(shapes) > 1
+        and sum(rows for rows, _ in shapes) == 42
+        and max(width for _, width in shapes) == data.longest_answer
+    )
     assert all(rows * width * evaluation.LOGITS <= 2048 for rows, width in shapes), shapes
 
 
 def random_model(family: str, tokenizer, std: float = 0.02):
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
-    sizes |= {"intermediate_size": 64, "max_position_embeddings": 512, "initializer_range": std, "tie_word_embeddings": False}
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+    }
+    sizes |= {
+        "intermediate_size": 64,
+        "max_position_embeddings": 512,
+        "initializer_range": std,
+        "tie_word_embeddings": False,
+    }
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes)).eval()
 
 
@@ -200,7 +225,9 @@ def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad
     examples[1]["context"] *= 2
     data = squad_data.tokenize(examples, tokenizer, 512, training=False)
     assert len(set(data.lengths)) > 1
-    assert evaluation.evaluate_loss(model, data, 0, 3 * int(data.lengths.max())) == pytest.approx(evaluation.evaluate_loss(model, data, 0, 1), rel=1e-5)
+    assert evaluation.evaluate_loss(model, data, 0, 3 * int(data.lengths.max())) == pytest.approx(
+        evaluation.evaluate_loss(model, data, 0, 1), rel=1e-5
+    )
 
 
 def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
@@ -208,7 +235,9 @@ def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
     evaluation.fuse_gelu(fused)
     assert plain.transformer.h[1].mlp.gelu_impl is not fused.transformer.h[1].mlp.gelu_impl
     x = torch.linspace(-9, 9, 999, dtype=torch.float64)
-    torch.testing.assert_close(fused.transformer.h[1].mlp.gelu_impl(x), plain.transformer.h[1].mlp.gelu_impl(x), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        fused.transformer.h[1].mlp.gelu_impl(x), plain.transformer.h[1].mlp.gelu_impl(x), rtol=1e-6, atol=1e-7
+    )
     batch = evaluation.collate([data[i] for i in range(8)], tokenizer.pad_token_id)
     for model in (plain, fused):
         evaluation.answer_loss(model, batch)[0].backward()
@@ -220,11 +249,14 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     items = [data[i] for i in range(8)]
     few = squad_data.TokenizedSquad(
-        tokens=data.tokens[: data.offsets[8]], offsets=data.offsets[:9], prompt_lengths=data.prompt_lengths[:8], references=data.references[:8]
+        tokens=data.tokens[: data.offsets[8]],
+        offsets=data.offsets[:9],
+        prompt_lengths=data.prompt_lengths[:8],
+        references=data.references[:8],
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = evaluation.collate(items, tokenizer.pad_token_id)
-    assert raytune_bayesian.score(model, tokenizer, few, 12)["exact_match"] < 1
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, 12)["exact_match"] < 1
     model.train()
     for _ in range(1000):
         loss, count = evaluation.answer_loss(model, batch)
@@ -233,7 +265,7 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
         optimizer.zero_grad()
         if loss / count < 0.02:
             break
-    assert raytune_bayesian.score(model, tokenizer, few, 12) == {"exact_match": 1.0, "f1": 1.0}
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, 12) == {"exact_match": 1.0, "f1": 1.0}
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "llama"])
@@ -244,7 +276,12 @@ def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, famil
     def generate(i: int, eos: int | None = None) -> list[int]:
         prompt = torch.tensor(data[i]["input_ids"][: data[i]["prompt_length"]].astype(np.int64))[None]
         output = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=n, eos_token_id=eos, pad_token_id=0
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=n,
+            eos_token_id=eos,
+            pad_token_id=0,
         )
         return [token for token in output[0, prompt.shape[1] :].tolist() if token != eos]
 
@@ -270,9 +307,14 @@ def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, famil
 def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
     """Ranks as threads that meet at a barrier; batches of about 4, of which some rank has one more."""
     model = random_model("llama", tokenizer, std=0.3)
-    few = dataclasses.replace(data, references=data.references[:17], prompt_lengths=data.prompt_lengths[:17], offsets=data.offsets[:18])
+    few = dataclasses.replace(
+        data, references=data.references[:17], prompt_lengths=data.prompt_lengths[:17], offsets=data.offsets[:18]
+    )
     four = 4 * int(few.lengths.max())
-    predictions, loss = evaluation.predict(model, tokenizer, few, four, 5), evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four)
+    predictions, loss = (
+        evaluation.predict(model, tokenizer, few, four, 5),
+        evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four),
+    )
     assert len({p["prediction_text"] for p in predictions}) > 5
     barrier, box = threading.Barrier(size, timeout=60), {}
 
@@ -288,7 +330,9 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
 
     def work(rank):
         group = Group(rank)
-        return evaluation.predict(model, tokenizer, few, four, 5, group), evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four, group)
+        return evaluation.predict(model, tokenizer, few, four, 5, group), evaluation.evaluate_loss(
+            model, few, tokenizer.pad_token_id, four, group
+        )
 
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(work, range(size)):
@@ -324,7 +368,9 @@ def test_data_order_holds_each_question_once_an_epoch(lengths, epochs, batch_siz
 def compute(pairs):
     """pairs: [(prediction or None, [references])]"""
     predictions = [{"id": str(i), "prediction_text": p} for i, (p, _) in enumerate(pairs) if p is not None]
-    references = [{"id": str(i), "answers": {"text": list(r), "answer_start": [0] * len(r)}} for i, (_, r) in enumerate(pairs)]
+    references = [
+        {"id": str(i), "answers": {"text": list(r), "answer_start": [0] * len(r)}} for i, (_, r) in enumerate(pairs)
+    ]
     return SquadMetric().compute(predictions=predictions, references=references)
 
 
@@ -346,8 +392,31 @@ def test_metric_refuses_what_cannot_be_scored():
         compute([("x", [])])
 
 
-word = st.sampled_from(["the", "a", "an", "The", "moon", "Moon's", "moon", "1,000", "é", "ß", "İ", "don’t", "an\u00a0apple", "x", "U.S.", "—"])
-text = st.one_of(st.lists(word, max_size=6).map(" ".join), st.text(max_size=12), st.text(alphabet=string.punctuation + " theano", max_size=15))
+word = st.sampled_from(
+    [
+        "the",
+        "a",
+        "an",
+        "The",
+        "moon",
+        "Moon's",
+        "moon",
+        "1,000",
+        "é",
+        "ß",
+        "İ",
+        "don’t",
+        "an\u00a0apple",
+        "x",
+        "U.S.",
+        "—",
+    ]
+)
+text = st.one_of(
+    st.lists(word, max_size=6).map(" ".join),
+    st.text(max_size=12),
+    st.text(alphabet=string.punctuation + " theano", max_size=15),
+)
 
 
 @given(st.lists(st.tuples(st.one_of(st.none(), text), st.lists(text, min_size=1, max_size=4)), min_size=1, max_size=6))
@@ -355,14 +424,19 @@ text = st.one_of(st.lists(word, max_size=6).map(" ".join), st.text(max_size=12),
 def test_metric_equals_torchmetrics(pairs):
     ours = compute(pairs)
     predictions = [{"id": str(i), "prediction_text": p} for i, (p, _) in enumerate(pairs) if p is not None]
-    target = [{"id": str(i), "answers": {"text": list(r), "answer_start": [0] * len(r)}} for i, (_, r) in enumerate(pairs)]
+    target = [
+        {"id": str(i), "answers": {"text": list(r), "answer_start": [0] * len(r)}} for i, (_, r) in enumerate(pairs)
+    ]
     if not predictions:
         assert ours == {"exact_match": 0.0, "f1": 0.0}
         return
     theirs = torchmetrics.text.SQuAD()(predictions, target)
     assert ours["exact_match"] == pytest.approx(theirs["exact_match"].item() / 100, abs=1e-5)
     # For two answers without a word torchmetrics gives F1 1 as SQuAD v2 does, the script of v1.1 gives 0.
-    wordless = sum(p is not None and not evaluation.normalize_answer(p) and any(not evaluation.normalize_answer(t) for t in r) for p, r in pairs)
+    wordless = sum(
+        p is not None and not evaluation.normalize_answer(p) and any(not evaluation.normalize_answer(t) for t in r)
+        for p, r in pairs
+    )
     assert ours["f1"] + wordless / len(pairs) == pytest.approx(theirs["f1"].item() / 100, abs=1e-5)
     assert compute(pairs * 2) == pytest.approx(ours)
 

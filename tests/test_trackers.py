@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
-from slurm_cluster import wait_for
 
+from conftest import ROOT, run_script
 from hpo import files
 from hpo.results import trackers
+from slurm_cluster import wait_for
 
 
 def in_mlflow(folder: Path) -> list[tuple]:
@@ -221,18 +221,15 @@ def test_a_tracker_that_is_too_slow_is_left_out(monkeypatch, capsys):
     calls = []
 
     class Slow:
-        def setup(self):
-            pass
-
-        def on_experiment_end(self, trials):
-            calls.append(trials)
+        def close(self):
+            calls.append(len(calls))
             time.sleep(0.15)
 
-    guarded = trackers.Guarded("slow", Slow)
-    guarded.setup()
+    callback = trackers.TrackerCallback("slow", Slow)
+    callback.setup()
     for i in range(5):
-        guarded.on_experiment_end([i])
-    assert calls in ([[0]], [[0], [1]])
+        callback.on_experiment_end([i])
+    assert calls in ([0], [0, 1])
     assert re.fullmatch(r"WARNING: nothing more goes to --report_to slow: TimeoutError it has taken 0 of 0 s\n", capsys.readouterr().out)
 
 
@@ -256,19 +253,14 @@ def test_a_missing_package_is_bad_input(tmp_path, tiny_model, tiny_squad, tracke
 
 
 def test_resume_keeps_the_tracker_and_takes_runs_from_before_there_was_one(runs, tmp_path):
-    import raytune_bayesian
-    from hpo import (
-        checks,
-        errors,  # slow, and the processes above do without
-    )
+    from hpo import arguments, errors
 
     run = json.loads((runs[0]["mlflow"][0] / "run.json").read_text())
 
     def resumed(*more):
         (tmp_path / "run.json").write_text(json.dumps(run))
-        args = raytune_bayesian.parse_arguments(["--resume", "--run_name", "x", *more])
-        checks.load_arguments(args, tmp_path, run["search_space"])
-        return args.report_to
+        name = ["--run_name", tmp_path.name, "--output_dir", str(tmp_path.parent)]
+        return arguments.parse("", ["--resume", *name, *more]).report_to
 
     assert resumed() == "mlflow"
     with pytest.raises(errors.BadInput, match="--report_to wandb .the run has mlflow."):

@@ -1,82 +1,90 @@
 """One trial on real Ray with the real DeepSpeed engine: what it trains with, pausing and resuming, warm processes."""
 
+import dataclasses
 import errno
+import functools
 import json
 import math
 import os
 import signal
 import tempfile
 import time
-import types
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-from conftest import ROOT, make_squad
 from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from safetensors.torch import load_file
-from slurm_cluster import NO_GPU, wait_for
 from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
-from hpo import checks, errors
+from conftest import ROOT, make_squad
+from hpo import arguments, checks, errors
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.cluster import ray_private
-from hpo.squad import evaluation, ranks
+from hpo.squad import data, evaluation, loading, models, ranks
+from hpo.squad.setup import prepare as prepare_setup
+from slurm_cluster import wait_for
 
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_session():
-    before = os.environ["PYTHONPATH"]
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(NO_GPU), before])
-    with tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir, tempfile.TemporaryDirectory() as trials_dir:
-        raytune_bayesian.start_ray(types.SimpleNamespace(gpus_per_trial=0), temp_dir, trials_dir)
-        yield
-        ray.shutdown()
-    os.environ["PYTHONPATH"] = before
+pytestmark = pytest.mark.usefixtures("ray_without_gpu")
 
 
 def prepare(model, dataset, *more):
-    args = raytune_bayesian.parse_arguments(["--model", str(model), "--dataset", str(dataset), *map(str, more)])
-    ds_config, examples = checks.check(args, raytune_bayesian.SEARCH_SPACE)
-    run = raytune_bayesian.prepare(args, examples, checks.model_folder(args.model), ds_config)
-    run.pop("test")
-    run["run_dir"] = "/nonexistent"  # where a planned stop would be asked for
-    return run
+    """What the trials of a search with these arguments share; its run_dir is set by `fit`."""
+    args = arguments.parse("", ["--model", str(model), "--dataset", str(dataset), *map(str, more)])
+    checks.check(args)
+    read = loading.model_folder(args.model), checks.read_ds_config(args), loading.load_examples(args.dataset)
+    setup, _, _ = prepare_setup(args, *read, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, 2)
+    return setup
 
 
-def fit(folder, trainable, run, configs, resources, scheduler=None, max_failures=0, at_a_time=None, callbacks=()):
+def fit(folder, trainable, setup, configs, resources, scheduler=None, max_failures=0, at_a_time=None, callbacks=()):
     """One trial a config; Tune's results in the order of the configs, those of trials that failed among them."""
+    if setup:
+        setup = dataclasses.replace(setup, run_dir=folder)
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(trainable, run=run), resources),
+        tune.with_resources(tune.with_parameters(trainable, setup=setup), resources),
         param_space={"i": tune.grid_search(list(range(len(configs)))), "configs": configs},
-        tune_config=tune.TuneConfig(scheduler=scheduler, reuse_actors=True, max_concurrent_trials=at_a_time),
+        tune_config=tune.TuneConfig(
+            scheduler=scheduler, reuse_actors=True, max_concurrent_trials=at_a_time,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
         run_config=tune.RunConfig(
-            name="ray", storage_path=str(folder), verbose=0, checkpoint_config=tune.CheckpointConfig(num_to_keep=1), callbacks=list(callbacks),
+            name="ray", storage_path=str(folder), verbose=0, callbacks=list(callbacks),
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=1),
             failure_config=tune.FailureConfig(max_failures=max_failures),
         ),
     )  # fmt: skip
     return sorted(tuner.fit(), key=lambda result: result.config["i"])
 
 
-def run_trials(folder, trainable, run, configs, scheduler=None, cpus=1):
+def run_trials(folder, trainable, setup, configs, scheduler=None, cpus=1):
     """As fit, of trials of one process; raises the error of one that failed."""
-    results = fit(folder, trainable, run, configs, {"cpu": cpus}, scheduler)
+    results = fit(folder, trainable, setup, configs, {"cpu": cpus}, scheduler)
     for result in results:
         if result.error:
             raise result.error
     return results
 
 
-def trial(config, run):
+def run_in_ranks(config, train, setup):
+    """As hpo.cluster.trial.run, but an error of a trial is raised and not reported."""
+    from hpo.cluster.trial import run_rank
+    from hpo.squad import ranks
+
+    body = functools.partial(run_rank, train=train, setup=setup)
+    ranks.of_this_process(body, max(1, setup.gpus_per_trial)).run(config["configs"][config["i"]])
+
+
+def trial(config, setup):
     import raytune_bayesian
 
-    raytune_bayesian.train(config["configs"][config["i"]], run)
+    run_in_ranks(config, raytune_bayesian.train, setup)
 
 
 def config(lr=1e-3, per_device_bs=2, wd=0.01, rungs=(1, 3, 8)):
@@ -103,10 +111,16 @@ class PauseAtRungs(FIFOScheduler):
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, batch_size):
     """Same weights to the last bit and same eval_loss: optimizer, lr schedule, data order and RNG (dropout) carry on."""
-    run = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
-    configs = [config(per_device_bs=batch_size), config(per_device_bs=batch_size), config(per_device_bs=batch_size, lr=2e-3)]
-    scheduler = PauseAtRungs([1, 3, 8])  # the first, at 8 as where a search is cut before it has heard that the trial is through
-    paused, through, other = run_trials(tmp_path, trial, run, configs, scheduler)
+    setup = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
+    configs = [
+        config(per_device_bs=batch_size),
+        config(per_device_bs=batch_size),
+        config(per_device_bs=batch_size, lr=2e-3),
+    ]
+    scheduler = PauseAtRungs(
+        [1, 3, 8]
+    )  # the first, at 8 as where a search is cut before it has heard that the trial is through
+    paused, through, other = run_trials(tmp_path, trial, setup, configs, scheduler)
     assert scheduler.pauses == 3
     assert paused.metrics["eval_loss"] == through.metrics["eval_loss"]
     iterations = paused.metrics_dataframe["training_iteration"].tolist()
@@ -117,12 +131,11 @@ def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_
     assert other.metrics["eval_loss"] != through.metrics["eval_loss"]  # or the comparison would say nothing
 
 
-def spying_trial(config, run):
+def spying_trial(config, setup):
     """Adds to each report what the DeepSpeed engine trains with, and what the process has cost so far."""
     import gc
     import os
     import time
-    from pathlib import Path
 
     import deepspeed
     import psutil
@@ -152,21 +165,21 @@ def spying_trial(config, run):
                 "pid": os.getpid(),
                 "process_started": psutil.Process().create_time(),
                 "first_step_at": started + first_step[0],
-                "saved": len(list(Path(checkpoint.path).parent.glob("checkpoint-*"))) if checkpoint else 0,
+                "saved": len(list(checkpoint.parent.glob("checkpoint-*"))) if checkpoint else 0,
             }
             super().report(checkpoint)
 
     original, raytune_bayesian.Iterations = raytune_bayesian.Iterations, Iterations
     try:
-        raytune_bayesian.train(config["configs"][config["i"]], run)
+        run_in_ranks(config, raytune_bayesian.train, setup)
     finally:
         raytune_bayesian.Iterations = original
 
 
 def test_deepspeed_engine_trains_with_the_trial_s_hyperparameters(tmp_path, tiny_model, tiny_squad):
-    run = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10)
     configs = [config(3e-4, 1, 0.0, [2, 4]), config(7e-5, 2, 0.01, [2, 4])]
-    for result, c in zip(run_trials(tmp_path, spying_trial, run, configs), configs):
+    for result, c in zip(run_trials(tmp_path, spying_trial, setup, configs), configs):
         searched = c["train_loop_config"]
         frame = result.metrics_dataframe
         assert set(frame["engines"]) == {1}
@@ -179,9 +192,11 @@ def test_deepspeed_engine_trains_with_the_trial_s_hyperparameters(tmp_path, tiny
 
 def test_thirty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
     data = demo_model.parent / "squad"
-    run = prepare(demo_model, data, "--max_t", 2, "--max_train_samples", 16, "--num_train_epochs", 1, "--max_eval_samples", 5)
+    setup = prepare(
+        demo_model, data, "--max_t", 2, "--max_train_samples", 16, "--num_train_epochs", 1, "--max_eval_samples", 5
+    )
     configs = [config(1e-4 * (i + 1), 1 + i % 2, 0.01, [1, 2]) for i in range(30)]
-    results = run_trials(tmp_path, spying_trial, run, configs, cpus=2)
+    results = run_trials(tmp_path, spying_trial, setup, configs, cpus=2)
     assert len({r.metrics["pid"] for r in results}) == 1
     warm = sorted(r.metrics["first_step"] for r in results[1:])
     rss = [r.metrics["rss"] for r in results]
@@ -213,7 +228,9 @@ class OneRung(FIFOScheduler):
             self.through = True
             if self.lose:
                 os.kill(self.pids[0], signal.SIGKILL)
-                lost = lambda: {p["State"] for p in ray._private.state.actors().values() if p["Pid"] == self.pids[0]} == {"DEAD"}  # noqa: E731
+                lost = lambda: (
+                    {p["State"] for p in ray._private.state.actors().values() if p["Pid"] == self.pids[0]} == {"DEAD"}
+                )  # noqa: E731
                 wait_for("Ray's hearing of the lost process", lost, 30)
         return waiting[0] if waiting else paused[0] if paused and self.through else None
 
@@ -222,7 +239,7 @@ class OneRung(FIFOScheduler):
 def test_each_slot_keeps_its_process(tmp_path, lose):
     """Over a rung, and from the start: none is started that is not used. One that is lost while it is idle costs no trial a try."""
 
-    def three_iterations(config, run):
+    def three_iterations(config, setup):
         for i in range(3):
             time.sleep(0.2)
             tune.report({"x": i})
@@ -230,7 +247,7 @@ def test_each_slot_keeps_its_process(tmp_path, lose):
     scheduler = OneRung(lose)
     cores = len(os.sched_getaffinity(0))
     slots = cores // max(1, cores // 2)
-    results = fit(tmp_path, three_iterations, {}, list(range(8)), {"cpu": max(1, cores // 2)}, scheduler)
+    results = fit(tmp_path, three_iterations, None, list(range(8)), {"cpu": max(1, cores // 2)}, scheduler)
     assert [result.error for result in results] == [None] * 8
     started = [set(scheduler.pids[:8]), set(scheduler.pids)]
     assert [len(pids) for pids in started] == [slots, slots + lose], scheduler.pids
@@ -255,21 +272,21 @@ def test_a_process_that_hangs_while_it_starts_is_ended(tmp_path, monkeypatch):
 
     hangs = HangsOnce(os.getpid())
 
-    def one_iteration(config, run):
+    def one_iteration(config, setup):
         tune.report({"searching": hangs.searching})
 
-    (result,) = fit(tmp_path / "run", one_iteration, {}, [None], {"cpu": 1}, max_failures=3)
+    (result,) = fit(tmp_path / "run", one_iteration, None, [None], {"cpu": 1}, max_failures=3)
     assert result.error is None
     assert int(mark.read_text()) not in (result.metrics["pid"], result.metrics["searching"])
 
 
-class DrainsForAWhile(FIFOScheduler):
+class PausesAllForAWhile(FIFOScheduler):
     """As at a planned stop, from the first report until 20 steps of Tune after its trial's end."""
 
-    draining = heard = False
+    pause_all = heard = False
 
     def on_trial_result(self, tune_controller, trial, result):
-        self.draining, self.heard = self.draining or not self.heard, True
+        self.pause_all, self.heard = self.pause_all or not self.heard, True
         return TrialScheduler.CONTINUE
 
 
@@ -278,24 +295,32 @@ class Starts(tune.Callback):
         self.scheduler, self.steps, self.starts = scheduler, 0, []
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self.starts.append((trial.config["i"], self.scheduler.draining))
+        self.starts.append((trial.config["i"], self.scheduler.pause_all))
 
     def on_step_end(self, iteration, trials, **info):
-        self.steps += self.scheduler.draining and not any(t.status == Trial.RUNNING for t in trials)
-        self.scheduler.draining &= self.steps < 20
+        self.steps += self.scheduler.pause_all and not any(t.status == Trial.RUNNING for t in trials)
+        self.scheduler.pause_all &= self.steps < 20
 
 
 def test_no_trial_starts_before_a_planned_stop(tmp_path):
     """Not one that waits for a slot either, when a process is free."""
 
-    def two_iterations(config, run):
+    def two_iterations(config, setup):
         for i in range(2):
             time.sleep(0.2)
             tune.report({"x": i})
 
-    scheduler = DrainsForAWhile()
+    scheduler = PausesAllForAWhile()
     starts = Starts(scheduler)
-    results = fit(tmp_path, two_iterations, {}, list(range(3)), {"cpu": len(os.sched_getaffinity(0))}, scheduler, callbacks=[starts])
+    results = fit(
+        tmp_path,
+        two_iterations,
+        None,
+        list(range(3)),
+        {"cpu": len(os.sched_getaffinity(0))},
+        scheduler,
+        callbacks=[starts],
+    )
     assert [result.error for result in results] == [None] * 3 and starts.steps == 20
     assert sorted(starts.starts) == [(0, False), (1, False), (2, False)]
 
@@ -318,9 +343,11 @@ def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
         done = int((Path(checkpoint.path) / "t").read_text()) if checkpoint else 0
         for t in range(done + 1, 5):
             time.sleep(0.2)
-            with ray_private.saving_folder() as folder:
+            with tempfile.TemporaryDirectory(dir=tmp_path, ignore_cleanup_errors=True) as folder:
                 (Path(folder) / "t").write_text(str(t))
-                tune.report({"x": config["x"], "training_iteration": t}, checkpoint=tune.Checkpoint.from_directory(folder))
+                tune.report(
+                    {"x": config["x"], "training_iteration": t}, checkpoint=tune.Checkpoint.from_directory(folder)
+                )
 
     results = tune.Tuner(
         tune.with_resources(iterations, {"cpu": len(os.sched_getaffinity(0)) / 4}),
@@ -341,55 +368,53 @@ def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny
     lock.parent.mkdir(parents=True)
     lock.touch()
 
-    def locked_trial(config, run):
-        import os
-
-        import raytune_bayesian
-
+    def locked_trial(config, setup):
         os.environ["TORCH_EXTENSIONS_DIR"] = config["configs"][0]["extensions"]
-        raytune_bayesian.train(config["configs"][config["i"]], run)
+        trial(config, setup)
 
-    run = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
     configs = [config(rungs=[1]) | {"extensions": str(lock.parent.parent)}]
-    result = run_trials(tmp_path / "run", locked_trial, run, configs)[0]
+    result = run_trials(tmp_path / "run", locked_trial, setup, configs)[0]
     assert math.isfinite(result.metrics["eval_loss"])
     assert [p.name for p in lock.parent.parent.iterdir()] == ["deepspeed_shm_comm"]
 
 
-def trial_after_a_lost_process(config, run):
-    """What a process leaves that was lost between the change of a checkpoint's name and Tune's hearing of it, and while it wrote one."""
-    from pathlib import Path
-
-    import raytune_bayesian
+def trial_after_a_lost_process(config, setup):
+    """Its folder has what a lost process leaves: a checkpoint that Tune does not know, and one that is not complete."""
+    from hpo.cluster.trial import trial_folder
 
     for name in ("checkpoint_000000", "saving-lost"):
-        folder = Path(tune.get_context().get_storage().trial_fs_path) / name
+        folder = trial_folder(setup) / name
         folder.mkdir(parents=True)
         (folder / "left").touch()
-    raytune_bayesian.train(config["configs"][config["i"]], run)
+    trial(config, setup)
 
 
 def test_what_a_lost_process_has_left_is_in_nobody_s_way(tmp_path, tiny_model, tiny_squad):
-    run = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
-    (result,) = run_trials(tmp_path, trial_after_a_lost_process, run, [config(rungs=[1])])
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
+    (result,) = run_trials(tmp_path, trial_after_a_lost_process, setup, [config(rungs=[1])])
     names = {path.name for path in (tmp_path / "ray").glob("*/*")}
     assert "checkpoint_000000" in names and not [name for name in names if name.startswith("saving-")]
-    assert not list((tmp_path / "ray").glob("*/*/left")) and (tmp_path / "ray").joinpath(result.path, "checkpoint_000000", "trainer_state.json").exists()
+    assert (
+        not list((tmp_path / "ray").glob("*/*/left"))
+        and (tmp_path / "ray").joinpath(result.path, "checkpoint_000000", "trainer_state.json").exists()
+    )
 
 
 # -- several ranks: two processes on the CPU, as no GPU is here ----------------------------------------------------------
 
 
-def run_ranks(folder, trainable, run, configs, scheduler=None, size=2, max_failures=0):
+def run_ranks(folder, trainable, setup, configs, scheduler=None, size=2, max_failures=0):
     """As fit, one at a time, of trials with a bundle for each rank."""
     bundles = tune.PlacementGroupFactory([{"CPU": 1 / size}] * size, strategy="STRICT_PACK")
-    return fit(folder, trainable, run | {"gpus_per_trial": size}, configs, bundles, scheduler, max_failures, at_a_time=1)
+    setup = dataclasses.replace(setup, gpus_per_trial=size)
+    return fit(folder, trainable, setup, configs, bundles, scheduler, max_failures, at_a_time=1)
 
 
-def with_stage(run, stage):
+def with_stage(setup, stage):
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
     zero = {"stage": stage} | ({"stage3_gather_16bit_weights_on_model_save": True} if stage == 3 else {})
-    return run | {"ds_config": ds_config | {"zero_optimization": zero}}
+    return dataclasses.replace(setup, ds_config=ds_config | {"zero_optimization": zero})
 
 
 def losses(result):
@@ -411,43 +436,47 @@ def uneven_squad(tmp_path_factory):
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, uneven_squad, stage):
     """Also where the trial was paused at two rungs: to the last bit what it is without a pause."""
-    run = prepare(tiny_model, uneven_squad, "--max_t", 8, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
-    one = run_ranks(tmp_path / "one", trial, with_stage(run, min(stage, 2)), [config(per_device_bs=2)], size=1)[0]
+    setup = prepare(tiny_model, uneven_squad, "--max_t", 8, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
+    one = run_ranks(tmp_path / "one", trial, with_stage(setup, min(stage, 2)), [config(per_device_bs=2)], size=1)[0]
     scheduler = PauseAtRungs([1, 3])
     configs = [config(per_device_bs=1), config(per_device_bs=1)]
-    two, through = run_ranks(tmp_path / "two", trial, with_stage(run, stage), configs, scheduler)
+    two, through = run_ranks(tmp_path / "two", trial, with_stage(setup, stage), configs, scheduler)
     assert scheduler.pauses == 2
     assert losses(two) == losses(through) and len(losses(two)) == 8
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     assert two.metrics["exact_match"] == one.metrics["exact_match"]
-    models = [AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)]  # as best_model is made
-    for (name, weight), other in zip(models[0].named_parameters(), models[1].parameters()):
+    ends = [
+        AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)
+    ]  # as best_model is made
+    for (name, weight), other in zip(ends[0].named_parameters(), ends[1].parameters()):
         assert torch.allclose(weight, other, atol=1e-4), name
 
 
 @pytest.mark.parametrize("stage, size", [(0, 1), (2, 1), (3, 2)])
 def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad, stage, size):
     """Weights are written once: as a model at the end, before that by DeepSpeed, of which a model is made where no trial came to the end."""
-    run = prepare(demo_model, tiny_squad, "--max_t", 3, "--num_train_epochs", 0.05, "--max_eval_samples", 20)
+    setup = prepare(demo_model, tiny_squad, "--max_t", 3, "--num_train_epochs", 0.05, "--max_eval_samples", 20)
     ended, cut = [config(rungs=[3]), config(rungs=[2])]
-    ended, cut = run_ranks(tmp_path / "ray", trial, with_stage(run, stage), [ended, cut], size=size)
+    ended, cut = run_ranks(tmp_path / "ray", trial, with_stage(setup, stage), [ended, cut], size=size)
     files = [[path.name for path in Path(result.checkpoint.path).rglob("*")] for result in (ended, cut)]
     assert "model.safetensors" in files[0] and not [name for name in files[0] if name.endswith("_states.pt")]
     assert "model.safetensors" not in files[1] and [name for name in files[1] if name.endswith("_states.pt")]
     sizes = [sum(path.stat().st_size for path in Path(result.checkpoint.path).rglob("*")) for result in (ended, cut)]
-    assert sizes[0] < sizes[1] / 2 and raytune_bayesian.checkpoint_bytes(demo_model) / 2 < sizes[1] < raytune_bayesian.checkpoint_bytes(demo_model)
+    assert sizes[0] < sizes[1] / 2 and raytune_bayesian.checkpoint_bytes(demo_model) / 2 < sizes[
+        1
+    ] < raytune_bayesian.checkpoint_bytes(demo_model)
     with pytest.raises(FileNotFoundError, match="no checkpoint, or no more"):  # not "trained to the end"
-        raytune_bayesian.is_model(tmp_path / "not mounted")
+        models.is_of_full_training(tmp_path / "not mounted")
     for result, iteration in ((ended, 3), (cut, 2)):
-        raytune_bayesian.save_best_model(Path(result.checkpoint.path), run, tmp_path / f"model-{iteration}")
+        models.save_best_model(Path(result.checkpoint.path), demo_model, "fp32", tmp_path / f"model-{iteration}")
         names = load_file(tmp_path / f"model-{iteration}" / "model.safetensors").keys()
         assert names == load_file(demo_model / "model.safetensors").keys()  # tied weights are there once
         model = evaluation.fuse_gelu(AutoModelForCausalLM.from_pretrained(tmp_path / f"model-{iteration}"))
-        loss = evaluation.evaluate_loss(model, run["selection"], 0, raytune_bayesian.EVAL_TOKENS)
+        loss = evaluation.evaluate_loss(model, setup.selection, 0, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
 
 
-def harmed_trial(config, run):
+def harmed_trial(config, setup):
     """Does what `harm` says to the process of rank 1, once, after the first report with a checkpoint."""
     import os
     import signal
@@ -457,14 +486,16 @@ def harmed_trial(config, run):
 
     import psutil
 
-    import raytune_bayesian
-
     c = config["configs"][config["i"]]
 
     def harm():
         while not list(Path(c["folder"]).glob("ray/*/checkpoint_*")):
             time.sleep(0.05)
-        (rank,) = [p for p in psutil.Process(os.getppid()).children(recursive=True) if "".join(p.cmdline()).startswith("ray::Rank")]
+        (rank,) = [
+            p
+            for p in psutil.Process(os.getppid()).children(recursive=True)
+            if "".join(p.cmdline()).startswith("ray::Rank")
+        ]
         rank.send_signal(signal.SIGKILL)
         rank.wait(60)
         Path(c["folder"], "harmed").write_text(str(rank.pid))
@@ -472,66 +503,96 @@ def harmed_trial(config, run):
     if "folder" in c and not os.path.exists(c["folder"] + "/started"):
         Path(c["folder"], "started").touch()
         threading.Thread(target=harm, daemon=True).start()
-    raytune_bayesian.train(c, run)
+    trial(config, setup)
 
 
 def test_a_dead_rank_costs_the_trial_its_work_since_the_last_rung(tmp_path, tiny_model, tiny_squad):
     """kill -9: the trial goes on from its checkpoint, in other processes, and comes to what it would have come to."""
-    run = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 4, "--max_eval_samples", 45)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 4, "--max_eval_samples", 45)
     c = config(per_device_bs=1, rungs=(1, 8))
-    harmed, through = run_ranks(tmp_path, harmed_trial, run, [c | {"folder": str(tmp_path)}, c], max_failures=1)
+    harmed, through = run_ranks(tmp_path, harmed_trial, setup, [c | {"folder": str(tmp_path)}, c], max_failures=1)
     assert (tmp_path / "harmed").read_text() and harmed.error is None and through.error is None
     assert harmed.metrics["eval_loss"] == through.metrics["eval_loss"] and harmed.metrics["training_iteration"] == 8
 
 
-def failing_trial(config, run):
+def failing_trial(config, setup):
     import raytune_bayesian
 
-    c = config["configs"][config["i"]]
-    raytune_bayesian.train(c, run | {"train": Unreadable(run["train"])} if c["bad"] else run)
+    run_in_ranks(config, fails_in_rank_1(raytune_bayesian.train), setup)
 
 
-class Unreadable:
-    """Cannot be read by rank 1."""
+def fails_in_rank_1(train):
+    """A `train` in which rank 1 cannot read the data of trials with "bad"."""
 
-    def __init__(self, data):
-        self.data, self.lengths = data, data.lengths
+    def train_with_bad_data(config, setup, trial):
+        if config["bad"] and trial.group.rank == 1:
+            setup = dataclasses.replace(setup, train=Unreadable(**vars(setup.train)))
+        train(config, setup, trial)
 
-    def __len__(self):
-        return len(self.lengths)
+    return train_with_bad_data
 
+
+class Unreadable(data.TokenizedSquad):
     def __getitem__(self, i):
-        if os.environ["RANK"] == "1":
-            raise ValueError("cannot read question 7")
-        return self.data[i]
+        raise ValueError("cannot read question 7")
 
 
 @pytest.mark.parametrize(
     "raised, killed, kind, text",
     [
-        ([OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(2, "gone")], False, OSError, "No space left"),
-        ([RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory")], False, errors.TrialFailed, "CUDA out of memory"),
-        ([ValueError("no"), RuntimeError("gloo: Connection reset by peer")], False, errors.TrialFailed, "ValueError no"),
+        (
+            [OSError(errno.ENOSPC, "No space left on device"), FileNotFoundError(2, "gone")],
+            False,
+            OSError,
+            "No space left",
+        ),
+        (
+            [RuntimeError("gloo: Connection closed by peer"), torch.OutOfMemoryError("CUDA out of memory")],
+            False,
+            errors.TrialFailed,
+            "CUDA out of memory",
+        ),
+        (
+            [ValueError("no"), RuntimeError("gloo: Connection reset by peer")],
+            False,
+            errors.TrialFailed,
+            "ValueError no",
+        ),
         ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], False, ConnectionError, "a rank is lost"),
         ([RuntimeError("gloo: Connection closed by peer"), RayActorError()], True, errors.TrialFailed, "out of memory"),
-        ([torch.distributed.DistBackendError("NCCL error: unhandled system error")], False, ConnectionError, "NCCL error"),
+        (
+            [torch.distributed.DistBackendError("NCCL error: unhandled system error")],
+            False,
+            ConnectionError,
+            "NCCL error",
+        ),
         ([RuntimeError("CUDA error: an illegal memory access")], False, ConnectionError, "CUDA error"),
-        ([ConnectionError("a rank is lost"), RuntimeError("CUDA error: device-side assert triggered")], False, errors.TrialFailed, "device-side assert"),
-        ([RuntimeError("NCCL error"), RuntimeError("CUDA error: no kernel image is available")], False, RuntimeError, "no kernel image"),
+        (
+            [ConnectionError("a rank is lost"), RuntimeError("CUDA error: device-side assert triggered")],
+            False,
+            errors.TrialFailed,
+            "device-side assert",
+        ),
+        (
+            [RuntimeError("NCCL error"), RuntimeError("CUDA error: no kernel image is available")],
+            False,
+            RuntimeError,
+            "no kernel image",
+        ),
     ],
 )
 def test_what_to_make_of_errors(raised, killed, kind, text):
     """A full disk is waited for, a lost rank or a broken GPU is the node's fault, and all else the trial's, which is not tried again.
     An error of the installation comes out as it is."""
-    cause = ranks._cause(raised, killed)
+    cause = ranks.cause_of(raised, killed)
     assert type(cause) is kind and text in str(cause)
 
 
 def test_what_one_rank_alone_fails_at_is_the_trial_s_failure(tmp_path, tiny_model, tiny_squad):
     """The reason comes from that rank, and the next trial has processes of its own. NaN is what all ranks see."""
-    run = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 45)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 45)
     good = config(per_device_bs=1, rungs=(1, 4)) | {"bad": False}
     nan = config(lr=1e30, per_device_bs=1, rungs=(1, 4)) | {"bad": False}
-    results = run_ranks(tmp_path, failing_trial, run, [nan, good | {"bad": True}, good])
+    results = run_ranks(tmp_path, failing_trial, setup, [nan, good | {"bad": True}, good])
     assert "eval_loss is nan" in str(results[0].error) and results[2].error is None
     assert "TrialFailed: ValueError cannot read question 7" in str(results[1].error), results[1].error

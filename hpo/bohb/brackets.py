@@ -1,15 +1,19 @@
-"""Brackets and rungs of Hyperband."""
+"""Brackets and rungs of Hyperband. Standard library only."""
 
 import math
 from dataclasses import dataclass, field
 
 
 def rungs(max_t: int, reduction_factor: float) -> list[list[tuple[int, int]]]:
-    """The brackets of one band, most aggressive first; each a list of rungs (number of trials, budget).
+    """The brackets of one band, the one with most trials first. Each is a list of rungs (number of trials, budget).
 
-    Budgets are max_t / reduction_factor**k, rounded down, so that all brackets share them and every bracket ends at
-    max_t itself. Ray multiplies a rounded first budget instead: 3, 12, 48 for max_t 50 and reduction_factor 4.
-    Number of brackets and of trials as in Ray (Li et al., "Hyperband", JMLR 2018, with rounding to nearest).
+    Budgets are max_t / reduction_factor**k, rounded down, so all brackets share them and end at max_t. (Ray multiplies
+    a rounded first budget: 3, 12, 48 for max_t 50 and reduction_factor 4.) The numbers of brackets and trials are those
+    of Ray; Li et al., "Hyperband", JMLR 2018, with rounding to nearest.
+
+    Args:
+        max_t: the budget of a full training.
+        reduction_factor: one in so many trials is promoted.
     """
     s_max = round(math.log(max_t) / math.log(reduction_factor))
     budgets = [int(max_t / reduction_factor**k + 1e-9) for k in range(s_max + 1)]
@@ -23,7 +27,7 @@ def rungs(max_t: int, reduction_factor: float) -> list[list[tuple[int, int]]]:
 
 
 def band_size(max_t: int, reduction_factor: float) -> int:
-    """Number of trials that fill every bracket once."""
+    """The number of trials that fill each bracket of a band once."""
     return sum(bracket[0][0] for bracket in rungs(max_t, reduction_factor))
 
 
@@ -32,28 +36,33 @@ class Bracket:
     """One run of successive halving. Trials are known by their ids."""
 
     rungs: list[tuple[int, int]]  # (number of trials, budget) of each rung
-    rung: int = 0  # the one being worked on
-    added: int = 0  # trials that ever came in, failed ones included
-    members: list[str] = field(default_factory=list)  # still in the race, in the order they came
-    scores: dict[str, float] = field(default_factory=dict)  # results at this rung, higher is better
-    promoted: set[str] = field(default_factory=set)  # wait to be resumed
+    rung: int = 0  # the index of the current one
+    added: int = 0  # trials that were ever added, failed ones included
+    members: list[str] = field(default_factory=list)  # trials that can still be promoted, in the order they were added
+    scores: dict[str, float] = field(default_factory=dict)  # results at the current rung, higher is better
+    promoted: set[str] = field(default_factory=set)  # members that wait to be resumed
 
     @property
     def budget(self) -> int:
+        """The budget of the current rung."""
         return self.rungs[self.rung][1]
 
     @property
     def last_rung(self) -> bool:
+        """Whether the current rung is the last one."""
         return self.rung == len(self.rungs) - 1
 
     @property
     def full(self) -> bool:
+        """Whether the bracket has all its trials."""
         return self.added >= self.rungs[0][0]
 
     def budgets(self) -> list[int]:
+        """The budgets of all rungs."""
         return [budget for _, budget in self.rungs]
 
     def drop(self, trial_id: str) -> None:
+        """Removes a trial."""
         if trial_id in self.members:
             self.members.remove(trial_id)
         self.promoted.discard(trial_id)

@@ -1,11 +1,10 @@
-"""The scheduler: Hyperband with synchronous rungs."""
+"""The scheduler of BOHB: Hyperband with synchronous rungs."""
 
 import dataclasses
 import logging
 import math
 from typing import Any
 
-import ray.tune.schedulers
 from ray.tune.experiment import Trial
 from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import TrialScheduler
@@ -17,39 +16,77 @@ from hpo.bohb.searcher import TuneBOHB
 logger = logging.getLogger(__name__)
 
 
-class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
-    """Hyperband with synchronous rungs; pauses a trial at its rung and resumes it when its bracket is halved.
+class HyperBandForBOHB(TrialScheduler):
+    """Hyperband with synchronous rungs. Pauses a trial at its rung, and resumes it when it is promoted.
 
-    Arguments as for Ray's class. A trial's config gains the key "rungs", the budgets at which it may be paused or
-    ends: the trainable has to report a checkpoint there, and needs none elsewhere.
+    A trial's config gains the key "rungs": the budgets at which it may be paused, or ends. The trainable must report a
+    checkpoint at each of them, and needs none elsewhere.
 
-    Raises (from on_trial_result, which ends the search):
-        RuntimeError: a function trainable came to a rung without a checkpoint. It would start again from zero.
+    Args:
+        time_attr: the key of a result that has the used budget.
+        metric: to compare trials by. None: that of Tune.
+        mode: "min" or "max". None: that of Tune.
+        max_t: the largest budget.
+        reduction_factor: one in so many trials is promoted at a rung.
+        stop_last_trials: stop a trial at max_t, in place of letting it end by itself.
+
+    Raises:
+        RuntimeError: from on_trial_result, which ends the search: a function trainable has reported at its rung
+            without a checkpoint, and would start from zero when it is resumed.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._band = rungs(self._max_t_attr, self._eta)
-        self.brackets: list[Bracket] = []  # all of them, for the record
-        self._active: list[Bracket] = []  # those that still have trials: decisions look at no others
+    supports_buffered_results = False  # each result is decided on before the trial trains on
+
+    def __init__(
+        self,
+        time_attr: str = "training_iteration",
+        metric: str | None = None,
+        mode: str | None = None,
+        max_t: int = 81,
+        reduction_factor: float = 3,
+        stop_last_trials: bool = True,
+    ):
+        super().__init__()
+        self.brackets: list[Bracket] = []  # all of them
+        self.pause_all = False  # set before a planned stop: pause each trial at its next checkpoint, start none
+        self.node_fault = False  # set while a failure is handled that is not the fault of the hyperparameters
+        self._time_attr, self._reduction_factor, self._stop_last_trials = time_attr, reduction_factor, stop_last_trials
+        self._own_metric, self._own_mode = metric, mode
+        self._band = rungs(max_t, reduction_factor)
+        self._active: list[Bracket] = []  # brackets that still have trials: decisions look at no others
         self._bracket_of: dict[str, Bracket] = {}
         self._trials: dict[str, Trial] = {}  # live ones
-        self.draining = False  # set before a planned stop: pause each trial at its next checkpoint, start none
-        self.node_fault = False  # set while a failure is handled that says nothing about the hyperparameters
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec) -> bool:
+        """Takes metric and mode over from Tune. Returns False if they were given before."""
+        if self._own_metric and metric or self._own_mode and mode:
+            return False
+        self._own_metric, self._own_mode = self._own_metric or metric, self._own_mode or mode
+        return True
+
+    @property
+    def metric(self) -> str | None:
+        """Trials are compared by it."""
+        return self._own_metric
 
     def get_state(self) -> dict[str, Any]:
         """The brackets, as plain data."""
         number = {id(bracket): i for i, bracket in enumerate(self.brackets)}
         return {
-            "brackets": [dataclasses.asdict(bracket) | {"promoted": sorted(bracket.promoted)} for bracket in self.brackets],
+            "brackets": [dataclasses.asdict(b) | {"promoted": sorted(b.promoted)} for b in self.brackets],
             "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()},
         }
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
-        """Goes on from a state. Live trials come back by on_trial_add, paused but for those `waiting` for a first slot."""
+        """Goes on from a state. The live trials come back by on_trial_add.
+
+        Args:
+            state: from get_state.
+            waiting: the trials that wait for a first slot. All others come back paused.
+        """
         self.brackets = [
-            Bracket(**bracket | {"rungs": [tuple(rung) for rung in bracket["rungs"]], "promoted": set(bracket["promoted"])})
-            for bracket in state["brackets"]
+            Bracket(**b | {"rungs": [tuple(rung) for rung in b["rungs"]], "promoted": set(b["promoted"])})
+            for b in state["brackets"]
         ]
         self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
         self._active = [b for b in self.brackets if b.members or not b.full]
@@ -59,7 +96,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
                     bracket.promoted.add(trial_id)  # it was running, or about to
 
     def bracket_of(self, trial_id: str) -> Bracket | None:
-        """The bracket that a trial came into."""
+        """The bracket of a trial."""
         return self._bracket_of.get(trial_id)
 
     def in_race(self, trial_id: str) -> bool:
@@ -69,14 +106,14 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
     def on_trial_add(self, tune_controller, trial: Trial) -> None:
-        """Puts a new trial into the current bracket; a trial that comes back after a crash keeps its place."""
-        if self._metric is None or self._metric_op is None:
+        """Puts a new trial into the current bracket. A trial that comes back after a failure keeps its place."""
+        if self._own_metric is None or self._own_mode is None:
             raise ValueError("HyperBandForBOHB needs a metric and a mode, here or in tune.TuneConfig.")
         self._trials[trial.trial_id] = trial
         if trial.trial_id in self._bracket_of:
             return
         if not self.brackets or self.brackets[-1].full:
-            # the next bracket of the band, largest first; after the last the next band begins
+            # The next bracket of the band, the one with most trials first. After the last, the next band begins.
             self.brackets.append(Bracket(list(self._band[len(self.brackets) % len(self._band)])))
             self._active.append(self.brackets[-1])
         bracket = self._bracket_of[trial.trial_id] = self.brackets[-1]
@@ -85,16 +122,18 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         trial.config = {**(trial.config or {}), "rungs": bracket.budgets()}
 
     def on_trial_result(self, tune_controller, trial: Trial, result: dict) -> str:
-        """CONTINUE below the rung; at the rung the result goes to the model, whatever is decided then.
+        """CONTINUE below the rung. At the rung the model gets the result, whatever is decided then.
 
-        A result with the key "failed" is the end of a trial that cannot go on, and a bad result at its next rung.
+        A result with the key "failed" ends a trial that cannot go on, and counts as bad at its next rung.
         """
         if self._time_attr not in result:
             logger.warning("Trial %s: a report without %r decides nothing.", trial.trial_id, self._time_attr)
             return TrialScheduler.CONTINUE
         decision = self._decide(tune_controller, trial, result)
         can_pause = SHOULD_CHECKPOINT in result and trial.trial_id in self._trials
-        return TrialScheduler.PAUSE if self.draining and can_pause and decision == TrialScheduler.CONTINUE else decision
+        return (
+            TrialScheduler.PAUSE if self.pause_all and can_pause and decision == TrialScheduler.CONTINUE else decision
+        )
 
     def _decide(self, tune_controller, trial: Trial, result: dict) -> str:
         bracket = self._bracket_of[trial.trial_id]
@@ -102,30 +141,32 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         if "failed" in result:
             self._fail(tune_controller, trial.trial_id)
             return TrialScheduler.STOP
-        if trial.trial_id not in bracket.members:  # is past its last rung
+        if trial.trial_id not in bracket.members:  # it is past its last rung
             return TrialScheduler.STOP if self._stop_last_trials else TrialScheduler.CONTINUE
         if result[self._time_attr] < bracket.budget:
             return TrialScheduler.CONTINUE
-        self._record(tune_controller, trial.trial_id, self._metric_op * float(result.get(self._metric, math.nan)))
+        sign = 1 if self._own_mode == "max" else -1
+        self._record(tune_controller, trial.trial_id, sign * float(result.get(self._own_metric, math.nan)))
         if bracket.last_rung:
             self._leave(trial.trial_id)
             return TrialScheduler.STOP if self._stop_last_trials else TrialScheduler.CONTINUE
         if SHOULD_CHECKPOINT not in result and issubclass(trial.get_trainable_cls() or object, FunctionTrainable):
+            where = f"{self._time_attr} {bracket.budget}"
             raise RuntimeError(
-                f"Trial {trial.trial_id} came to its rung at {self._time_attr} {bracket.budget} without a checkpoint: when "
-                "resumed it would start again from zero. Report a checkpoint at each of config['rungs']."
+                f"Trial {trial.trial_id} came to its rung at {where} without a checkpoint: when resumed it would start "
+                "again from zero. Report a checkpoint at each of config['rungs']."
             )
-        self._halve_if_through(tune_controller, bracket, current=trial.trial_id)
+        self._promote_if_complete(tune_controller, bracket, current=trial.trial_id)
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
-            return TrialScheduler.CONTINUE  # was promoted on the spot: no need to leave its slot
+            return TrialScheduler.CONTINUE  # it was promoted at once and keeps its slot
         if trial.trial_id in bracket.members:
             self._searcher(tune_controller).on_pause(trial.trial_id)
             return TrialScheduler.PAUSE
         return TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller, trial: Trial) -> None:
-        """A crashed trial is a bad result at its rung, unless Tune is about to start it again or a node was at fault."""
-        if trial.status == Trial.ERROR:  # set before this call only when the trial is to be retried
+        """A failed trial is a bad result at its rung, unless Tune starts it again or its node was at fault."""
+        if trial.status == Trial.ERROR:  # Tune has set it before this call only if it starts the trial again
             return
         if self.node_fault:
             self._leave(trial.trial_id)
@@ -139,24 +180,24 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         self._leave(trial_id)
 
     def on_trial_complete(self, tune_controller, trial: Trial, result: dict) -> None:
-        """A trial that ended by itself leaves its bracket; what it did not earn is not made up."""
+        """A trial that has ended by itself leaves its bracket."""
         self._leave(trial.trial_id)
 
     def on_trial_remove(self, tune_controller, trial: Trial) -> None:
-        """A trial that was stopped while pending or paused leaves its bracket."""
+        """A trial that was stopped while it was pending or paused leaves its bracket."""
         self._leave(trial.trial_id)
 
     def choose_trial_to_run(self, tune_controller) -> Trial | None:
-        """A promoted trial, oldest bracket first, else a new one; none beyond max_concurrent."""
-        if self.draining:
+        """A promoted trial of the oldest bracket, else a new trial. None beyond the searcher's max_concurrent."""
+        if self.pause_all:
             return None
         searcher = self._searcher(tune_controller)
         for bracket in list(self._active):
-            self._halve_if_through(tune_controller, bracket)
+            self._promote_if_complete(tune_controller, bracket)
         self._active = [b for b in self._active if b.members or (b is self.brackets[-1] and not b.full)]
-        limit = searcher._max_concurrent if searcher._max_concurrent > 0 else math.inf
-        promoted = [(b, t) for b in self._active if b.promoted for t in b.members if t in b.promoted and t in self._trials]
-        promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # first those that ran when a state was saved
+        limit = searcher.max_concurrent if searcher.max_concurrent > 0 else math.inf
+        promoted = [(b, t) for b in self._active for t in b.members if t in b.promoted and t in self._trials]
+        promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # first those that ran when the state was saved
         for bracket, trial_id in promoted:
             room = len(searcher.running) < limit or trial_id in searcher.running
             if room and self._trials[trial_id].status == Trial.PAUSED:
@@ -170,15 +211,10 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         return None
 
     def debug_string(self) -> str:
-        """One line a live bracket."""
+        """One line for each active bracket."""
         return "\n".join(
-            f"bracket {b.rungs}: at {b.budget}, {len(b.members)} in the race, {len(b.scores)} through"
-            for b in self._active
+            f"bracket {b.rungs}: at {b.budget}, {len(b.members)} trials, {len(b.scores)} results" for b in self._active
         )
-
-    def state(self) -> dict[str, int]:
-        """Counts, as Ray's."""
-        return {"num_brackets": len(self.brackets), "num_live": len(self._trials)}
 
     # -- how it decides -----------------------------------------------------------------------------------------------
 
@@ -192,7 +228,7 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         return searcher
 
     def _record(self, tune_controller, trial_id: str, score: float) -> None:
-        """Keeps a score (higher is better) at the current rung and tells the model; a second report changes nothing."""
+        """Keeps a score (higher is better) at the current rung, and tells the model. A second one changes nothing."""
         bracket = self._bracket_of[trial_id]
         if trial_id in bracket.scores:
             return
@@ -204,21 +240,21 @@ class HyperBandForBOHB(ray.tune.schedulers.HyperBandForBOHB):
         self._bracket_of[trial_id].drop(trial_id)
         self._trials.pop(trial_id, None)
 
-    def _halve_if_through(self, tune_controller, bracket: Bracket, current: str | None = None) -> None:
-        """Once every trial of a rung is through: promotes the best, stops the rest.
+    def _promote_if_complete(self, tune_controller, bracket: Bracket, current: str | None = None) -> None:
+        """Once all trials of a rung have a result: promotes the best, stops the others.
 
-        A rung waits for nothing but its own trials: the ones lost count as through, and a bracket that will get no
-        more trials shrinks to what it has. `current` is the trial whose report is being answered: its fate is the
-        answer, so it is neither stopped nor marked for resumption here.
+        A rung waits only for its own trials. Lost trials do not count, and a bracket that gets no more trials shrinks
+        to those that it has. `current` is the trial whose report is being answered: its fate is the answer, so it is
+        neither stopped nor marked for resumption here.
         """
         if not bracket.full and not tune_controller.search_alg.is_finished():
             return
         if bracket.last_rung or not bracket.members or any(t not in bracket.scores for t in bracket.members):
             return
-        if any(t not in self._trials for t in bracket.members):  # after a restart, before all have come back
+        if any(t not in self._trials for t in bracket.members):  # after a resume, before all have come back
             return
-        next_size = math.ceil(bracket.added / self._eta ** (bracket.rung + 1) - 1e-9)
-        ranked = sorted(bracket.members, key=lambda t: -bracket.scores[t])  # stable: ties go to the older trial
+        next_size = math.ceil(bracket.added / self._reduction_factor ** (bracket.rung + 1) - 1e-9)
+        ranked = sorted(bracket.members, key=lambda t: -bracket.scores[t])  # of equal ones the older trial comes first
         good = [t for t in ranked if bracket.scores[t] > -math.inf][:next_size]
         bad = [t for t in bracket.members if t not in good]
         bracket.rung += 1

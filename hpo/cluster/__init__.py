@@ -1,1 +1,1 @@
-"""Ray and Slurm: starting, watching, saving and going on."""
+"""Ray and Slurm: starting a search, watching it, saving it and resuming it."""

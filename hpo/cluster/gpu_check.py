@@ -1,8 +1,8 @@
-"""Whether the GPUs that this process may use are there and compute.
+"""Whether the GPUs of this process are there and compute.
 
     python -m hpo.cluster.gpu_check     # prints the GPUs, exit code 0; or one line on what is wrong, exit code 1
 
-worker_node.slurm runs it before it joins: a GPU that cannot compute would take one trial after the other.
+worker_node.slurm runs it before the node joins. A GPU that cannot compute would fail one trial after another.
 """
 
 import socket
@@ -10,11 +10,14 @@ import sys
 
 from hpo import errors
 
-SIZE = 128  # of the matrices: sums of so many products of numbers from -3 to 3 are exact in fp16
+SIZE = 128  # of the matrices: a sum of 128 products of numbers from -3 to 3 is exact in fp16
 
 
 def visible(precision: str = "fp16") -> None:
-    """Raises RuntimeError where torch sees no GPU, with CUDA's reason, or the GPU lacks a precision. It is quick: each trial on a GPU calls it."""
+    """Raises RuntimeError, with CUDA's reason, if torch sees no GPU, or if the GPU has no such precision.
+
+    It is quick: each trial on a GPU calls it.
+    """
     import torch
 
     if torch.cuda.is_available():  # else it does not say why
@@ -26,11 +29,12 @@ def visible(precision: str = "fp16") -> None:
         reason = "CUDA gives no reason"
     except Exception as error:  # AssertionError where torch is one for the CPU
         reason = errors.one_line(error)
-    raise RuntimeError(f"CUDA error: a GPU of {socket.gethostname()} was given to this process, and CUDA sees none: {reason}")
+    node = socket.gethostname()
+    raise RuntimeError(f"CUDA error: a GPU of {node} was given to this process, and CUDA sees none: {reason}")
 
 
 def check() -> str:
-    """Multiplies two matrices in fp16 on each GPU. Returns the names of the GPUs; raises RuntimeError where one cannot do it."""
+    """Multiplies two matrices in fp16 on each GPU. Returns the names of the GPUs; raises RuntimeError if one fails."""
     visible()
     import torch
 
@@ -43,6 +47,7 @@ def check() -> str:
 
 
 def main() -> int:
+    """The command: prints one line and returns the exit code."""
     try:
         print(check())
     except Exception as error:

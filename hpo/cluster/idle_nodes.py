@@ -1,4 +1,4 @@
-"""Gives back nodes that are idle at the end of a search."""
+"""Gives worker jobs back to Slurm at the end of a search, when fewer trials than slots are left."""
 
 import time
 from pathlib import Path
@@ -7,60 +7,65 @@ import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from hpo.results.slot_time import Bill, slots_of
+from hpo.cluster.watchdogs import worker_jobs
+from hpo.results.slot_time import SlotTime, slots_of
 
 
-class IdleRelease(Callback):
-    """At the end of a search, when trials are fewer than slots for good, gives back worker jobs whose node has been idle a while.
+class IdleNodeRelease(Callback):
+    """Ends worker jobs whose node has been idle for a while, once all trials were suggested.
 
-    Asks the worker by a file in the folder where it meets the head. A node that runs a trial stays, and so do as many slots as there
-    are trials that have not ended, paused ones included.
+    Asks a worker by a file in the rendezvous folder. A node that runs a trial stays. As many slots stay as there are
+    trials that have not ended, paused ones included.
 
     Args:
-        bill: hears of what was given back; its record and resources are used.
-        minutes: how long a node has to be idle; 0: nothing is given back.
-        folder: where the workers look, None without Slurm.
+        slot_time: is told of what was given back; its log and resources are used.
+        minutes: how long a node must be idle; 0: nothing is given back.
+        folder: the rendezvous folder of head and workers; None where workers are not jobs of their own.
     """
 
-    EVERY = 5.0  # seconds
+    EVERY = 5.0  # seconds between two looks
 
-    def __init__(self, bill: Bill, minutes: float, folder: Path | None):
-        self.bill, self.minutes, self.folder = bill, minutes, folder
-        self.idle_since: dict[str, float] = {}  # job: time
-        self.given_back: dict[str, int] = {}  # job: slots
-        self.where: dict[str, str | None] = {}  # address of each trial's node, None while it has not reported since its last start
+    def __init__(self, slot_time: SlotTime, minutes: float, folder: Path | None):
+        self.slot_time, self.minutes, self.folder = slot_time, minutes, folder
+        self.idle_since: dict[str, float] = {}  # by job
+        self.given_back: dict[str, int] = {}  # slots, by job
+        self.node_of: dict[str, str | None] = {}  # by trial: the node's address; None until it reports after a start
         self.looked_at = time.time()
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self.where[trial.trial_id] = None
+        """Forgets where the trial was."""
+        self.node_of[trial.trial_id] = None
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
-        self.where[trial.trial_id] = result["node_ip"]
+        """Notes where the trial is."""
+        self.node_of[trial.trial_id] = result["node_ip"]
 
     def on_step_end(self, iteration, trials, **info):
+        """Looks for idle nodes."""
         since = time.time() - self.looked_at
         if not self.minutes or self.folder is None or since < self.EVERY:
             return
         self.looked_at = time.time()
-        self.bill.spent["given back"] += since * sum(self.given_back.values())
+        self.slot_time.spent["given back"] += since * sum(self.given_back.values())
         live = [trial for trial in trials if not trial.is_finished()]
         starting = any(trial.status == Trial.PENDING for trial in live)
-        busy = {self.where[trial.trial_id] for trial in live if trial.status == Trial.RUNNING}
-        if len(self.bill.record.trials) < self.bill.record.num_samples or starting or None in busy:
+        busy = {self.node_of[trial.trial_id] for trial in live if trial.status == Trial.RUNNING}
+        if len(self.slot_time.log.trials) < self.slot_time.log.num_samples or starting or None in busy:
             self.idle_since.clear()
             return
-        nodes = {}  # job: (address, slots)
+        jobs = {address: job for address, job in worker_jobs().items() if job not in self.given_back}
+        slots = {}
         for node in ray.nodes():
-            job = next((name.removeprefix("slurm_job_") for name in node["Resources"] if name.startswith("slurm_job_")), None)
-            if node["Alive"] and job and job not in self.given_back:
-                nodes[job] = node["NodeManagerAddress"], slots_of(node["Resources"], self.bill.resources)
-        for job, (address, slots) in sorted(nodes.items()):
+            if node["Alive"] and node["NodeManagerAddress"] in jobs:
+                slots[node["NodeManagerAddress"]] = slots_of(node["Resources"], self.slot_time.resources)
+        for address, job in sorted(jobs.items(), key=lambda pair: pair[1]):
             if address in busy:
                 self.idle_since.pop(job, None)
                 continue
             idle = self.looked_at - self.idle_since.setdefault(job, self.looked_at)
-            rest = sum(n for other, (_, n) in nodes.items() if other != job and other not in self.given_back)
+            rest = sum(n for other, n in slots.items() if other != address and jobs[other] not in self.given_back)
             if idle >= 60 * self.minutes and rest >= len(live):
                 (self.folder / f"release-{job}").touch()
-                self.given_back[job] = slots
-                print(f"worker job {job} is given back: {len(live)} trials are left, and {rest} slots without it", flush=True)
+                self.given_back[job] = slots[address]
+                left = f"{len(live)} trials are left, and {rest} slots without it"
+                print(f"worker job {job} is given back: {left}", flush=True)

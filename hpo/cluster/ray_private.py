@@ -1,10 +1,20 @@
-"""Every use of a private name of Ray."""
+"""Every use of a private name of Ray, in one file. Tested with the Ray in TESTED_WITH; another Ray may differ.
 
+Three parts of Ray Tune are replaced when this module is imported. Each has its reason and its tests:
+
+- StorageContext.persist_current_checkpoint copies a checkpoint; here it is renamed. Tested in tests/test_trial.py.
+- TuneController ends the search, or loses a trial, in some cases in which a worker process is lost, and it does not
+  keep enough worker processes. Tested in tests/test_trial.py, tests/test_faults.py; measured in bench/turnaround.py.
+- SearchGenerator cannot hand out trials of an earlier search. Tested in tests/test_run.py, tests/test_faults.py.
+
+docs/ray-bugs.md describes the faults for Ray's developers.
+"""
+
+import copy
 import math
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -14,32 +24,29 @@ import ray._private.state
 import ray.train._internal.storage
 import ray.tune.execution.tune_controller
 import ray.tune.tune
-from ray import tune
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
+from ray.train._internal.session import _TrainingResult
 from ray.tune import Checkpoint
 from ray.tune.experiment import Trial
+from ray.tune.experiment.config_parser import _create_trial_from_spec
+from ray.tune.search import SearchGenerator
+from ray.tune.utils import flatten_dict, merge_dicts
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from hpo import errors
 from hpo.files import sync
 
+TESTED_WITH = "2.60.0"
 
-def saving_folder() -> tempfile.TemporaryDirectory:
-    """Where a running trial writes its checkpoints: beside those that it has reported, so that they become one of them by a change of name.
-
-    What an earlier process of the trial was writing when it was lost goes.
-    """
-    folder = Path(tune.get_context().get_storage().trial_fs_path)
-    folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob("saving-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix="saving-", dir=folder, ignore_cleanup_errors=True)
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
 
 
 def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
-    """Instead of Tune's own, which copies: written once, and there as a whole or not at all."""
+    """Renames a checkpoint, where Tune's own method copies it. It is written once, and is never seen incomplete."""
     self._check_validation_file()
-    shutil.rmtree(self.checkpoint_fs_path, ignore_errors=True)  # of a process that was lost before Tune had heard of it
+    # The folder can only be left of a process that was lost before Tune knew of its checkpoint.
+    shutil.rmtree(self.checkpoint_fs_path, ignore_errors=True)
     os.rename(checkpoint.path, self.checkpoint_fs_path)
     sync(Path(self.checkpoint_fs_path).parent)
     return Checkpoint(self.checkpoint_fs_path, self.storage_filesystem)
@@ -47,48 +54,122 @@ def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
 
 ray.train._internal.storage.StorageContext.persist_current_checkpoint = persist_current_checkpoint
 
+# ---------------------------------------------------------------------------------------------------------------------
+# trials of an earlier search
+
+
+class ResumableSearch(SearchGenerator):
+    """Tune's SearchGenerator, which first hands out the live trials of an earlier search.
+
+    Tune's own restore knows neither the scheduler's brackets nor the losers of a rung, and hangs (ray#39900). Here
+    Tune starts anew. It gets each live trial with its id, hyperparameters and last checkpoint. A trial that was
+    running or paused is handed out as paused, and the scheduler resumes it. A trial that waited for a slot waits
+    again, so no suggestion is drawn earlier than it would have been.
+
+    Args:
+        searcher: with its state restored.
+        run_dir: the run folder; it may have been moved.
+        live: the live trials, oldest first, each {"trial_id", "config", "status", "checkpoint" (path in run_dir, or
+            None), "training_iteration"}.
+        created: the number of trials that the earlier search had created.
+    """
+
+    def __init__(self, searcher, run_dir: Path, live: list[dict] = (), created: int = 0):
+        super().__init__(searcher)
+        self.run_dir = run_dir
+        # Tune takes only one trial at a time that waits for a slot: the others first.
+        self.live = sorted(live, key=lambda trial: trial["status"] == Trial.PENDING)
+        self.pause_all = False  # set before a planned stop: no new trials
+        self._counter = created
+
+    def is_finished(self) -> bool:
+        """Whether all trials were handed out."""
+        return not self.live and super().is_finished()
+
+    def next_trial(self) -> Trial | None:
+        """The next trial; None where there is none now."""
+        if self.live:
+            return self._recreate(**self.live.pop(0))
+        return None if self.pause_all else super().next_trial()
+
+    def _recreate(
+        self, trial_id: str, config: dict, status: str, checkpoint: str | None, training_iteration: int
+    ) -> Trial:
+        spec = copy.deepcopy(self._experiment.spec)
+        spec["config"] = merge_dicts(spec["config"], config)
+        params = flatten_dict(config)
+        trial = _create_trial_from_spec(
+            spec, self._parser, evaluated_params=params, experiment_tag=trial_id, trial_id=trial_id
+        )
+        trial.init_local_path()  # the scheduler may stop it before it is ever started here
+        if checkpoint and not (self.run_dir / checkpoint).exists():
+            print(f"trial {trial_id} starts from zero: {self.run_dir / checkpoint} is missing", flush=True)
+        elif checkpoint:
+            metrics = {"training_iteration": training_iteration}
+            trial.on_checkpoint(_TrainingResult(Checkpoint(self.run_dir / checkpoint), metrics))
+            trial.storage.current_checkpoint_index = int(checkpoint.rsplit("_", 1)[1])
+            trial.run_metadata.last_result = {**metrics, "config": trial.config}
+        trial.set_status(Trial.PENDING if status == Trial.PENDING else Trial.PAUSED)
+        return trial
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# worker processes
+
 
 class NodeOutOfMemory(RayActorError):
-    """Ray or the kernel has ended a process because its node, or the job's part of it, ran out of memory."""
+    """Ray or the kernel has killed a process, because its node or job ran out of memory."""
 
 
 class TuneController(ray.tune.execution.tune_controller.TuneController):
-    """Tune's own, corrected where a process is lost, and with each slot's process kept. docs/upstream.md has this for Ray.
+    """Tune's controller, with three differences.
 
-    Tune's own ends the search when Ray ends a process for its memory, and retries one that the kernel has killed for it; here such a
-    trial has failed, and is not tried again, as it would need as much again. A trial whose node has failed it too often has failed
-    too, but the scheduler does not hear of it as a bad result. A process that is lost, or fails, while it changes over to its next trial costs that trial all its
-    retries with Tune's own, or it is never started; here the trial is started again in another process.
+    Lost processes. When Ray kills a process for its memory, Tune ends the search; when the kernel does, Tune retries
+    the trial. Here the trial has failed: with the same hyperparameters it would need as much again. When a process is
+    lost or fails while it changes to its next trial, Tune charges that trial with all its retries, or never starts
+    it. Here the trial is started again in another process. When a node has failed a trial too often, the trial fails
+    but the scheduler does not count it as a bad result.
 
-    Tune's own starts one process after the other, and as soon as a warm one is free, which takes the trial over, ends the one that is
-    starting: with rungs shorter than that start, slots stay empty. And while trials wait for the others of their rung it ends all idle
-    processes but one, so that those that are promoted start in fresh ones. Here processes start side by side, as many as there are slots,
-    and each stays as long as a trial may need it.
+    Starting processes. Tune starts one process after another. When a warm process becomes free, it takes over the
+    trial whose process is starting, and that process is ended. Where rungs are shorter than a start, slots stay
+    empty. Here processes start side by side, one for each slot.
+
+    Keeping processes. While trials wait at their rung, Tune ends all idle processes but one, and promoted trials
+    start in new ones. Here a process stays as long as a trial may need it.
     """
 
     START = 120.0  # seconds that a process may take to start before a warm one takes its trial over
-    HANGS = 1200.0  # and before it is ended, and the trial started again in another
+    HANGS = 1200.0  # seconds until a process that starts is ended, and its trial is started in another one
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        task_failed = self._actor_manager._actor_task_failed
-        self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, when it was first seen: control groups may be older than a search
-        self._told_of: Counter = Counter()  # kills since then, by node
+        self._oom_kills: dict[str, ray.ObjectRef] = {}  # of each node when it was first seen: control groups may be old
+        self._oom_kills_known: Counter = Counter()  # kills since then that were assigned to a lost process, by node
         self._looked_at = 0.0
+        self._start_seen: dict[int, float] = {}  # when each process began to start, by the hash of its actor
         self._actor_cache._max_num_objects = defaultdict(lambda: math.inf)  # _cleanup_cached_actors has the limit
+        task_failed = self._actor_manager._actor_task_failed
 
         def _actor_task_failed(tracked_actor_task, exception: Exception) -> None:
-            if isinstance(exception, OutOfMemoryError):
-                exception = NodeOutOfMemory(error_msg=f"out of memory: {str(exception).splitlines()[0]}")
-            elif isinstance(exception, RayActorError):
-                found = re.search(r"^\s*ip: (\S+)$", str(exception), re.MULTILINE)
-                if found and self._killed_for_memory(found.group(1)):
-                    exception = NodeOutOfMemory(error_msg="out of memory: the kernel has killed its process at the memory limit of job or node")
-            task_failed(tracked_actor_task, exception)
+            task_failed(tracked_actor_task, self._with_cause(exception))
 
         self._actor_manager._actor_task_failed = _actor_task_failed
 
+    # -- lost processes -----------------------------------------------------------------------------------------------
+
+    def _with_cause(self, exception: Exception) -> Exception:
+        """NodeOutOfMemory where a process was killed for its memory, else the exception itself."""
+        if isinstance(exception, OutOfMemoryError):
+            return NodeOutOfMemory(error_msg=f"out of memory: {str(exception).splitlines()[0]}")
+        if isinstance(exception, RayActorError):
+            address = re.search(r"^\s*ip: (\S+)$", str(exception), re.MULTILINE)
+            if address and self._killed_for_memory(address.group(1)):
+                text = "out of memory: the kernel has killed its process at the memory limit of job or node"
+                return NodeOutOfMemory(error_msg=text)
+        return exception
+
     def step(self) -> None:
+        """Does one step of the search; looks every 5 s for new nodes and for processes that do not start."""
         since = time.time() - self._looked_at
         if since > 5:
             self._looked_at = time.time()
@@ -98,30 +179,103 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             for trial in self._pending_trials:
                 if not self._has_slot(trial) or trial in self._resetting_trials:
                     continue
-                if since > 15:  # the search itself stood still: what has come up since then it has not heard yet
-                    vars(self._trial_to_actor[trial]).pop("starting_since", None)
-                elif self._starting_for(trial) > self.HANGS:
-                    print(f"trial {trial.trial_id}: its process has not started for {self.HANGS:.0f} s and is ended", flush=True)
-                    ray.kill(self._actor_manager._live_actors_to_ray_actors_resources[self._trial_to_actor[trial]][0])
+                if since > 15:  # the search itself stood still, so it does not know yet what has started meanwhile
+                    self._start_seen.pop(hash(self._trial_to_actor[trial]), None)
+                elif self._seconds_starting(trial) > self.HANGS:
+                    print(
+                        f"trial {trial.trial_id}: its process has not started for {self.HANGS:.0f} s and is ended",
+                        flush=True,
+                    )
+                    ray.kill(self._ray_actor(self._trial_to_actor[trial]))
         super().step()
+
+    def _ray_actor(self, tracked_actor):
+        ray_actor, _ = self._actor_manager._live_actors_to_ray_actors_resources[tracked_actor]
+        return ray_actor
 
     @staticmethod
     def _ask_for_oom_kills(node: str) -> ray.ObjectRef:
         here = NodeAffinitySchedulingStrategy(node, soft=False)
-        return ray.remote(errors.oom_kills).options(num_cpus=0, max_retries=0, scheduling_strategy=here).remote()
+        task = ray.remote(errors.oom_kills).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        return task.remote()
 
     def _killed_for_memory(self, address: str) -> bool:
-        """Whether the kernel has killed more processes on a lost process's node than are accounted for; asks the node, at most 20 s."""
-        node = next((n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address), None)
+        """Whether the kernel has killed a process on a node that no lost process explains yet. Waits at most 20 s."""
+        alive = (n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address)
+        node = next(alive, None)
         if node not in self._oom_kills:
             return False
         try:
             before, now = ray.get([self._oom_kills[node], self._ask_for_oom_kills(node)], timeout=20)
-        except RayError:  # the node is on its way out too
+        except RayError:  # the node is being lost too
             return False
-        more = now - before > self._told_of[node]
-        self._told_of[node] += more
+        more = now - before > self._oom_kills_known[node]
+        self._oom_kills_known[node] += more
         return more
+
+    def _actor_failed(self, tracked_actor, exception: Exception) -> None:
+        self._resetting_trials.discard(self._actor_to_trial.get(tracked_actor))
+        super()._actor_failed(tracked_actor, exception)
+
+    def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
+        if trial.status == Trial.PENDING and trial in self._trial_to_actor:  # it failed while it changed to this trial
+            self._resetting_trials.discard(trial)
+            self._unstage_trial_with_resources(trial)
+            self._set_trial_status(trial, Trial.RUNNING)
+        if trial.status == Trial.RUNNING:  # otherwise _actor_failed has dealt with it
+            super()._trial_task_failure(trial, exception)
+
+    def _on_trial_reset(self, trial: Trial, success: bool) -> None:
+        if success:
+            super()._on_trial_reset(trial, success)
+        else:
+            text = "the worker process did not finish resetting from its previous trial"
+            self._trial_task_failure(trial, RuntimeError(text))
+
+    def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
+        # Most failures of the trial itself are reported as results, see trial.py. What comes here is the node's,
+        # but for these two.
+        of_trial = isinstance(exception, (NodeOutOfMemory, errors.TrialFailed))
+        if of_trial:
+            trial.max_failures = 0
+        self._scheduler_alg.node_fault = not of_trial
+        super()._process_trial_failure(trial, exception)
+        self._scheduler_alg.node_fault = False
+
+    # -- starting processes -------------------------------------------------------------------------------------------
+
+    def _has_slot(self, trial: Trial) -> bool:
+        return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
+
+    def _is_starting(self, trial: Trial) -> bool:
+        """Whether a process is starting for a trial in a slot. False where it takes too long, or is one too many."""
+        if not self._has_slot(trial) or trial in self._resetting_trials:
+            return False
+        at_a_time = getattr(getattr(self._search_alg, "searcher", None), "max_concurrent", 0)
+        if 0 < at_a_time < self._actor_manager.num_live_actors:
+            return False
+        return self._seconds_starting(trial) < self.START
+
+    def _seconds_starting(self, trial: Trial) -> float:
+        return time.time() - self._start_seen.setdefault(hash(self._trial_to_actor[trial]), time.time())
+
+    def _maybe_update_trial_queue(self) -> None:
+        # One trial waits for a slot, so that none is suggested long before it starts. Trials that have a slot, where
+        # their process starts, do not count.
+        none_waits = all(self._has_slot(trial) for trial in self._pending_trials)
+        self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
+        super()._maybe_update_trial_queue()
+        # Elsewhere the number says how many trials may ask for a slot at a time: the scheduler chooses first.
+        self.update_max_pending_trials(1)
+
+    def _maybe_add_actors(self) -> None:
+        if getattr(self._scheduler_alg, "pause_all", False):
+            return
+        super()._maybe_add_actors()
+        for trial in self._pending_trials & self._staged_trials:  # Tune has tried to start these
+            self._maybe_reuse_cached_actor(trial)
+
+    # -- keeping processes --------------------------------------------------------------------------------------------
 
     def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
         if not self._reuse_actors:
@@ -138,50 +292,20 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     def _cleanup_cached_actors(self, force_all: bool = False) -> None:
         waiting = len(self._paused_trials) + len(self._pending_trials)
         while self._search_alg.is_finished() and self._actor_cache.num_cached_objects > waiting:
-            self._end_warm_process(self._trials[0].placement_group_factory)  # all trials ask for the same resources
+            self._end_warm_process(self._trials[0].placement_group_factory)  # all trials need the same resources
         super()._cleanup_cached_actors(force_all)
-
-    def _has_slot(self, trial: Trial) -> bool:
-        return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
-
-    def _is_starting(self, trial: Trial) -> bool:
-        """Whether a process of its own is starting in a slot; not one that takes long, on a sick node perhaps, or is one too many."""
-        if not self._has_slot(trial) or trial in self._resetting_trials:
-            return False
-        at_a_time = getattr(getattr(self._search_alg, "searcher", None), "_max_concurrent", 0)
-        if 0 < at_a_time < self._actor_manager.num_live_actors:
-            return False
-        return self._starting_for(trial) < self.START
-
-    def _starting_for(self, trial: Trial) -> float:
-        """Seconds since the process of a trial was first seen to start."""
-        return time.time() - vars(self._trial_to_actor[trial]).setdefault("starting_since", time.time())
-
-    def _maybe_update_trial_queue(self) -> None:
-        # One trial waits for a slot, so that none is suggested long before it starts; those that have one, where their process starts, do not count.
-        none_waits = all(self._has_slot(trial) for trial in self._pending_trials)
-        self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
-        super()._maybe_update_trial_queue()
-        self.update_max_pending_trials(1)  # elsewhere it says how many may ask for a slot at a time: the scheduler's choice comes first
-
-    def _maybe_add_actors(self) -> None:
-        if getattr(self._scheduler_alg, "draining", False):
-            return
-        super()._maybe_add_actors()
-        for trial in self._pending_trials & self._staged_trials:  # where Tune has tried one that is starting
-            self._maybe_reuse_cached_actor(trial)
 
     def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         if self._is_starting(trial):
             return False
         bundles = trial.placement_group_factory
         while trial not in self._resetting_trials and self._actor_cache.has_cached_object(bundles):
-            ray_actor, _ = self._actor_manager._live_actors_to_ray_actors_resources[self._actor_cache._cached_objects[bundles][0]]
+            ray_actor = self._ray_actor(self._actor_cache._cached_objects[bundles][0])
             process = ray._private.state.actors(ray_actor._actor_id.hex())
             if process.get("State") == "ALIVE":
                 break
-            # Lost while it was idle, with its node perhaps: of that nobody tells Tune.
-            self._killed_for_memory(process.get("Address", {}).get("IPAddress"))  # counts it, if so
+            # It was lost while it was idle, and Tune is not told.
+            self._killed_for_memory(process.get("Address", {}).get("IPAddress"))  # counts the kill, if it was one
             self._end_warm_process(bundles)
         return super()._maybe_reuse_cached_actor(trial)
 
@@ -191,31 +315,5 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         actor.set_on_error(None)
         self._remove_actor(tracked_actor=actor)
 
-    def _actor_failed(self, tracked_actor, exception: Exception) -> None:
-        self._resetting_trials.discard(self._actor_to_trial.get(tracked_actor))
-        super()._actor_failed(tracked_actor, exception)
 
-    def _trial_task_failure(self, trial: Trial, exception: Exception) -> None:
-        if trial.status == Trial.PENDING and trial in self._trial_to_actor:  # as _actor_failed, where the process is still there
-            self._resetting_trials.discard(trial)
-            self._unstage_trial_with_resources(trial)
-            self._set_trial_status(trial, Trial.RUNNING)
-        if trial.status == Trial.RUNNING:  # else _actor_failed has dealt with it
-            super()._trial_task_failure(trial, exception)
-
-    def _on_trial_reset(self, trial: Trial, success: bool) -> None:
-        if success:
-            super()._on_trial_reset(trial, success)
-        else:
-            self._trial_task_failure(trial, RuntimeError("its process did not let go of the trial before it"))
-
-    def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
-        its_own = isinstance(exception, (NodeOutOfMemory, errors.TrialFailed))  # else the node's: most of what is its own the train function reports
-        if its_own:
-            trial.max_failures = 0
-        self._scheduler_alg.node_fault = not its_own
-        super()._process_trial_failure(trial, exception)
-        self._scheduler_alg.node_fault = False
-
-
-ray.tune.tune.TuneController = TuneController  # what Tuner.fit() makes
+ray.tune.tune.TuneController = TuneController  # Tuner.fit() makes it

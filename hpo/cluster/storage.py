@@ -8,9 +8,15 @@ from pathlib import Path
 
 
 def wait_for_storage(run_dir: Path, needed: int, patience: float) -> bool:
-    """Waits until the file system of a run takes files again and has room for what the run still lacks of `needed` bytes.
+    """Waits until the file system of a run takes files again, and has room for what the run still needs.
 
-    Returns whether it has come to that within `patience` seconds.
+    Args:
+        run_dir: the run folder.
+        needed: bytes of the whole run at its peak.
+        patience: seconds.
+
+    Returns:
+        Whether it happened in time.
     """
     deadline = time.time() + patience
     while time.time() < deadline:

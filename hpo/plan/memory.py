@@ -167,10 +167,10 @@ def passes(
 def generate(model, batch: dict, max_new_tokens: int) -> None:
     """The first step of evaluation.predict and the second, whose cache has as many tokens as the last one's: the prompts are taken as the longest."""
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **evaluation._positions(model, mask))
+    output = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1, **evaluation.position_ids(model, mask))
     if max_new_tokens > 1:
         cache, mask = output.past_key_values, torch.nn.functional.pad(mask, (0, 1), value=1)
-        positions = {name: ids[:, -1:] + 1 for name, ids in evaluation._positions(model, mask).items()}
+        positions = {name: ids[:, -1:] + 1 for name, ids in evaluation.position_ids(model, mask).items()}
         model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions)
 
 
@@ -189,7 +189,7 @@ def forecast(
 
     Args:
         model_folder: with config.json; the weights are not read.
-        ds_config: the DeepSpeed configuration, see checks.read_ds_config.
+        ds_config: the DeepSpeed configuration, see hpo/checks.py.
         precision: "fp16", "bf16" or "fp32".
         batch_size: sequences a GPU in training.
         max_length: tokens of the longest sequence, all of them taken as so long.

@@ -1,12 +1,15 @@
-"""The plan of a search: a forecast by simulation, and as text."""
+"""The plan of a search: a forecast by simulation, as text for --plan."""
 
 import math
+import os
 import random
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from ray.tune.search.sample import Domain
 
+from hpo import arguments, errors, search_space
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
@@ -15,9 +18,9 @@ from hpo.plan.simulator import Simulation
 
 @dataclass
 class Forecast:
-    """What to expect of a search whose iterations all take equally long."""
+    """What to expect of a search whose iterations all take the same time."""
 
-    rungs: list[tuple[int, int, int, int]]  # (bracket, rung at iteration, trials that come to it, iterations run for it)
+    rungs: list[tuple[int, int, int, int]]  # (bracket, iteration of the rung, trials that reach it, iterations for it)
     suggested: int  # trials suggested before there is a model
     model_based: int  # suggestions made once there is one; BOHB still draws a third of them at random
     checkpoints: int  # most on disk at a time
@@ -26,14 +29,21 @@ class Forecast:
     busy: list[float]  # share of the slots' time that is spent on iterations, in each tenth of the time
 
     def disk(self, checkpoint_bytes: int) -> int:
-        """Bytes at the peak: the checkpoints and, at most as large, the best model."""
+        """Bytes at the peak: the checkpoints and the best model, which is at most as large as one."""
         return checkpoint_bytes * (self.checkpoints + 1)
 
 
 def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
-    """Runs the searcher and the scheduler of a search on random losses.
+    """Runs searcher and scheduler of a search on random losses.
 
-    With many slots most suggestions are made before the first rung is through, so few can be the model's.
+    With many slots most suggestions are made before the first rung is complete, so few can come from the model.
+
+    Args:
+        space: the search space.
+        num_samples: trials of the search.
+        max_t: iterations of a full training.
+        reduction_factor: one in so many trials is promoted.
+        slots: trials that can run at a time.
     """
     rng = random.Random(0)
     searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0})
@@ -54,19 +64,23 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
     for number, bracket in enumerate(scheduler.brackets, 1):
         below = 0
         for _, budget in bracket.rungs:
-            came = sum(o["budget"] == budget and scheduler.bracket_of(o["trial_id"]) is bracket for o in searcher.observations)
+            came = sum(
+                o["budget"] == budget and scheduler.bracket_of(o["trial_id"]) is bracket for o in searcher.observations
+            )
             rungs.append((number, budget, came, came * (budget - below)))
             below = budget
     tenth = simulation.now / 10
     busy = [
-        sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end, *_ in simulation.reports) / tenth / slots
+        sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end, *_ in simulation.reports)
+        / tenth
+        / slots
         for i in range(10)
     ]
     return Forecast(
         rungs,
         next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), num_samples),
         searcher.model_based,
-        # Besides: the best trial's; and where a trial has written a new one, the old one stays until the state is saved twice.
+        # Besides: the best trial's. A trial that writes a checkpoint keeps the one before until two more states are saved.
         most + 1 + 2 * min(slots, num_samples),
         len(simulation.reports),
         simulation.now,
@@ -75,29 +89,25 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
 
 
 def plan(
-    space: dict, settings: list[dict], forecasts: list[Forecast], seconds: float | None, checkpoint_bytes: int | None, time_limit: int | None
+    space: dict,
+    settings: list[dict],
+    forecasts: list[Forecast],
+    seconds: float | None,
+    checkpoint_bytes: int | None,
+    time_limit: int | None,
 ) -> str:
-    """The plan of a search as text; of several settings, one line each.
+    """The plan of one search, or the comparison of several settings with a line for each.
 
     Args:
         space: the search space.
         settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
-        forecasts: one a setting.
+        forecasts: one for each setting.
         seconds: of one iteration, if known.
-        checkpoint_bytes: size of one checkpoint, if known.
-        time_limit: of one job, in seconds, if there is one.
+        checkpoint_bytes: the size of a checkpoint, if known.
+        time_limit: of one job in seconds, if there is one.
     """
-    rows = [["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy", "iterations' time"]]
-    rows[0] += ["hours", "slot-hours"] if seconds else []
-    rows[0] += ["disk GB"] if checkpoint_bytes else []
-    for s, f in zip(settings, forecasts):
-        row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}", f.model_based]
-        row += [f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
-        row += [f"{f.time * seconds / 3600:.2f}", f"{f.time * seconds / 3600 * s['slots']:.2f}"] if seconds else []
-        row += [f"{f.disk(checkpoint_bytes) / 1e9:.3g}"] if checkpoint_bytes else []
-        rows.append(row)
     if len(settings) > 1:
-        return columns(rows)
+        return compare(settings, forecasts, seconds, checkpoint_bytes)
     (s,), (f,) = settings, forecasts
     wide = [["bracket", "rung at iteration", "trials", "iterations", "share"]]
     wide += [[bracket, budget, trials, run, f"{run / f.iterations:.0%}"] for bracket, budget, trials, run in f.rungs]
@@ -106,24 +116,102 @@ def plan(
         columns(wide),
         "",
         f"{s['num_samples']} trials, {f.iterations} iterations: as many as {f.iterations / s['max_t']:.1f} full trainings of {s['max_t']}",
-        f"model: it needs {2 * (dimensions + 1)} results at one rung (2 (d + 1), {dimensions} hyperparameters); on {s['slots']} slots it has them after "
-        f"{f.suggested} suggestions, so {f.model_based} can come from it; a third of these stays random",
+        f"model: it needs {2 * (dimensions + 1)} results at one rung (2 (d + 1), {dimensions} hyperparameters); "
+        f"on {s['slots']} slots it has them after {f.suggested} suggestions, so {f.model_based} can come from it; "
+        "a third of these stays random",
         f"time: that of {f.time:.0f} iterations one after another, slots {statistics.mean(f.busy):.0%} busy; by tenths of the time: "
         + " ".join(f"{share:.0%}" for share in f.busy),
     ]
     if seconds:
         hours = f.time * seconds / 3600
-        lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy")
-        if time_limit:
-            jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))  # it is warned 5 minutes before, and takes one to start
-            lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: " + ("it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"))
+        busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy"
+        lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {busy}")
+        if time_limit:  # the job is warned 5 minutes before its end, and takes one to start
+            jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))
+            fits = "it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"
+            lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: {fits}")
         else:
             lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
     if checkpoint_bytes:
-        size = f"{f.disk(checkpoint_bytes) / 1e9:.3g} GB, for {f.checkpoints} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and the best model"
-        lines.append(f"disk at its peak: up to {size}")
+        each = f"{f.checkpoints} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and the best model"
+        lines.append(f"disk at its peak: up to {f.disk(checkpoint_bytes) / 1e9:.3g} GB, for {each}")
     else:
         lines.append("disk: known once the model is there (--prefetch)")
     return "\n".join(lines)
+
+
+def compare(
+    settings: list[dict], forecasts: list[Forecast], seconds: float | None, checkpoint_bytes: int | None
+) -> str:
+    """A line for each of several settings; arguments as of `plan`."""
+    head = ["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy"]
+    head += ["iterations' time"]
+    rows = [head + ["hours", "slot-hours"] * bool(seconds) + ["disk GB"] * bool(checkpoint_bytes)]
+    for s, f in zip(settings, forecasts, strict=True):
+        row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}"]
+        row += [f.model_based, f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
+        if seconds:
+            hours = f.time * seconds / 3600
+            row += [f"{hours:.2f}", f"{hours * s['slots']:.2f}"]
+        if checkpoint_bytes:
+            row.append(f"{f.disk(checkpoint_bytes) / 1e9:.3g}")
+        rows.append(row)
+    return columns(rows)
+
+
+def show(
+    args,
+    space: dict,
+    ds_config: dict,
+    model: Path | None,
+    max_length: int,
+    eval_tokens: int,
+    checkpoint_bytes: int | None,
+) -> None:
+    """Prints the plan of a search, or compares those of several settings; and which GPUs a trial fits on.
+
+    Args:
+        args: the arguments of the program.
+        space: the search space.
+        ds_config: the DeepSpeed configuration.
+        model: its folder, if it is on this machine.
+        max_length: tokens of a sequence.
+        eval_tokens: of a batch in evaluation.
+        checkpoint_bytes: the size of a checkpoint, if known.
+    """
+    settings = arguments.plan_settings(args)
+    forecasts = [forecast(space, **setting) for setting in settings]
+    seconds, limit = args.seconds_per_iteration, arguments.time_limit()
+    where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
+    print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
+    print(plan(space, settings, forecasts, seconds, checkpoint_bytes, limit), flush=True)
+    if model is None:
+        print("memory of a GPU: known once the model is there (--prefetch)", flush=True)
+    else:
+        print(f"\n{memory_plan(args, space, ds_config, model, max_length, eval_tokens)}", flush=True)
+    if checkpoint_bytes and len(forecasts) == 1:
+        arguments.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(checkpoint_bytes))
+
+
+def memory_plan(args, space: dict, ds_config: dict, model: Path, max_length: int, eval_tokens: int) -> str:
+    """The GPUs that a trial fits on, as text; arguments as of `show`.
+
+    If no precision is given it is fp16: the question is which GPU to ask for.
+    """
+    from hpo.plan import memory  # imports torch and transformers
+    from hpo.squad.data import ANSWER_ROOM
+
+    precision = args.precision if "precision" in args.given else "fp16"
+    domain = space["train_loop_config"]["per_device_bs"]
+
+    def forecast_of(ds_config: dict, batch_size: int, ranks: int) -> memory.Forecast:
+        lengths = max_length, ANSWER_ROOM, eval_tokens, ANSWER_ROOM
+        return memory.forecast(model, ds_config, precision, batch_size, *lengths, ranks)
+
+    sizes = [int(search_space.smallest(domain)), int(search_space.largest(domain))]
+    try:
+        return memory.plan(forecast_of, precision, ds_config, sizes, max(1, args.gpus_per_trial))
+    except Exception as error:  # FakeTensors cannot follow every model
+        return f"memory of a GPU: no forecast for this model: {errors.one_line(error, 200)}"

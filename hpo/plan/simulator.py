@@ -1,12 +1,12 @@
-"""A simulated cluster for the real searcher and scheduler: the same objects, no training, no waiting.
+"""A simulated cluster for searcher and scheduler: the same objects as in a search, without training or waiting.
 
     simulation = Simulation(searcher, scheduler, num_samples=34, slots=4, train=lambda config, t: loss)
     simulation.run()
     simulation.reports   # [(start, end, trial_id, iteration, loss)], in simulated seconds
 
-It does what ray.tune.execution.tune_controller.TuneController does around a search algorithm and a scheduler, in the
-same order: one suggestion ahead of time, the scheduler asked before each start, the searcher told of a result only
-when the decision is not STOP. It takes Ray's own classes too, so that both can be compared.
+It does what Tune's TuneController does around a search algorithm and a scheduler, in the same order: it takes one
+suggestion ahead of time, asks the scheduler before each start, and tells the searcher of a result only when the
+decision is not STOP. It takes Ray's own classes too, so both can be compared.
 """
 
 import copy
@@ -32,6 +32,7 @@ class SimulatedTrial:
         self.last_result: dict[str, Any] = {}
 
     def get_trainable_cls(self):
+        """None: there is no trainable."""
         return None
 
     def __repr__(self):
@@ -39,12 +40,13 @@ class SimulatedTrial:
 
 
 class SearchAlgorithm:
-    """Stands for Tune's SearchGenerator: counts the samples."""
+    """Stands for Tune's SearchGenerator: counts the trials."""
 
     def __init__(self, searcher, num_samples: int):
         self.searcher, self.num_samples, self.created = searcher, num_samples, 0
 
     def is_finished(self) -> bool:
+        """Whether all trials were suggested."""
         return self.created >= self.num_samples
 
 
@@ -52,14 +54,15 @@ class Simulation:
     """Runs a whole search.
 
     Args:
-        searcher, scheduler: with metric, mode and search space set.
+        searcher: with metric, mode and search space.
+        scheduler: with metric and mode.
         num_samples: trials to suggest.
+        train: the loss of a configuration after t iterations.
         slots: trials that can run at a time.
-        train: loss of a configuration after t iterations.
-        seconds: duration of one iteration of a configuration.
         max_t: a trial ends by itself after so many iterations.
-        fault: called before each report with (trial id, iteration); "crash" ends the trial, "retry" loses the
-            iteration and starts the trial again from its last pause, None lets it be.
+        seconds: the duration of an iteration of a configuration.
+        fault: called before each report with (trial id, iteration). "crash" fails the trial; "retry" loses its work
+            since its last pause and starts it again; None does nothing.
     """
 
     def __init__(
@@ -77,7 +80,7 @@ class Simulation:
         self.scheduler, self.slots, self.train, self.max_t = scheduler, slots, train, max_t
         self.seconds, self.fault = seconds, fault
         self.trials: list[SimulatedTrial] = []
-        self._live: dict[str, SimulatedTrial] = {}  # those not ended, in the same order: decisions look at no others
+        self._live: dict[str, SimulatedTrial] = {}  # those that have not ended, in the same order
         self.reports: list[tuple[float, float, str, int, float]] = []
         self.now = 0.0
         self._events: list[tuple] = []  # heap of (end, order, start, trial)
@@ -85,15 +88,17 @@ class Simulation:
         self._checkpoints: dict[str, int] = {}
 
     def checkpoints(self) -> int:
-        """How many live trials have one."""
+        """The number of live trials that have a checkpoint."""
         return sum(trial_id in self._checkpoints for trial_id in self._live)
 
     # -- what schedulers call -----------------------------------------------------------------------------------------
 
     def get_trials(self) -> list[SimulatedTrial]:
+        """All trials."""
         return self.trials
 
     def stop_trial(self, trial: SimulatedTrial) -> None:
+        """Ends a trial."""
         searcher = self.search_alg.searcher
         if trial.status in (Trial.PENDING, Trial.PAUSED):
             self.scheduler.on_trial_remove(self, trial)
@@ -105,9 +110,13 @@ class Simulation:
         self._live.pop(trial.trial_id, None)
 
     def restart(self, searcher, scheduler, saved: bool) -> "Simulation":
-        """The same search in new objects that take over the state, as --resume does it.
+        """The same search, in new objects that take over the state, as with --resume.
 
-        What runs is lost since its last checkpoint, unless all has been `saved` before a planned stop.
+        Args:
+            searcher: a new one.
+            scheduler: a new one.
+            saved: running trials were saved before a planned stop; otherwise they lose their work since their last
+                checkpoint.
         """
         state = json.loads(json.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
         live = [t for t in self.trials if self.scheduler.in_race(t.trial_id)]
@@ -128,10 +137,15 @@ class Simulation:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self, max_reports: int = 1_000_000, abrupt: bool = False) -> None:
-        """Runs to the end, or to so many reports; RuntimeError when nothing can run although trials are left (a hang).
+        """Runs to the end, or to a number of reports.
 
-        Where it ends abruptly the scheduler has decided upon the last report, and nothing has been done about it: Tune stops and pauses
-        in a later step.
+        Args:
+            max_reports: in all.
+            abrupt: ends when the scheduler has decided on the last report and nothing was done about it yet. Tune
+                stops and pauses trials in a later step.
+
+        Raises:
+            RuntimeError: nothing can run although trials are left.
         """
         self._cut_at = max_reports if abrupt else None
         while len(self.reports) < max_reports:
@@ -154,7 +168,7 @@ class Simulation:
         return sum(t.status == status for t in self._live.values())
 
     def _start_trials(self) -> bool:
-        """Fills free slots; True if anything was started or suggested."""
+        """Fills free slots. Returns whether a trial was started or suggested."""
         progress = False
         while True:
             if not self._count(Trial.PENDING) and not self.search_alg.is_finished():

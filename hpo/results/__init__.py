@@ -1,1 +1,1 @@
-"""The folder of a run: written while it runs, read back as tables and figures."""
+"""What a run writes to its folder, and how it is shown: tables, log lines, slot time, trackers, figures, report."""

@@ -1,10 +1,8 @@
-"""The pictures of a run, as one page that needs nothing else: report.html. Called by report.py, during a run or after it.
+"""The figures of a run, drawn from its tables by Optuna's visualisations and by plotly.
 
-Drawn by Optuna's own visualisations, on studies built from the run's tables, and by plotly. A study is one rung: results after
-different numbers of iterations are not compared with each other.
+Each rung is an Optuna study of its own, because results after different numbers of iterations cannot be compared.
 """
 
-import html
 import itertools
 import math
 from collections import defaultdict
@@ -14,16 +12,14 @@ import numpy as np
 import optuna
 import plotly.colors
 import plotly.graph_objects as go
-import plotly.offline
 import plotly.subplots
 import scipy.stats
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-GOOD = 0.15  # the share of results that BOHB takes for good ones, hpbandster's top_n_percent
-NARROWEST = 0.03  # kernel, in parts of the range: kde.MIN_BANDWIDTH
-NAMES = {"eval_loss": "eval_loss", "exact_match": "EM", "f1": "F1"}
-# A browser keeps the page to this: nothing is asked of a network. Plotly makes functions for its parallel coordinates.
-POLICY = "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:"
+from hpo.results.tables import COLUMNS, MODES
+
+NAMES = {"eval_loss": "eval_loss", "exact_match": "EM", "f1": "F1"}  # of the metrics, on axes and in titles
+MIN_RESULTS = 4  # at a rung, for the figures that compare hyperparameters
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 70, "r": 30, "t": 60, "b": 60}}
 
 
@@ -32,25 +28,30 @@ LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 70, "r": 30
 
 
 def distribution(values: list) -> FloatDistribution | CategoricalDistribution:
-    """What a hyperparameter was drawn from, as far as its values tell: more than ten make it a range."""
+    """The distribution of a hyperparameter, guessed from its values: a range if there are more than ten different ones.
+
+    The range is a logarithmic one if the largest value is more than ten times the smallest.
+    """
     distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
     if len(distinct) <= 10 or not all(isinstance(v, (int, float)) for v in distinct):
         return CategoricalDistribution(distinct)
     return FloatDistribution(distinct[0], distinct[-1], log=distinct[0] > 0 and distinct[-1] / distinct[0] > 10)
 
 
-def studies(trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str) -> dict[int, optuna.Study]:
-    """A study a rung, {iteration: study}; rungs are where EM was computed by more than one trial or the training ended."""
+def studies(
+    trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str
+) -> dict[int, optuna.Study]:
+    """A study for each rung, by its iteration. Rungs are the iterations at which a trial has been paused or has ended."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = {name: distribution([t[name] for t in trials]) for name in hyperparameters}
     curves: dict[str, dict[int, float]] = defaultdict(dict)
     for row in iterations:
         if row[metric] is not None:
             curves[row["trial_id"]][row["training_iteration"]] = row[metric]
-    stops = {t["training_iteration"] for t in trials} - {0}  # each rung is where some trial ends, or is paused
+    stops = {t["training_iteration"] for t in trials} - {0}
     made = {}
     for rung in sorted(stops):
-        study = optuna.create_study(direction="minimize" if metric == "eval_loss" else "maximize", study_name=f"iteration {rung}")
+        study = optuna.create_study(direction=f"{MODES[metric]}imize", study_name=f"iteration {rung}")
         for trial in trials:
             curve = curves[trial["trial_id"]]
             if rung in curve and math.isfinite(curve[rung]):
@@ -72,22 +73,25 @@ def studies(trials: list[dict], iterations: list[dict], hyperparameters: list[st
 
 
 def history(by_rung: dict[int, optuna.Study], metric: str) -> go.Figure:
-    """Results in the order of the trials, and the best so far, a colour a rung."""
+    """Results in the order of the trials, and the best so far, with a colour for each rung."""
     return optuna.visualization.plot_optimization_history(list(by_rung.values()), target_name=metric)
 
 
-def learning_curves(trials: list[dict], iterations: list[dict], by_rung: dict[int, optuna.Study], metric: str) -> go.Figure:
-    """The metric over the iterations of each trial, model-based ones in another colour; rungs as lines."""
+def learning_curves(
+    trials: list[dict], iterations: list[dict], by_rung: dict[int, optuna.Study], metric: str
+) -> go.Figure:
+    """The metric over the iterations of each trial. Colours tell model-based from random; rungs are vertical lines."""
     figure = go.Figure()
     shown = set()
     for trial in trials:
-        rows = sorted((r for r in iterations if r["trial_id"] == trial["trial_id"] and r[metric] is not None), key=lambda r: r["training_iteration"])
+        rows = [r for r in iterations if r["trial_id"] == trial["trial_id"] and r[metric] is not None]
+        rows.sort(key=lambda r: r["training_iteration"])
         if rows:
             source = "model-based" if trial["model_based"] else "random"
             figure.add_scatter(
-                x=[r["training_iteration"] for r in rows], y=[r[metric] for r in rows], mode="lines+markers", marker_size=4,
-                line={"width": 1.5, "color": "#d62728" if trial["model_based"] else "#7f7f7f"}, name=source, legendgroup=source,
-                showlegend=source not in shown, hovertext=trial["trial_id"],
+                x=[r["training_iteration"] for r in rows], y=[r[metric] for r in rows], mode="lines+markers",
+                marker_size=4, line={"width": 1.5, "color": "#d62728" if trial["model_based"] else "#7f7f7f"},
+                name=source, legendgroup=source, showlegend=source not in shown, hovertext=trial["trial_id"],
             )  # fmt: skip
             shown.add(source)
     for rung in by_rung:
@@ -97,7 +101,7 @@ def learning_curves(trials: list[dict], iterations: list[dict], by_rung: dict[in
 
 
 def gradients(trials: list[dict], iterations: list[dict]) -> go.Figure | None:
-    """Norm of the gradients, loss scale and tokens a second over the iterations of each trial; None for a run that did not record them."""
+    """Gradient norm, loss scale and speed over the iterations of each trial; None if the run has no such columns."""
     shown = {"grad_norm": "gradient norm", "loss_scale": "loss scale", "tokens_per_second": "tokens/s"}
     found = [name for name in shown if any(row.get(name) is not None for row in iterations)]
     if not found:
@@ -105,27 +109,29 @@ def gradients(trials: list[dict], iterations: list[dict]) -> go.Figure | None:
     figure = plotly.subplots.make_subplots(rows=len(found), cols=1, shared_xaxes=True, vertical_spacing=0.06)
     for number, name in enumerate(found, 1):
         for trial in trials:
-            rows = [row for row in iterations if row["trial_id"] == trial["trial_id"] and row.get(name) is not None]
+            rows = [r for r in iterations if r["trial_id"] == trial["trial_id"] and r.get(name) is not None]
             figure.add_scatter(
-                x=[row["training_iteration"] for row in rows], y=[row[name] for row in rows], mode="lines+markers", marker_size=4,
-                line_width=1.5, showlegend=False, hovertext=trial["trial_id"], row=number, col=1,
+                x=[row["training_iteration"] for row in rows], y=[row[name] for row in rows], mode="lines+markers",
+                marker_size=4, line_width=1.5, showlegend=False, hovertext=trial["trial_id"], row=number, col=1,
             )  # fmt: skip
-        figure.update_yaxes(title_text=shown[name], type="linear" if name == "tokens_per_second" else "log", row=number, col=1)
+        kind = "linear" if name == "tokens_per_second" else "log"
+        figure.update_yaxes(title_text=shown[name], type=kind, row=number, col=1)
     figure.update_xaxes(title_text="iteration", row=len(found), col=1)
     figure.update_layout(height=120 + 200 * len(found))
     return figure
 
 
 def lanes(iterations: list[dict]) -> list[tuple[str, dict]]:
-    """Puts each iteration on a slot of its node, as few as were used: [(node and slot, row)], in the order of their starts."""
+    """Assigns each iteration to a slot of its node: [(name of the slot, row)], in the order of their starts."""
     free: dict[str, list[float]] = defaultdict(list)  # when each slot of a node has been free since
     last: dict[str, tuple[str, int]] = {}  # where a trial was
     placed = []
     for row in sorted(iterations, key=lambda r: r["started_at"]):
         slots = free[row["node"]]
-        node, mine = last.get(row["trial_id"], (None, -1))
+        node, before = last.get(row["trial_id"], (None, -1))
         fits = [i for i, until in enumerate(slots) if until <= row["started_at"] + 1e-3]
-        slot = mine if node == row["node"] and mine in fits else max(fits, key=lambda i: slots[i], default=len(slots))
+        same = node == row["node"] and before in fits
+        slot = before if same else max(fits, key=lambda i: slots[i], default=len(slots))
         if slot == len(slots):
             slots.append(0.0)
         slots[slot], last[row["trial_id"]] = row["ended_at"], (row["node"], slot)
@@ -134,7 +140,7 @@ def lanes(iterations: list[dict]) -> list[tuple[str, dict]]:
 
 
 def timeline(iterations: list[dict]) -> go.Figure:
-    """What each slot did when: a colour a trial; what is white was idle."""
+    """What each slot did over time, with a colour for each trial. White is idle."""
     figure = go.Figure()
     start = min(r["started_at"] for r in iterations)
     colours = itertools.cycle(plotly.colors.qualitative.Dark24)
@@ -149,29 +155,78 @@ def timeline(iterations: list[dict]) -> go.Figure:
         hovertext=[f"trial {r['trial_id']}, iteration {r['training_iteration']}" for _, r in placed],
     )
     names = sorted({lane for lane, _ in placed}, reverse=True)
-    figure.update_layout(xaxis_title="minutes since the first iteration began", yaxis={"categoryorder": "array", "categoryarray": names})
+    order = {"categoryorder": "array", "categoryarray": names}
+    figure.update_layout(xaxis_title="minutes since the first iteration began", yaxis=order)
     figure.update_layout(barmode="overlay", height=max(240, 60 + 40 * len(names)))
     return figure
 
 
-def view_of_lr(study: optuna.Study) -> go.Figure:
-    """Densities of the learning rates of good and of bad results at one rung: BOHB draws where their ratio is high."""
-    best_first = sorted(study.trials, key=lambda t: t.value, reverse=study.direction.name == "MAXIMIZE")
-    number = max(2, math.ceil(GOOD * len(best_first)))
-    figure = go.Figure()
-    logs = np.log10([t.params["learning_rate"] for t in best_first])
-    grid = np.linspace(logs.min(), logs.max(), 400)
-    for name, values, colour in (("good", logs[:number], "#2ca02c"), ("bad", logs[number:], "#7f7f7f")):
-        width = max(NARROWEST * np.ptp(logs), 1.06 * values.std() * len(values) ** -0.2)  # statsmodels' rule of thumb
-        density = scipy.stats.norm.pdf(grid[:, None], values, width).mean(axis=1)
-        figure.add_scatter(x=10**grid, y=density, name=f"{name}: {len(values)} results", line_color=colour)
-        figure.add_scatter(x=10**values, y=np.zeros(len(values)), mode="markers", marker_color=colour, showlegend=False)
-    figure.update_layout(xaxis={"type": "log", "title": "learning rate"}, yaxis_title="density")
+def comparisons(by_rung: dict[int, optuna.Study], metric: str) -> dict[str, go.Figure]:
+    """Parallel coordinates and importance of the hyperparameters, at the rung with the most results, by their titles."""
+    rung = max(by_rung, key=lambda rung: (len(by_rung[rung].trials), rung), default=None)
+    if rung is None or len(by_rung[rung].trials) < MIN_RESULTS:
+        return {}
+    study, evaluator = by_rung[rung], optuna.importance.PedAnovaImportanceEvaluator()
+    coordinates = optuna.visualization.plot_parallel_coordinate(study, target_name=NAMES[metric])
+    importances = optuna.visualization.plot_param_importances(study, evaluator=evaluator)
+    return {
+        f"Hyperparameters and {NAMES[metric]} at iteration {rung}": coordinates,
+        f"Importance of the hyperparameters at iteration {rung}": importances,
+    }
+
+
+def density(densities: dict, name: str) -> go.Figure:
+    """The two kernel densities of the searcher's model, for one continuous hyperparameter.
+
+    BOHB suggests values where the density of the good results is high and that of the bad results is low. The points
+    on the axis are the results.
+
+    Args:
+        densities: the model, from run.json. Its coordinates go from 0, the lower bound, to 1, the upper bound.
+        name: of the hyperparameter.
+    """
+    index, domain = list(densities["hyperparameters"]).index(name), densities["hyperparameters"][name]
+    bounds = np.array([domain["lower"], domain["upper"]])
+
+    def values(coordinates: np.ndarray) -> np.ndarray:
+        lower, upper = np.log(bounds) if domain["log"] else bounds
+        scaled = lower + coordinates * (upper - lower)
+        return np.exp(scaled) if domain["log"] else scaled
+
+    figure, grid = go.Figure(), np.linspace(0, 1, 400)
+    for kind, colour in (("good", "#2ca02c"), ("bad", "#7f7f7f")):
+        points, bandwidth = np.array(densities[kind]["points"])[:, index], densities[kind]["bandwidths"][index]
+        curve = scipy.stats.norm.pdf(grid[:, None], points, bandwidth).mean(axis=1)
+        figure.add_scatter(x=values(grid), y=curve, name=f"{kind}: {len(points)} results", line_color=colour)
+        figure.add_scatter(
+            x=values(points), y=np.zeros(len(points)), mode="markers", marker_color=colour, showlegend=False
+        )
+    axis = {"type": "log" if domain["log"] else "linear", "title": label(name)}
+    figure.update_layout(xaxis=axis, yaxis_title="density")
     return figure
 
 
-def draw(trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str) -> dict[str, go.Figure]:
-    """All figures that a run has enough results for: {title: figure}."""
+def label(name: str) -> str:
+    """A hyperparameter as it is written in titles and on axes: "learning rate" for lr."""
+    return COLUMNS.get(name, name).replace("_", " ")
+
+
+def draw(
+    trials: list[dict],
+    iterations: list[dict],
+    hyperparameters: list[str],
+    metric: str,
+    densities: dict | None = None,
+) -> dict[str, go.Figure]:
+    """All figures for which a run has enough results, by their titles.
+
+    Args:
+        trials: the rows of trials.csv.
+        iterations: the rows of iterations.csv.
+        hyperparameters: their columns in trials.csv.
+        metric: trials are compared by it.
+        densities: the searcher's model, from run.json; None if there is no model yet, or the run is an older one.
+    """
     if not iterations:
         return {}
     by_rung = studies(trials, iterations, hyperparameters, metric)
@@ -180,61 +235,30 @@ def draw(trials: list[dict], iterations: list[dict], hyperparameters: list[str],
         "Learning curves": learning_curves(trials, iterations, by_rung, metric),
         "Trials on the slots; white is idle": timeline(iterations),
     }
-    widest = max(by_rung, key=lambda rung: (len(by_rung[rung].trials), rung), default=None)  # the rung with the most results
-    study = by_rung.get(widest)
-    if study and len(study.trials) >= 4:
-        figures[f"Hyperparameters and {NAMES[metric]} at iteration {widest}"] = optuna.visualization.plot_parallel_coordinate(
-            study, target_name=NAMES[metric]
-        )
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        figures[f"Importance of the hyperparameters at iteration {widest}"] = optuna.visualization.plot_param_importances(study, evaluator=evaluator)
-        if all(t.params.get("learning_rate", 0) > 0 for t in study.trials):
-            figures[f"What the model sees of the learning rate, at iteration {widest}"] = view_of_lr(study)
+    figures |= comparisons(by_rung, metric)
+    for name, domain in (densities["hyperparameters"] if densities else {}).items():
+        if domain["kind"] == "continuous":
+            title = f"What the model sees of the {label(name)}, at iteration {densities['budget']}"
+            figures[title] = density(densities, name)
     training = gradients(trials, iterations)
     if training:
         figures["Gradients, loss scale and speed of each trial"] = training
     for figure in figures.values():
-        figure.update_layout(title=None, **{k: v for k, v in LAYOUT.items() if k != "height" or figure.layout.height is None})
+        layout = {key: value for key, value in LAYOUT.items() if key != "height" or figure.layout.height is None}
+        figure.update_layout(title=None, **layout)
     return figures
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# the page
-
-
-def table(rows: list[list[str]]) -> str:
-    """Rows as an HTML table, the first one its head."""
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        lines.append("<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in row) + "</tr>")
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
-
-
-def page(title: str, facts: list[tuple[str, str]], results: list[list[str]], figures: dict[str, go.Figure]) -> str:
-    """One self-contained HTML page: facts, figures, the table of results. It asks no network for anything."""
-    parts = [
-        "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">',
-        "<style>body{font-family:sans-serif;max-width:1100px;margin:2em auto;padding:0 1em}table{border-collapse:collapse;font-size:90%}"
-        "td,th{border-bottom:1px solid #ddd;padding:.25em .7em;text-align:left}dt{font-weight:bold}</style>",
-        f"<script>{plotly.offline.get_plotlyjs()}</script></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-        "<dl>" + "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts) + "</dl>",
-    ]
-    for i, (name, figure) in enumerate(figures.items()):
-        parts.append(f"<h2>{html.escape(name)}</h2>")
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{i}", config={"displaylogo": False}))
-    parts += ["<h2>Results</h2>", table(results), "</body></html>"]
-    return "\n".join(parts) + "\n"
-
-
 def save_pngs(figures: dict[str, go.Figure], folder: Path) -> list[Path]:
-    """Writes each figure as a PNG, for a paper. Needs Chrome or Chromium; raises RuntimeError where there is none."""
+    """Writes each figure as a PNG, named after its title. Kaleido needs Chrome or Chromium for this.
+
+    Raises:
+        RuntimeError: there is no Chrome or Chromium.
+    """
     paths = []
-    for name, figure in figures.items():
-        path = folder / ("report-" + "-".join(name.split(",")[0].split(";")[0].lower().split()) + ".png")
+    for title, figure in figures.items():
+        words = title.split(",")[0].split(";")[0].lower().split()
+        path = folder / f"report-{'-'.join(words)}.png"
         figure.write_image(path, width=1000, height=figure.layout.height, scale=2)
         paths.append(path)
     return paths

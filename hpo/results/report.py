@@ -1,9 +1,9 @@
-"""The folder of a run: written while it runs, read back as a table.
+"""The report of a run: report.html and the table of results, at any time, also during the search.
 
-    .venv/bin/python -m hpo.results results/<run_name>        # at any time, also while the run goes on: the table, and report.html
+    .venv/bin/python -m hpo.results results/<run_name>        # prints the table, draws report.html
     .venv/bin/python -m hpo.results results/<run_name> --png  # and the figures as PNGs
 
-trials.csv has a row a trial, iterations.csv a row a report, run.json what was run on what, best_result.json the result.
+It reads trials.csv, iterations.csv and run.json, and does not disturb a search that is running.
 """
 
 import json
@@ -11,41 +11,79 @@ import sys
 from pathlib import Path
 
 from hpo import errors
-from hpo.files import read_csv, write_whole
-from hpo.results.tables import COLUMNS, METRICS, TRIAL_FIELDS, _show, ranked, result_rows, table
+from hpo.files import read_csv, write_atomically
+from hpo.results import slot_time
+from hpo.results.tables import (
+    COLUMNS,
+    METRICS,
+    format_value,
+    hyperparameter_columns,
+    ranked,
+    result_rows,
+    table,
+)
+
+USAGE = "usage: .venv/bin/python -m hpo.results results/<run_name> [--png]   (a folder with a run.json)"
 
 
 def write_page(run_dir: Path) -> dict:
-    """Draws report.html from what is in the run's folder, during a run or after it; its figures. The state file is not read."""
-    from hpo.results import slot_time
-    from hpo.results import figures  # slow
+    """Writes report.html to a run folder.
+
+    Returns:
+        The figures, by their titles.
+    """
+    from hpo.results import figures, page  # slow: optuna and plotly
 
     run = json.loads((run_dir / "run.json").read_text())
-    trials, iterations = (read_csv(run_dir / name) if (run_dir / name).exists() else [] for name in ("trials.csv", "iterations.csv"))
+    paths = [run_dir / name for name in ("trials.csv", "iterations.csv")]
+    trials, iterations = (read_csv(path) if path.exists() else [] for path in paths)
     metric = run["arguments"]["metric"]
-    hyperparameters = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS or key in COLUMNS.values()]
-    drawn = figures.draw(trials, iterations, hyperparameters, metric)
-    counts = [f"{sum(row['status'] == status for row in trials)} {status}" for status in dict.fromkeys(row["status"] for row in trials)]
-    facts = [("Status", run["status"]), ("Trials", ", ".join(counts) + f" of {run['arguments']['num_samples']}")]
-    facts += [("Model-based suggestions", f"{sum(bool(row['model_based']) for row in trials)} of {len(trials)}")]
-    if trials:
-        best = ranked(trials, metric)[0]
-        facts.append(("Best trial so far", f"{best['trial_id']}: " + ", ".join(f"{name} {_show(name, best[name])}" for name in (*COLUMNS.values(), *METRICS))))
-    if "test" in run:
-        tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
-        facts.append((f"Test of the best model, on {run['test']['questions']} questions that no choice has looked at", tested))
-    if "bill" in run:
-        spent = slot_time.text(run["bill"], len(iterations), run["arguments"]["max_t"], run["arguments"]["num_samples"], run["grid"])
-        facts += [("Bill", spent.replace("bill: ", "").replace("\ncost:", "; cost:"))]
-    facts.append(("Started with", " ".join(f"--{key} {value}" for key, value in run["arguments"].items() if value is not None)))
-    write_whole(run_dir / "report.html", figures.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn))
+    drawn = figures.draw(trials, iterations, hyperparameter_columns(trials), metric, run.get("densities"))
+    facts = facts_of(run, trials, iterations)
+    text = page.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn)
+    write_atomically(run_dir / "report.html", text)
     return drawn
 
 
+def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str, str]:
+    """The facts at the top of the page, by their names.
+
+    Args:
+        run: the content of run.json.
+        trials: the rows of trials.csv.
+        iterations: the rows of iterations.csv.
+    """
+    arguments = run["arguments"]
+    counts = [
+        f"{sum(row['status'] == status for row in trials)} {status}"
+        for status in dict.fromkeys(row["status"] for row in trials)
+    ]
+    facts = {
+        "Status": run["status"],
+        "Trials": ", ".join(counts) + f" of {arguments['num_samples']}",
+        "Model-based suggestions": f"{sum(bool(row['model_based']) for row in trials)} of {len(trials)}",
+    }
+    if trials:
+        best = ranked(trials, arguments["metric"])[0]
+        values = ", ".join(f"{name} {format_value(name, best[name])}" for name in (*COLUMNS.values(), *METRICS))
+        facts["Best trial so far"] = f"{best['trial_id']}: {values}"
+    if "test" in run:
+        number = run["test"]["questions"]
+        tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
+        facts[f"Test of the best model, on {number} questions that no choice has looked at"] = tested
+    if "slot_minutes" in run:  # written at the end of a search, and not by older versions
+        size = arguments["max_t"], arguments["num_samples"], run["grid"]
+        spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)
+        facts["Slot time"] = spent.replace("slot time: ", "").replace("\ncost:", "; cost:")
+    given = " ".join(f"--{key} {value}" for key, value in arguments.items() if value is not None)
+    return facts | {"Started with": given}
+
+
 def main(argv: list[str]) -> int:
+    """The command. Returns its exit code: 2 if the folder is no run folder, 1 if PNGs cannot be drawn."""
     folders = [Path(argument) for argument in argv if argument != "--png"]
     if len(folders) != 1 or not (folders[0] / "run.json").exists():
-        print("usage: .venv/bin/python -m hpo.results results/<run_name> [--png]   (a folder with a run.json)", file=sys.stderr)
+        print(USAGE, file=sys.stderr)
         return 2
     (folder,) = folders
     drawn = write_page(folder)
@@ -55,8 +93,10 @@ def main(argv: list[str]) -> int:
         try:
             figures.save_pngs(drawn, folder)
         except Exception as error:
-            print(f"hpo.results: no PNGs, which need kaleido and Chrome or Chromium: {errors.one_line(error, 200)}", file=sys.stderr)
+            reason = errors.one_line(error, 200)
+            print(f"hpo.results: no PNGs, which need kaleido and Chrome or Chromium: {reason}", file=sys.stderr)
             return 1
     if (folder / "trials.csv").exists():
-        print(table(read_csv(folder / "trials.csv"), json.loads((folder / "run.json").read_text())["arguments"]["metric"]))
+        metric = json.loads((folder / "run.json").read_text())["arguments"]["metric"]
+        print(table(read_csv(folder / "trials.csv"), metric))
     return 0

@@ -1,19 +1,22 @@
-"""What a run folder says about the run itself."""
+"""What run.json says about the software of a run."""
 
 import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
 
+PACKAGES = (  # those that a result depends on
+    "ray", "torch", "transformers", "datasets", "deepspeed", "accelerate", "evaluate", "hpbandster", "ConfigSpace",
+)  # fmt: skip
+
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    packages = ["ray", "torch", "transformers", "datasets", "deepspeed", "accelerate", "evaluate", "hpbandster", "ConfigSpace"]
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
 def git_commit(folder: Path) -> str | None:
-    """Commit of the code, with "-dirty" where files differ from it; None outside a repository."""
+    """The commit of the code, with "-dirty" if files differ from it. None outside a repository."""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -1,56 +1,97 @@
-"""The columns of the tables, the ranking of trials, and the table of results."""
+"""The columns of the tables, the direction of each metric, the ranking of trials, and the table of results.
 
+Imports the standard library only, because the command line needs the names of the metrics before slow imports.
+"""
+
+import csv
 import math
+import statistics
+from pathlib import Path
 
+from hpo.files import read_csv
+
+# Hyperparameters whose column in trials.csv has another name. Any other hyperparameter has a column with its own name.
 COLUMNS = {"lr": "learning_rate", "per_device_bs": "batch_size", "wd": "weight_decay"}
-METRICS = ["eval_loss", "exact_match", "f1"]
-TRIAL_FIELDS = ["trial_id", *COLUMNS.values(), "eval_loss", "exact_match", "f1", "training_iteration", "status",
-                "model_based", "resumes", "gpu_minutes"]  # fmt: skip
-# How the training went: norm of the gradients before clipping (median of the iteration's steps), loss scale at its end (fp16 only), steps that
-# were skipped as their gradients overflowed, tokens trained on a second.
+# The metrics of an evaluation, and whether less or more is better.
+MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
+METRICS = list(MODES)
+# The columns of trials.csv. Hyperparameters that are not in COLUMNS follow as further columns.
+TRIAL_FIELDS = [
+    "trial_id", *COLUMNS.values(), *METRICS, "training_iteration", "status", "model_based", "resumes", "gpu_minutes",
+]  # fmt: skip
+# How the training of an iteration went: norm of the gradients before clipping (median over the steps), loss scale at
+# the end (fp16 only), steps that were skipped because their gradients overflowed, tokens trained on per second.
 TRAINING = ["grad_norm", "loss_scale", "skipped_steps", "tokens_per_second"]
+# The columns of iterations.csv.
 ITERATION_FIELDS = ["trial_id", "training_iteration", *METRICS, "started_at", "ended_at", "node", *TRAINING]
-ENDED = ("stopped", "completed", "failed")  # a trial's status, else pending, running or paused
+# The status of a trial that has ended. The other ones are pending, running and paused.
+ENDED = ("stopped", "completed", "failed")
+
+
+def hyperparameter_columns(trials: list[dict]) -> list[str]:
+    """The columns of trials.csv that are hyperparameters. Empty if there are no trials."""
+    keys = trials[0] if trials else {}
+    return [key for key in keys if key not in TRIAL_FIELDS or key in COLUMNS.values()]
+
+
+def mean_iteration_seconds(path: Path) -> float:
+    """The mean duration of the iterations in an iterations.csv.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not an iterations.csv, or it has no rows.
+    """
+    try:
+        seconds = [row["ended_at"] - row["started_at"] for row in read_csv(path)]
+    except (KeyError, TypeError, csv.Error) as error:
+        raise ValueError(f"no valid started_at and ended_at in each row: {error}") from None
+    if not seconds:
+        raise ValueError("no rows")
+    return statistics.fmean(seconds)
 
 
 def badness(row: dict, metric: str) -> float:
-    """The value of a metric, such that lower is better and what is missing or NaN is worst."""
+    """The value of a metric with its sign such that lower is better. A missing value or NaN is the worst."""
     value = row.get(metric)
     if value is None or math.isnan(value):
         return math.inf
-    return value if metric == "eval_loss" else -value
+    return value if MODES[metric] == "min" else -value
 
 
 def rank(row: dict, metric: str) -> tuple[int, float]:
-    """A key to sort by, best first: a trial with a larger completed budget goes before all with a smaller one."""
+    """A sort key, best first. A trial with a larger completed budget is before all trials with a smaller one."""
     return -row["training_iteration"], badness(row, metric)
 
 
 def ranked(trials: list[dict], metric: str) -> list[dict]:
-    """Best first."""
+    """The rows of trials, best first."""
     return sorted(trials, key=lambda row: rank(row, metric))
 
 
 def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
-    """The results as text, best first, under their names."""
+    """The table of results as text cells, best trial first. The first row is the header."""
     extra = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS]
     keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS, "training_iteration"]
     names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1", "Iterations"]
-    return [names, *([_show(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
+    return [names, *([format_value(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
 
 
 def table(trials: list[dict], metric: str) -> str:
-    """The results as a table in Markdown, best first."""
-    names, *rows = result_rows(trials, metric)
-    widths = [max(len(row[i]) for row in (names, *rows)) for i in range(len(names))]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in (names, *rows)]
+    """The table of results in Markdown, best trial first."""
+    header, *rows = result_rows(trials, metric)
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(cells)} |")
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 
 
-def _show(key: str, value) -> str:
+def format_value(column: str, value) -> str:
+    """A cell of the results as text: learning rates with three digits, metrics with four decimals."""
     if value is None:
         return ""
-    if key == "learning_rate":
+    if column == "learning_rate":
         return f"{value:.3g}"
-    return f"{value:.4f}" if key in METRICS else str(value)
+    return f"{value:.4f}" if column in METRICS else str(value)

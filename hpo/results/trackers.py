@@ -1,155 +1,272 @@
-"""Experiment trackers that a search can report to: Ray Tune's own logger callbacks, kept from ending the search."""
+"""Experiment trackers that a search can report to: TensorBoard, MLflow, Weights & Biases.
+
+Each trial is one run of the tracker, also if it was paused or the search was resumed. All trackers are written to from
+the process of the search. They have the same four methods:
+
+    start(trial_id, config)             a trial starts, or goes on after a pause or a resume
+    log(trial_id, iteration, metrics)   the metrics of an iteration
+    end(trial_id, failed)               a trial has ended
+    close()                             the search has ended, or was interrupted
+
+After a resume `end` can come without `start`: a trial that was paused when the search was interrupted may lose at its
+rung without running again.
+"""
 
 import contextlib
+import functools
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ray.tune import Callback
-from ray.tune.logger import LoggerCallback, TBXLoggerCallback
 
+from hpo import errors
 from hpo.results.tables import METRICS, TRAINING
 
-PATIENCE = 20  # seconds that the search waits for a tracker's server
-SHARE = 0.1  # of the search's time that a tracker may take, above the first PATIENCE seconds: the search waits meanwhile
-MLFLOW = {  # unless the user's environment says otherwise
-    "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder; MLflow 3.17 wants to be told
+PATIENCE = 20  # seconds that the search waits for the server of a tracker
+SHARE = 0.1  # of the search's time that a tracker may take, beyond PATIENCE: the search waits meanwhile
+MLFLOW = {  # defaults for MLflow's environment variables; the user's own values are used first
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # MLflow 3.17 asks for it before it writes to a folder
     "MLFLOW_HTTP_REQUEST_TIMEOUT": str(PATIENCE),
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default a server that is gone holds the search for many minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # by default MLflow tries a lost server again for many minutes
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
 
 
-class Guarded(Callback):
-    """Hands a logger the metrics of each trial and how it ended. The first error of the logger is told, and it is left out from then on:
-    Tune would end the search. So is one that is too slow.
+class TensorBoard:
+    """Event files in <run folder>/ray/<trial id>/, where Ray's own logger puts them."""
+
+    def __init__(self, run_dir: Path):
+        from tensorboardX import SummaryWriter
+
+        self.run_dir, self.make_writer = run_dir, SummaryWriter
+        self.writers: dict[str, SummaryWriter] = {}  # by trial
+        self.hyperparameters: dict[str, dict] = {}
+        self.last_metrics: dict[str, dict] = {}
+
+    def start(self, trial_id: str, config: dict) -> None:
+        """Opens an event file, unless the trial has one already."""
+        if trial_id not in self.writers:
+            self.writers[trial_id] = self.make_writer(str(self.run_dir / "ray" / trial_id), flush_secs=30)
+            self.hyperparameters[trial_id] = flatten({"train_loop_config": config["train_loop_config"]})
+
+    def log(self, trial_id: str, iteration: int, metrics: dict[str, float]) -> None:
+        """Writes each metric under the tag that Ray's own logger gives it."""
+        self.last_metrics[trial_id] = {f"ray/tune/{name}": value for name, value in metrics.items()}
+        for tag, value in self.last_metrics[trial_id].items():
+            self.writers[trial_id].add_scalar(tag, value, global_step=iteration)
+        self.writers[trial_id].flush()
+
+    def end(self, trial_id: str, failed: bool) -> None:
+        """Adds the hyperparameters and the last metrics for the tab HPARAMS, and closes the event file."""
+        from tensorboardX.summary import hparams
+
+        if trial_id not in self.writers:
+            return
+        writer, metrics = self.writers.pop(trial_id), self.last_metrics.pop(trial_id, None)
+        values = {
+            name: value if isinstance(value, (bool, int, float, str)) else str(value)
+            for name, value in self.hyperparameters.pop(trial_id).items()
+        }
+        if metrics:
+            # SummaryWriter.add_hparams would write to a new folder, which TensorBoard shows as another run.
+            for summary in hparams(hparam_dict=values, metric_dict=metrics):
+                writer.file_writer.add_summary(summary)
+        writer.close()
+
+    def close(self) -> None:
+        """Closes all event files."""
+        for writer in self.writers.values():
+            writer.close()
+
+
+class MLflow:
+    """Runs in the experiment that has the name of the run folder, at MLFLOW_TRACKING_URI or in <run folder>/mlruns."""
+
+    def __init__(self, run_dir: Path):
+        for name, value in MLFLOW.items():
+            os.environ.setdefault(name, value)
+        from mlflow.tracking import MlflowClient
+
+        self.client = MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", (run_dir / "mlruns").as_uri()))
+        found = self.client.get_experiment_by_name(run_dir.name)
+        self.experiment_id = found.experiment_id if found else self.client.create_experiment(run_dir.name)
+        self.runs: dict[str, str] = {}  # by trial: the id of its run
+
+    def start(self, trial_id: str, config: dict) -> None:
+        """Creates the run of a trial. After a resume, finds the one that the trial has already."""
+        if trial_id in self.runs:
+            return
+        name = f"trial_{trial_id}"
+        run_id = self.find(trial_id)
+        if run_id is None:
+            run = self.client.create_run(self.experiment_id, run_name=name, tags={"trial_name": name})
+            run_id = run.info.run_id
+        self.runs[trial_id] = run_id
+        for key, value in flatten(config).items():
+            self.client.log_param(run_id, key, value)
+
+    def find(self, trial_id: str) -> str | None:
+        """The id of the run of a trial, if MLflow has one."""
+        runs = self.client.search_runs([self.experiment_id], f"tags.trial_name = 'trial_{trial_id}'")
+        return runs[0].info.run_id if runs else None
+
+    def log(self, trial_id: str, iteration: int, metrics: dict[str, float]) -> None:
+        """Sends the metrics in one request, because the search waits for the answer."""
+        from mlflow.entities import Metric
+
+        now, values = int(1000 * time.time()), {"training_iteration": iteration, **metrics}
+        batch = [Metric(name, float(value), now, iteration) for name, value in values.items()]
+        self.client.log_batch(self.runs[trial_id], metrics=batch)
+
+    def end(self, trial_id: str, failed: bool) -> None:
+        """Sets the status of the run."""
+        run_id = self.runs.pop(trial_id, None) or self.find(trial_id)
+        if run_id:
+            self.client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def close(self) -> None:
+        """Does nothing. The runs of trials that have not ended stay open for a resume."""
+
+
+class WandB:
+    """Runs of the project WANDB_PROJECT, or bloom_bohb, in the group that has the name of the run folder.
+
+    All runs are held by the process of the search. Ray's own callback starts four processes, 290 MB, for each trial
+    that has not ended.
     """
 
-    def __init__(self, name: str, make):
-        self.name, self.make, self.logger = name, make, None
-        self.began, self.took = time.time(), 0.0
+    def __init__(self, run_dir: Path):
+        import wandb
+
+        self.init, self.run_dir = wandb.init, run_dir
+        self.runs: dict[str, wandb.Run] = {}  # by trial
+        timeouts = {"init_timeout": PATIENCE, "finish_timeout": PATIENCE, "finish_timeout_raises": True}
+        self.settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, **timeouts)
+        mode = wandb.setup(self.settings).settings.mode
+        # Without a key wandb.init would ask for one on the terminal, and the search would wait for the answer.
+        if mode in ("online", "shared") and not wandb.login(prompt=False):
+            raise RuntimeError("no API key: run `wandb login`, or set WANDB_API_KEY or WANDB_MODE=offline")
+
+    def start(self, trial_id: str, config: dict) -> None:
+        """Starts the run of a trial. After a resume, wandb continues the run that has the same id."""
+        if trial_id not in self.runs:
+            self.runs[trial_id] = self.init(
+                project=os.environ.get("WANDB_PROJECT", "bloom_bohb"),
+                group=self.run_dir.name,
+                id=trial_id,
+                name=f"trial_{trial_id}",
+                config=config,
+                dir=str(self.run_dir),
+                reinit="create_new",  # several runs at a time in one process
+                resume="allow",
+                allow_val_change=True,
+                settings=self.settings,
+            )
+
+    def log(self, trial_id: str, iteration: int, metrics: dict[str, float]) -> None:
+        """Sends the metrics."""
+        self.runs[trial_id].log({"training_iteration": iteration, **metrics}, step=iteration)
+
+    def end(self, trial_id: str, failed: bool) -> None:
+        """Ends the run, with exit code 1 if the trial has failed."""
+        if trial_id in self.runs:
+            self.runs.pop(trial_id).finish(exit_code=int(failed))
+
+    def close(self) -> None:
+        """Ends all runs. A resumed search continues them by their ids."""
+        for run in self.runs.values():
+            run.finish()
+
+
+def flatten(config: dict, prefix: str = "") -> dict:
+    """A nested dict as a flat one, with keys such as train_loop_config/lr."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+TRACKERS = {"tensorboard": TensorBoard, "mlflow": MLflow, "wandb": WandB}
+
+
+class TrackerCallback(Callback):
+    """Sends the metrics of each trial to a tracker, and how the trial has ended.
+
+    An error of the tracker must not end the search. After the first error, or if the tracker is too slow, the log has
+    a warning, and the tracker gets nothing more.
+
+    Args:
+        name: the value of --report_to, for the warning.
+        make: makes the tracker. It is called when the search starts.
+    """
+
+    def __init__(self, name: str, make: Callable):
+        self.name, self.make, self.tracker = name, make, None
+        self.began, self.took = time.time(), 0.0  # took: seconds that the search has waited for the tracker
 
     @contextlib.contextmanager
-    def guard(self):
-        """Around each use of the logger."""
+    def _guard(self):
+        """Gives up the tracker if it raises an error or takes too much time."""
         called_at = time.time()
         try:
             yield
             self.took += time.time() - called_at
-            if self.took > PATIENCE + SHARE * (time.time() - self.began):
-                raise TimeoutError(f"it has taken {self.took:.0f} of {time.time() - self.began:.0f} s")
+            since = time.time() - self.began
+            if self.took > PATIENCE + SHARE * since:
+                raise TimeoutError(f"it has taken {self.took:.0f} of {since:.0f} s")
         except Exception as error:
-            self.logger = None
-            reason = " ".join([type(error).__name__, *str(error).split()])[:300]
+            self.tracker = None
+            reason = errors.one_line(f"{type(error).__name__} {error}")
             print(f"WARNING: nothing more goes to --report_to {self.name}: {reason}", flush=True)
 
-    def call(self, method: str, *args, **kwargs) -> None:
-        if self.logger:
-            with self.guard():
-                getattr(self.logger, method)(*args, **kwargs)
+    def _call(self, method: str, *args) -> None:
+        if self.tracker:
+            with self._guard():
+                getattr(self.tracker, method)(*args)
 
     def setup(self, **info):
-        with self.guard():
-            self.logger = self.make()
-            self.logger.setup(**info)
+        """Makes the tracker."""
+        with self._guard():
+            self.tracker = self.make()
 
     def on_trial_start(self, iteration, trials, trial, **info):
-        self.call("log_trial_start", trial)
+        """A trial starts or goes on."""
+        self._call("start", trial.trial_id, trial.config)
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
+        """A trial has reported. The report has no metrics if the trial has failed or was saved amid an iteration."""
         values = {name: result.get(name) for name in (*METRICS, *TRAINING)}
         metrics = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
-        if metrics:  # else it failed, or was saved on the way
-            self.call("log_trial_result", iteration, trial, {"training_iteration": result["training_iteration"], **metrics})
+        if metrics:
+            self._call("log", trial.trial_id, result["training_iteration"], metrics)
 
     def on_trial_complete(self, iteration, trials, trial, **info):
-        self.call("log_trial_end", trial, failed="failed" in (trial.last_result or {}))
+        """A trial has ended: it has reached its last rung, lost at a rung, or reported that it has failed."""
+        self._call("end", trial.trial_id, "failed" in (trial.last_result or {}))
 
     def on_trial_error(self, iteration, trials, trial, **info):
-        self.call("log_trial_end", trial, failed=True)
+        """A trial has failed, and Tune does not start it again."""
+        self._call("end", trial.trial_id, True)
 
     def on_experiment_end(self, trials, **info):
-        self.call("on_experiment_end", trials)
+        """The search has ended or was interrupted."""
+        self._call("close")
 
 
 def tracker(report_to: str, run_dir: Path) -> list[Callback]:
-    """Callbacks for Tune: one for a tracker, none for "none". The tracker's package must be there, see checks.check_tracker.
+    """The callbacks for --report_to: one for a tracker, none for "none".
 
-    A trial is one run in a tracker, also one that was paused or resumed. Where it goes is for the tracker's own environment variables to
-    say; by default MLflow writes to <run_dir>/mlruns, and wandb to the project bloom_bohb, with its files in <run_dir>/wandb.
+    Args:
+        report_to: "tensorboard", "mlflow", "wandb" or "none". hpo/checks.py checks that its package is installed.
+        run_dir: the run folder. Environment variables of the tracker may name another place.
     """
-    makers = {"tensorboard": tensorboard_logger, "mlflow": mlflow_logger, "wandb": wandb_logger}
-    return [Guarded(report_to, lambda: makers[report_to](run_dir))] if report_to in makers else []
-
-
-def tensorboard_logger(run_dir: Path) -> LoggerCallback:
-    class Logger(TBXLoggerCallback):
-        """Writes to the run's folder at once, where Ray's writes to another one, of which an interruption leaves no copy."""
-
-        def log_trial_start(self, trial):
-            if trial not in self._trial_writer:
-                self._trial_writer[trial] = self._summary_writer_cls(trial.path, flush_secs=30)
-            self._trial_result[trial] = {}
-
-    return Logger()
-
-
-def mlflow_logger(run_dir: Path) -> LoggerCallback:
-    for name, value in MLFLOW.items():
-        os.environ.setdefault(name, value)
-    from ray.air.integrations.mlflow import MLflowLoggerCallback
-
-    class Logger(MLflowLoggerCallback):
-        """Goes on with the run of a trial after a resume, where Ray's would begin another."""
-
-        def log_trial_start(self, trial):
-            if trial not in self._trial_runs:
-                client = self.mlflow_util._get_client()
-                for run in client.search_runs([self.mlflow_util.experiment_id], f"tags.trial_name = '{trial}'"):
-                    self._trial_runs[trial] = run.info.run_id
-            super().log_trial_start(trial)
-
-        def log_trial_end(self, trial, failed=False):
-            self.log_trial_start(trial)  # after a resume, the loser of a rung ends without ever being started
-            super().log_trial_end(trial, failed)
-
-    return Logger(tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", (run_dir / "mlruns").as_uri()), experiment_name=run_dir.name)
-
-
-def wandb_logger(run_dir: Path) -> LoggerCallback:
-    import wandb
-    from ray.air.integrations.wandb import WandbLoggerCallback
-
-    class Logger(WandbLoggerCallback):
-        """Holds all runs in this process. Ray's has four processes, 290 MB, for each trial that has not ended, those of a whole rung at a
-        time, on the head; and when a search is interrupted it waits for trials that do not end.
-        """
-
-        def setup(self, **info):
-            super().setup(**info)
-            self.runs = {}
-
-        def _start_logging_actor(self, trial, exclude_results, **what):
-            if trial not in self.runs:
-                self.runs[trial] = wandb.init(**what)
-
-        def log_trial_result(self, iteration, trial, result):
-            self.runs[trial].log(result, step=result["training_iteration"])
-
-        def log_trial_end(self, trial, failed=False):
-            if trial in self.runs:  # after a resume, the loser of a rung ends without ever being started
-                self.runs.pop(trial).finish(exit_code=int(failed))
-
-        def on_experiment_end(self, trials, **info):
-            for run in self.runs.values():  # the search was interrupted
-                run.finish()
-
-    settings = wandb.Settings(
-        silent=True, console="off", x_disable_stats=True, init_timeout=PATIENCE, finish_timeout=PATIENCE, finish_timeout_raises=True
-    )
-    return Logger(
-        project=os.environ.get("WANDB_PROJECT", "bloom_bohb"), group=run_dir.name, dir=str(run_dir), settings=settings,
-        reinit="create_new", resume="allow",  # a trial goes on with its run when the search is resumed
-    )  # fmt: skip
+    if report_to not in TRACKERS:
+        return []
+    return [TrackerCallback(report_to, functools.partial(TRACKERS[report_to], run_dir))]

@@ -1,1 +1,1 @@
-"""SQuAD v1.1 for a causal language model: data, evaluation, precision, ranks. Nothing of Ray Tune in here."""
+"""SQuAD v1.1 for a causal language model: data, evaluation, models, precision, ranks. Nothing of Ray Tune."""

@@ -1,7 +1,9 @@
-"""SQuAD v1.1 for a causal language model: loading, splitting, tokenising. Nothing of Ray in here.
+"""SQuAD v1.1 for a causal language model: reading, splitting, tokenising. Nothing of torch or Ray in here.
 
-One sequence is   Question: … Context: … Answer: <answer> EOS   and only the answer and EOS are learnt. Rajpurkar et al.,
+A sequence is   Question: … Context: … Answer: <answer> EOS   and only the answer and EOS are learnt. Rajpurkar et al.,
 "SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016.
+
+An example is {"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}.
 """
 
 import gzip
@@ -13,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 
-ANSWER_ROOM = 48  # tokens kept free after a prompt in evaluation: its length must not depend on the answer
+ANSWER_ROOM = 48  # tokens kept free for the answer in evaluation: a prompt's length must not depend on the answer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# loading: an example is {"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}
+# reading and splitting
 
 
 def find_squad_files(folder: Path) -> dict[str, Path]:
-    """The files of a folder in SQuAD's own format: {"train": train*.json[.gz], "validation": dev*|validation*.json[.gz]}.
+    """The files of a folder: {"train": train*.json[.gz], "validation": dev*.json[.gz] or validation*.json[.gz]}.
 
     Raises:
         ValueError: one of them is missing or there are several.
@@ -78,17 +80,17 @@ def check_examples(examples: list[dict], where: str) -> None:
             raise ValueError(f"{where}: question {e['id']}: context or question is not a text")
         if not answers["text"]:
             raise ValueError(f"{where}: question {e['id']} has no answer (SQuAD v2 is not supported)")
-        for text, start in zip(answers["text"], answers["answer_start"]):
+        for text, start in zip(answers["text"], answers["answer_start"], strict=False):
             good = isinstance(text, str) and text.strip() and isinstance(start, int) and start >= 0
             if not good or context[start : start + len(text)] != text:
                 raise ValueError(f"{where}: question {e['id']}: answer {text!r} is not at answer_start {start!r}")
 
 
 def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """Splits off about `size` questions for selection; returns (train, selection).
+    """Splits off about `size` questions for selection. Returns (train, selection).
 
-    Whole articles are held out, whole passages where the set has fewer than two titles, so that no passage is on both
-    sides; then the selection is cut to `size`. At most a fifth of the questions' groups is held out.
+    Whole articles are held out, or whole passages if all have one title: no passage is on both sides. Then the
+    selection is cut to `size`. At most a fifth of the articles, or passages, is held out.
     """
     for key in ("title", "context"):
         group_of = _groups(examples, key)
@@ -112,7 +114,7 @@ def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], li
 
 
 def _groups(examples: list[dict], key: str) -> dict[str, str]:
-    """Group of each value of `key`; values that share a passage are one group."""
+    """The group of each value of `key`. Values that share a passage are in one group."""
     parent: dict[str, str] = {}
     first_with: dict[str, str] = {}
 
@@ -132,13 +134,14 @@ def subset(examples: list[dict], size: int | None, seed: int) -> list[dict]:
         return examples
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # tokenising
 
 
 @dataclass
 class TokenizedSquad:
-    """Sequences in three flat arrays, which Ray shares between processes without a copy. A torch map-style dataset."""
+    """Sequences in three flat arrays, which Ray shares between processes without a copy. A map-style data set."""
 
     tokens: np.ndarray  # int32, all sequences one after the other: prompt, answer, EOS
     offsets: np.ndarray  # int64 (n + 1,), where each begins
@@ -156,6 +159,7 @@ class TokenizedSquad:
 
     @property
     def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int64 (n,)."""
         return np.diff(self.offsets)
 
     @property
@@ -165,21 +169,30 @@ class TokenizedSquad:
 
 
 def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -> TokenizedSquad:
-    """Tokenises examples to at most max_length tokens each (in evaluation: prompts to max_length - ANSWER_ROOM); the first
-    answer is the one to learn.
+    """Tokenises examples. The first answer of each is the one to learn.
 
-    A context that does not fit is cut to a window, never the question or the answer. In training the window lies around
-    the answer; in evaluation it is the one that shares most tokens with the question: where the answer is, is not looked at.
+    A context that does not fit is cut to a window; the question and the answer are never cut. In training the window
+    lies around the answer. In evaluation it is the window that shares most tokens with the question, so it does not
+    depend on the answer.
+
+    Args:
+        examples: n questions.
+        tokenizer: a fast one.
+        max_length: tokens of a sequence; in evaluation of a prompt and ANSWER_ROOM.
+        training: in training or in evaluation.
 
     Raises:
         ValueError: question and answer alone do not fit into max_length.
     """
-    heads = tokenizer([f"Question: {e['question'].strip()} Context:" for e in examples], add_special_tokens=False).input_ids
-    contexts = tokenizer([f" {e['context']}" for e in examples], add_special_tokens=False, return_offsets_mapping=True)
-    answers = tokenizer([f" {e['answers']['text'][0].strip()}" for e in examples], add_special_tokens=False).input_ids
+    heads = [f"Question: {e['question'].strip()} Context:" for e in examples]
+    heads = tokenizer(heads, add_special_tokens=False).input_ids
+    contexts = [f" {e['context']}" for e in examples]
+    contexts = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True)
+    answers = [f" {e['answers']['text'][0].strip()}" for e in examples]
+    answers = tokenizer(answers, add_special_tokens=False).input_ids
     tail = tokenizer(" Answer:", add_special_tokens=False).input_ids
     sequences, prompt_lengths = [], []
-    for i, (e, head, context, answer) in enumerate(zip(examples, heads, contexts.input_ids, answers)):
+    for i, (e, head, context, answer) in enumerate(zip(examples, heads, contexts.input_ids, answers, strict=True)):
         answer = answer + [tokenizer.eos_token_id]
         room = max_length - len(head) - len(tail) - (len(answer) if training else ANSWER_ROOM)
         if room < 1:
@@ -210,7 +223,7 @@ def _window_around(offsets: list[tuple[int, int]], begin: int, end: int, room: i
 
 
 def _window_like(question: list[int], context: list[int], room: int) -> int:
-    """First token of the window of `room` tokens with the most different tokens of the question; the first of equals."""
+    """First token of the first window of `room` tokens that has most different tokens of the question."""
     wanted = set(question)
     starts = list(range(0, len(context) - room, max(1, room // 4))) + [len(context) - room]
     return max(starts, key=lambda start: len(wanted.intersection(context[start : start + room])))

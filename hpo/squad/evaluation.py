@@ -1,4 +1,4 @@
-"""Batches, loss, greedy answers and their scores."""
+"""Batches, loss, greedy answers and their scores. Nothing of Ray in here."""
 
 import inspect
 import re
@@ -9,24 +9,29 @@ import numpy as np
 import torch
 
 from hpo.squad.data import TokenizedSquad
+from hpo.squad.group import ONE_RANK
 
-LOGITS = 8  # so many tokens of a sequence are counted for an answer's position, whose logits need memory: 0.5 GB a batch in fp16 for BLOOM's
+# The logits of one answer token count as much memory as this many tokens of a sequence: BLOOM's vocabulary has
+# 250,880 entries.
+LOGITS = 8
 
 # ---------------------------------------------------------------------------------------------------------------------
 # batching
 
 
 def collate(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """Pads on the left, to the longest of the batch.
+    """Pads sequences on the left, to the longest of the batch.
 
-    On the left all answers end in the same column, so that a model has to compute its logits for the last few columns only, as many as
-    the longest answer with EOS has tokens.
+    All answers then end in the same column, so a model computes logits for the last columns only: as many as the
+    longest answer has tokens, EOS included.
 
     Returns:
-        input_ids, attention_mask: int64 (batch, longest).
-        labels: int64 (n,), the tokens of all answers, EOS included.
-        positions: int64 (n,), where their logits are among those of the last columns, (batch * width,) row by row.
-        width: that of these columns, the last one of `labels` has no logits in the batch: the columns begin one earlier.
+        A dictionary with
+
+        - input_ids, attention_mask: int64 (batch, longest)
+        - labels: int64 (n,), the tokens of all answers, EOS included
+        - positions: int64 (n,), the place of each label among the last `width` columns, counted row by row
+        - width: int, tokens of the longest answer. The logits for a token are those of the column before it.
     """
     longest = max(len(e["input_ids"]) for e in examples)
     width = max(len(e["input_ids"]) - e["prompt_length"] for e in examples)
@@ -40,113 +45,149 @@ def collate(examples: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
         labels.append(ids[e["prompt_length"] :])
         positions.append(torch.arange((row + 1) * width - len(labels[-1]), (row + 1) * width))
     return {
-        "input_ids": input_ids, "attention_mask": attention_mask, "labels": torch.cat(labels), "positions": torch.cat(positions), "width": width,
-    }  # fmt: skip
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": torch.cat(labels),
+        "positions": torch.cat(positions),
+        "width": width,
+    }
 
 
 def fuse_gelu(model: torch.nn.Module) -> torch.nn.Module:
-    """Gives a BLOOM, in place, the GELU of torch: the same function in one operation instead of eight. Others stay as they are."""
+    """Gives a BLOOM, in place, torch's GELU: one operation instead of eight. Leaves other models as they are."""
     for module in model.modules():
-        if type(module).__name__ == "BloomMLP":  # importing it would take seconds, also to refuse a wrong argument
+        if type(module).__name__ == "BloomMLP":
             module.gelu_impl = torch.nn.GELU(approximate="tanh")
     return model
 
 
 def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """Sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number. In fp32, whatever the logits are.
+    """The sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number.
 
-    Picks the logits by their positions: a mask of them would make the CPU wait for the GPU, to know how many there are.
+    The loss is computed in fp32. Logits are selected by position: selecting them by a mask would make the CPU wait
+    for the GPU, to learn how many there are.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
     keep = {"use_cache": False, "logits_to_keep": batch["width"] + 1}
-    logits = model(input_ids=batch["input_ids"], attention_mask=mask, **_positions(model, mask), **keep).logits[:, :-1]
+    output = model(input_ids=batch["input_ids"], attention_mask=mask, **position_ids(model, mask), **keep)
+    logits = output.logits[:, :-1]
     logits = logits.flatten(0, 1)[batch["positions"]].float()
     return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), labels.numel()
 
 
-def _positions(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """position_ids of a model whose forward takes them (BLOOM's does not): counted as generate does, behind the padding."""
+def position_ids(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The argument position_ids of a model whose forward takes it (BLOOM's does not): counted after the padding."""
     takes = "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
 
 
-def _shares(lengths: np.ndarray, batch_tokens: int, group) -> list[tuple[np.ndarray, bool]]:
-    """Indices by batch, the longest sequences first: those of this rank, see ranks.Group.mine. A batch has batch_tokens tokens at most
-    with its padding, or one sequence: many short ones need no more memory than few long ones."""
+def batches_by_length(lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+    """Indices of sequences, in batches of similar length, the longest first.
+
+    A batch has at most batch_tokens tokens with its padding, or one sequence.
+    """
     order, batches = np.argsort(-lengths, kind="stable"), []
     while len(order):
         rows = max(1, batch_tokens // int(lengths[order[0]]))
         batches.append(order[:rows])
         order = order[rows:]
-    return group.mine(batches) if group else [(batch, True) for batch in batches]
+    return batches
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """A batch with its tensors on a device. The CPU does not wait for the copies."""
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # evaluating
 
 
 @torch.no_grad()
-def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: int, group=None) -> float:
-    """Mean cross entropy (nats) over all answer tokens of a set: not a mean of batch means. All ranks of a group (see ranks.py) share
-    the work, and each returns the whole set's."""
+def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: int, group=ONE_RANK) -> float:
+    """The mean cross entropy (nats) over all answer tokens of a set. It is not a mean of batch means.
+
+    All ranks of the group share the batches, and each returns the mean over the whole set.
+
+    Args:
+        model: on the device to compute on.
+        data: n sequences.
+        pad_token_id: of the tokenizer.
+        batch_tokens: of a batch, padding included.
+        group: the ranks of the trial, see hpo/squad/ranks.py.
+    """
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    # logits of a large vocabulary need more memory than anything else: an answer's position counts as LOGITS tokens
     lengths = np.maximum(data.lengths, LOGITS * (data.lengths - data.prompt_lengths))
-    for indices, counts in _shares(lengths, batch_tokens, group):
+    for indices, counts in group.share(batches_by_length(lengths, batch_tokens)):
         batch = collate([data[i] for i in indices], pad_token_id)
-        loss, n = answer_loss(model, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+        loss, n = answer_loss(model, to_device(batch, device))
         total, count = total + loss.item() * counts, count + n * counts
-    totals, numbers = zip(*(group.gather((total, count)) if group else [(total, count)]))
+    totals, numbers = zip(*group.gather((total, count)), strict=True)
     return sum(totals) / sum(numbers)
 
 
 @torch.no_grad()
-def predict(model, tokenizer, data: TokenizedSquad, batch_tokens: int, max_new_tokens: int, group=None) -> list[dict]:
-    """Greedy answers, in the order of the data: [{"id", "prediction_text"}]. Prompts of like length share a batch; all ranks of a group
-    (see ranks.py) share the batches, and each returns all answers."""
+def predict(
+    model, tokenizer, data: TokenizedSquad, batch_tokens: int, max_new_tokens: int, group=ONE_RANK
+) -> list[dict]:
+    """Greedy answers in the order of the data: [{"id", "prediction_text"}].
+
+    All ranks of the group share the batches, and each returns all answers. For the arguments see `evaluate_loss`.
+    """
     model.eval()
     device = next(model.parameters()).device
     texts = {}
-    for indices, _ in _shares(data.prompt_lengths, batch_tokens, group):
+    for indices, _ in group.share(batches_by_length(data.prompt_lengths, batch_tokens)):
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = collate(prompts, tokenizer.pad_token_id)
         input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         answers = _greedy(model, input_ids, mask, tokenizer.eos_token_id, max_new_tokens, group)
-        for i, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True)):
+        for i, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
-    for others in group.gather(texts) if group else []:
-        texts |= others
+    for of_rank in group.gather(texts):
+        texts |= of_rank
     return [{"id": reference["id"], "prediction_text": texts[i]} for i, reference in enumerate(data.references)]
 
 
-def _greedy(model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int, max_new_tokens: int, group) -> list[list[int]]:
-    """The tokens that model.generate gives, without EOS, for prompts that are padded on the left, int64 (batch, longest).
+def _greedy(
+    model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int, max_new_tokens: int, group
+) -> list[list[int]]:
+    """The tokens that model.generate would give, without EOS, for prompts that are padded on the left.
 
-    A row that has come to EOS leaves the batch, where generate computes it on until the last one is through: answers are
-    two or three tokens long, and now and then forty. A rank of several that is through keeps one row until all are: with ZeRO 3 the model
-    has to be called equally often in each.
+    A row that has produced EOS leaves the batch; generate would compute it until the last row ends, and answers have
+    two or three tokens, rarely forty. With several ranks, a rank that has finished keeps one row until all have
+    finished: at ZeRO stage 3 every rank must call the model equally often.
+
+    Args:
+        model: on the device of the prompts.
+        input_ids: int64 (batch, longest).
+        mask: int64 (batch, longest), 0 where there is padding.
+        eos_token_id: ends an answer.
+        max_new_tokens: most tokens of an answer.
+        group: the ranks of the trial.
     """
     answers: list[list[int]] = [[] for _ in input_ids]
-    rows, through, cache = list(range(len(answers))), False, None
-    positions = _positions(model, mask)
+    rows, finished, cache = list(range(len(answers))), False, None
+    positions = position_ids(model, mask)
     for _ in range(max_new_tokens):
-        output = model(
-            input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1, **positions
-        )
+        keep = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        output = model(input_ids=input_ids, attention_mask=mask, **keep, **positions)
         cache, tokens = output.past_key_values, _argmax(output.logits[:, -1])
         going = []
         for k, token in enumerate(tokens.tolist()):
-            if token != eos_token_id and not through:
+            if token != eos_token_id and not finished:
                 answers[rows[k]].append(token)
                 going.append(k)
-        through = not going
-        if all(group.gather(through)) if group else through:
+        finished = not going
+        if all(group.gather(finished)):
             break
         going = going or [0]
         if len(going) < len(rows):
             rows, kept = [rows[k] for k in going], torch.tensor(going, device=tokens.device)
-            tokens, mask, positions = tokens[kept], mask[kept], {name: ids[kept] for name, ids in positions.items()}
+            tokens, mask = tokens[kept], mask[kept]
+            positions = {name: ids[kept] for name, ids in positions.items()}
             cache.batch_select_indices(kept)
         input_ids, mask = tokens[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
         positions = {name: ids[:, -1:] + 1 for name, ids in positions.items()}

@@ -1,20 +1,24 @@
-"""Mixed precision under DeepSpeed: which kind a trial trains with, and what is seen of it. Nothing of Ray or SQuAD in here.
+"""Mixed precision under DeepSpeed: how a trial trains, and what is recorded of it. Nothing of Ray in here.
 
-In fp16 a gradient below 6e-8 is 0, so the loss is multiplied by a *loss scale* before the backward pass and the gradients are divided by
-it before the optimizer uses them. A step whose scaled gradients overflow is skipped, and the scale is halved. What does this depends on the
-ZeRO stage of the DeepSpeed configuration:
+In fp16 a gradient below 6e-8 is 0. So the loss is multiplied by a *loss scale* before the backward pass, and the
+gradients are divided by it before the optimizer uses them. A step whose scaled gradients overflow is skipped, and the
+scale is halved. How this is done depends on the ZeRO stage of the DeepSpeed configuration:
 
-    stage 0         torch.autocast: weights, gradients and optimizer in fp32, matrix products in 16 bits; torch.amp.GradScaler
-    stages 1 to 3   weights and gradients in 16 bits, fp32 copies of the weights in the optimizer; DeepSpeed's own loss scaler
+    stage 0         torch.autocast: weights, gradients and optimizer in fp32, matrix products in 16 bits;
+                    torch.amp.GradScaler
+    stages 1 to 3   weights and gradients in 16 bits, fp32 copies of the weights in the optimizer;
+                    DeepSpeed's own loss scaler
 
-DeepSpeed also has fp16 weights at stage 0. It is never used here: up to 0.19.8 it divides the gradients by the loss scale although it has
-not multiplied the loss by it (DeepSpeed pull request 8393), so gradients are 65,536 times too small. `check_gradients` finds such a fault.
+DeepSpeed also offers fp16 weights at stage 0, which are not used here: up to 0.19.8 it divides the gradients by the
+loss scale but does not multiply the loss by it (DeepSpeed pull request 8393), so the gradients are 65,536 times too
+small. `check_gradients` finds such a fault.
 
-bf16 has fp32's range and needs no loss scale.
+bf16 has the range of fp32 and needs no loss scale.
 """
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import math
@@ -26,9 +30,10 @@ import transformers
 from transformers import masking_utils
 
 from hpo import errors
+from hpo.squad import evaluation
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-SCALER_FILE = "grad_scaler.json"  # in a checkpoint: DeepSpeed saves its own loss scaler, and not torch's
+SCALER_FILE = "grad_scaler.json"  # in a checkpoint: DeepSpeed saves its own loss scaler, but not torch's
 REDUCE_BUCKET = 50_000_000  # elements; DeepSpeed's own default, ten times as many, takes 1 GB of the GPU
 LOOK_EVERY = 16  # optimizer steps; more often at stage 0 would make the CPU wait for the GPU
 
@@ -39,14 +44,14 @@ def zero_stage(ds_config: dict) -> int:
 
 
 def engine_config(ds_config: dict, precision: str) -> dict:
-    """The DeepSpeed configuration of a trial: the user's with the kind of mixed precision that fits its ZeRO stage.
+    """The DeepSpeed configuration of a trial: the user's, with the mixed precision that fits its ZeRO stage.
 
     Args:
-        ds_config: as in ds_config.json; its `enabled` of fp16 and bf16 are "auto".
+        ds_config: as in ds_config.json; `enabled` of fp16 and bf16 are "auto".
         precision: "fp16", "bf16" or "fp32".
     """
     config = copy.deepcopy(ds_config)
-    config.setdefault("timers", {"throughput": {"enabled": False}})  # DeepSpeed's makes the CPU wait for the GPU twice a step
+    config.setdefault("timers", {"throughput": {"enabled": False}})  # it makes the CPU wait for the GPU twice a step
     if zero_stage(config) == 0:
         config["fp16"] = config.get("fp16", {}) | {"enabled": False}
         config["bf16"] = config.get("bf16", {}) | {"enabled": False}
@@ -58,9 +63,10 @@ def engine_config(ds_config: dict, precision: str) -> dict:
 
 
 def training_arguments(ds_config: dict, precision: str) -> dict:
-    """What `transformers.TrainingArguments` has to be told of `engine_config`: it fills in DeepSpeed's "auto"."""
+    """Arguments of `transformers.TrainingArguments` for a DeepSpeed configuration of `engine_config`."""
     by_deepspeed = zero_stage(ds_config) > 0
-    return {name: by_deepspeed and precision == name for name in ("fp16", "bf16")} | {"deepspeed": engine_config(ds_config, precision)}
+    flags = {name: by_deepspeed and precision == name for name in ("fp16", "bf16")}
+    return flags | {"deepspeed": engine_config(ds_config, precision)}
 
 
 def in_words(ds_config: dict, precision: str) -> str:
@@ -80,20 +86,22 @@ def is_of_bf16(model: str | Path) -> bool:
 
 @contextlib.contextmanager
 def autocast(ds_config: dict, precision: str, device_type: str):
-    """Around evaluation: as in training. At stages 1 to 3 the weights are in 16 bits already."""
+    """The context of evaluation: the precision of the training. At stages 1 to 3 the weights have it already."""
     enabled = precision != "fp32" and zero_stage(ds_config) == 0
     with torch.autocast(device_type, DTYPES[precision] if enabled else None, enabled):
         yield
 
 
 def never_all_masked(make_mask):
-    """The mask of an attention without rows in which everything is masked, as those of padding on the left are: they see everything.
+    """A mask function whose masks hide no row completely. Rows that are all padding see everything instead.
 
-    What such a row gives is never used, but it must be a number: transformers adds the smallest number of the dtype to masked scores, and
-    in fp16 its sum with a negative score is -inf. Softmax of -inf alone is NaN, and makes the whole sequence NaN in the next layer.
+    The output of such a row is not used, but it must be a number. transformers adds the smallest number of the dtype
+    to masked scores. In fp16 its sum with a negative score is -inf, softmax of -inf alone is NaN, and in the next
+    layer the whole sequence is NaN.
 
     Args:
-        make_mask: of transformers.masking_utils; returns a boolean mask (True: visible), an additive one (0: visible), or None.
+        make_mask: a mask function of transformers.masking_utils. Its mask is boolean (True: visible), additive (0:
+            visible) or None.
     """
 
     @functools.wraps(make_mask)
@@ -117,21 +125,23 @@ for name, make_mask in {"eager": masking_utils.eager_mask, "sdpa": masking_utils
 
 
 class Gradients:
-    """Norms of the gradients, the loss scale and skipped steps of a training, collected without waiting for the GPU in each step.
+    """Gradient norms, loss scale and skipped steps of a training. Does not wait for the GPU in each step.
 
-    At ZeRO stage 0 it clips in place of the DeepSpeed engine, which goes through the parameters one by one and does not tell their norm,
-    and leaves out the all-reduce of one rank, which would only copy.
+    At ZeRO stage 0 it clips the gradients in place of the DeepSpeed engine, which clips one parameter after another
+    and does not return the norm. With one rank it also turns off the all-reduce, which would only copy.
 
     Args:
         engine: the DeepSpeed engine, before its first step.
-        ds_config, precision: see `engine_config`.
+        ds_config: the user's DeepSpeed configuration.
+        precision: "fp16", "bf16" or "fp32".
         checkpoint: the folder that the training goes on from, or None.
-        ranks: of the trial.
+        ranks: the number of ranks of the trial.
     """
 
     def __init__(self, engine, ds_config: dict, precision: str, checkpoint: Path | None, ranks: int):
         self.engine, self.precision = engine, precision
-        self.norms: list[torch.Tensor | float] = []  # of each step since the last summary, before clipping; not finite where it was skipped
+        # Of each step since the last summary, before clipping. Not finite where the step was skipped.
+        self.norms: list[torch.Tensor | float] = []
         self.skipped_before = engine.skipped_steps
         fp16 = ds_config.get("fp16", {})
         static = fp16.get("loss_scale", 0)
@@ -157,9 +167,10 @@ class Gradients:
         self.norms.append(torch.nn.utils.clip_grad_norm_(parameters, self.engine.gradient_clipping(), foreach=True))
 
     def after_step(self) -> bool:
-        """To be called after each optimizer step; whether it was skipped, as far as that is known without waiting for the GPU.
+        """Call it after each optimizer step. Returns whether the step is known to be skipped, without waiting.
 
-        Raises FloatingPointError where gradients overflow whatever the loss scale is: every step would be skipped.
+        Raises:
+            FloatingPointError: the gradients overflow with every loss scale, so every step would be skipped.
         """
         skipped = self.engine.skipped_steps > self.skipped_before
         self.skipped_before = self.engine.skipped_steps
@@ -174,18 +185,20 @@ class Gradients:
             return
         last, scale = self.norms[-LOOK_EVERY:], self.loss_scale()
         if self.static and len(last) == LOOK_EVERY and not any(map(math.isfinite, last)):
-            raise FloatingPointError(f"fp16: the gradients overflow with the static loss scale {scale:g}, {LOOK_EVERY} steps in a row")
+            what = f"with the static loss scale {scale:g}, {LOOK_EVERY} steps in a row"
+            raise FloatingPointError(f"fp16: the gradients overflow {what}")
         if not self.static and scale <= self.least_scale:
-            raise FloatingPointError(f"fp16: the gradients overflow again and again, until the loss scale has fallen to {scale:g}")
+            what = f"again and again, until the loss scale has fallen to {scale:g}"
+            raise FloatingPointError(f"fp16: the gradients overflow {what}")
 
     def loss_scale(self) -> float | None:
-        """The loss scale; None where the precision needs none."""
+        """The loss scale; None in bf16 and fp32."""
         if self.precision != "fp16":
             return None
         return self.scaler.get_scale() if self.scaler else float(self.engine.optimizer.loss_scale)
 
     def summary(self) -> dict[str, float | int | None]:
-        """Of the steps since the last summary: median norm before clipping, skipped steps, and the loss scale now."""
+        """Of the steps since the last summary: median norm, number of skipped steps; and the loss scale now."""
         if self.scaler and self.norms:
             self._check()
         norms = torch.stack(on_device(self.norms or [math.nan], self.engine.device)).cpu()
@@ -204,7 +217,7 @@ class Gradients:
 
 
 def on_device(norms: list[torch.Tensor | float], device: torch.device) -> list[torch.Tensor]:
-    """Numbers, and tensors of one element, as fp32 tensors without dimensions on one device."""
+    """Numbers and tensors of one element, as fp32 tensors without dimensions on one device."""
     return [torch.as_tensor(norm, dtype=torch.float32, device=device).reshape(()) for norm in norms]
 
 
@@ -213,8 +226,15 @@ def on_device(norms: list[torch.Tensor | float], device: torch.device) -> list[t
 
 
 def tiny_model() -> transformers.PreTrainedModel:
-    """A random BLOOM of one layer whose gradients are as small as those of a real fine-tuning: their norm is about 0.05."""
-    sizes = {"vocab_size": 32, "hidden_size": 8, "n_layer": 1, "n_head": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0}
+    """A random BLOOM of one layer. The norm of its gradients is about 0.05, as in a real fine-tuning."""
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
     generator = torch.Generator().manual_seed(0)
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes))
     with torch.no_grad():
@@ -223,21 +243,56 @@ def tiny_model() -> transformers.PreTrainedModel:
     return model
 
 
-def check_gradients(make_trainer, loss_of, ranks: int) -> float:
-    """Trains one step of a tiny model, and compares the gradient that AdamW has used with the one that autograd finds in fp32.
+@contextlib.contextmanager
+def engine_of(trainer: transformers.Trainer):
+    """Destroys the DeepSpeed engine of a Trainer in the end. Tune ends a paused trial by SystemExit."""
+    try:
+        yield
+    finally:
+        if hasattr(trainer.model_wrapped, "destroy"):
+            trainer.model_wrapped.destroy()
 
-    Its running mean holds it after one step: (1 - beta1) times the gradient, after unscaling and clipping.
+
+def check_once(make_trainer, setup, group) -> None:
+    """Checks once in a process that its trials train with the right gradients, see `check_gradients`.
 
     Args:
-        make_trainer: (model, data, folder) -> a Trainer as a trial has it, for one optimizer step on all of `data`, two sequences a rank.
+        make_trainer: of the script.
+        setup: what all trials share.
+        group: the ranks of the trial, which all call this.
+    """
+    if group.gradients_checked:
+        return
+    fp16 = setup.ds_config.get("fp16", {}) | {"initial_scale_power": 10}  # with a larger one the step may be skipped
+    setup = dataclasses.replace(setup, ds_config=setup.ds_config | {"fp16": fp16})
+
+    def trainer_of(model, data, folder):
+        hyperparameters = {"lr": 1e-5, "wd": 0.0, "per_device_bs": 2}
+        return make_trainer(model, data, hyperparameters, setup, group, folder, pad_token_id=0)
+
+    def loss_of(model, data):
+        total, count = evaluation.answer_loss(model, evaluation.collate(data, pad_token_id=0))
+        return total / count
+
+    check_gradients(trainer_of, loss_of, group.size)
+    group.gradients_checked = True
+
+
+def check_gradients(make_trainer, loss_of, ranks: int) -> float:
+    """Trains one step of a tiny model, and compares the gradient that AdamW used with that of autograd in fp32.
+
+    After one step AdamW's running mean is (1 - beta1) times the gradient after unscaling and clipping.
+
+    Args:
+        make_trainer: (model, data, folder) -> a Trainer for one optimizer step on all of `data`, two sequences a rank.
         loss_of: (model, data) -> the mean loss on `data`, for autograd.
-        ranks: of the trial, which all call this.
+        ranks: the number of ranks of the trial, which all call this.
 
     Returns:
         The ratio of both norms: 1 within the precision.
 
     Raises:
-        errors.CannotTrain: it is not within 5 % of 1, or DeepSpeed or the Trainer refuse the configuration.
+        errors.CannotTrain: it differs from 1 by more than 5 %, or DeepSpeed or the Trainer refuse the configuration.
     """
     data = [{"input_ids": [5 + i % 20, 9, 3, 30 - i % 20, 1], "prompt_length": 3} for i in range(2 * ranks)]
     reference = tiny_model()
@@ -245,7 +300,7 @@ def check_gradients(make_trainer, loss_of, ranks: int) -> float:
     expected = torch.nn.utils.get_total_norm([p.grad for p in reference.parameters()]).item()
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(tiny_model(), data, folder)
-        try:
+        with engine_of(trainer):
             try:
                 trainer.train()
             except Exception as error:
@@ -254,13 +309,11 @@ def check_gradients(make_trainer, loss_of, ranks: int) -> float:
                 raise
             engine = trainer.model_wrapped
             (beta, _), clip = engine.basic_optimizer.param_groups[0]["betas"], engine.gradient_clipping()
-            states = engine.basic_optimizer.state.values()
-            squares = sum((state["exp_avg"].float().square().sum() for state in states), torch.zeros((), device=engine.device))
+            squares = torch.zeros((), device=engine.device)
+            for state in engine.basic_optimizer.state.values():
+                squares += state["exp_avg"].float().square().sum()
             if engine.zero_optimization():  # each rank has a part
                 torch.distributed.all_reduce(squares)
-        finally:
-            if hasattr(trainer.model_wrapped, "destroy"):
-                trainer.model_wrapped.destroy()
     ratio = squares.sqrt().item() / (1 - beta) / min(expected, clip or expected)
     if not 0.95 < ratio < 1.05:
         raise errors.CannotTrain(f"the optimizer gets gradients that are {ratio:.3g} times those of the loss")

@@ -1,4 +1,4 @@
-"""The bill: each second of each slot is under one cause."""
+"""Slot time: each second of each slot is under one cause."""
 
 import types
 
@@ -14,8 +14,8 @@ STATES = [Trial.RUNNING, Trial.PAUSED, Trial.PENDING, Trial.TERMINATED, Trial.ER
 
 
 def make(slots, num_samples=34, at_a_time=0, heard=True):
-    record = types.SimpleNamespace(num_samples=num_samples, trials={})
-    made = slot_time.Bill(record, {"cpu": 1, "gpu": 1}, at_a_time)
+    log = types.SimpleNamespace(num_samples=num_samples, trials={})
+    made = slot_time.SlotTime(log, {"cpu": 1, "gpu": 1}, at_a_time)
     made.slots, made.heard = slots, heard
     return made
 
@@ -43,7 +43,7 @@ def trials(*states):
 def test_what_keeps_a_slot_idle(heard, states, num_samples, at_a_time, expected):
     names = {"R": Trial.RUNNING, "P": Trial.PAUSED, "T": Trial.TERMINATED}
     made = make(4, num_samples, at_a_time, heard)
-    made.record.trials = dict.fromkeys(range(len(states)))
+    made.log.trials = dict.fromkeys(range(len(states)))
     made.add(10, trials(*(names[s] for s in states)))
     assert {name: seconds for name, seconds in made.spent.items() if seconds} == expected
 
@@ -67,7 +67,7 @@ def test_iterations_that_were_run_again_are_told():
     minutes = made.minutes()
     parts = {name: minutes[name] for name in ("training", "evaluation", "checkpoints", "run again", "change-over")}
     assert parts == pytest.approx({"training": 0.5, "evaluation": 0.6, "checkpoints": 0.1, "run again": 1.0, "change-over": 0.3})
-    assert "run again 1.0 (40%)" in slot_time.text(minutes, 2, 16, 34, 40) and "34 for random search" in slot_time.text(minutes, 2, 16, 34, 40)
+    assert "run again 1.0 (40%)" in slot_time.summary(minutes, 2, 16, 34, 40) and "34 for random search" in slot_time.summary(minutes, 2, 16, 34, 40)
 
 
 def test_a_lost_process_is_a_fault_until_its_trial_has_another():
@@ -86,12 +86,12 @@ class SomeTrial(types.SimpleNamespace):
 
 @pytest.fixture()
 def release(tmp_path, monkeypatch):
-    """An IdleRelease of two nodes of two slots, all of whose trials have been suggested, and which is always due."""
+    """An IdleNodeRelease of two nodes of two slots, all of whose trials have been suggested, and which is always due."""
     nodes = [{"Alive": True, "NodeManagerAddress": f"10.0.0.{i}", "Resources": {"CPU": 2, "GPU": 2, f"slurm_job_10{i}": 1}} for i in (1, 2)]
     monkeypatch.setattr(idle_nodes.ray, "nodes", lambda: nodes)
     made = make(4, num_samples=3)
-    made.record.trials = dict.fromkeys("abc")
-    release = idle_nodes.IdleRelease(made, 1e-9, tmp_path)
+    made.log.trials = dict.fromkeys("abc")
+    release = idle_nodes.IdleNodeRelease(made, 1e-9, tmp_path)
     release.EVERY = 0.0
     return release
 
@@ -129,7 +129,7 @@ def test_no_node_is_given_back_that_a_trial_needs(release):
     assert look(release, a, b, c) == []
     start(release, b, "10.0.0.2")
     assert look(release, a, b, c) == []
-    release.bill.record.trials.popitem()  # one is still to be suggested
+    release.slot_time.log.trials.popitem()  # one is still to be suggested
     start(release, b, "10.0.0.1")
     assert look(release, a, b, c) == []
 

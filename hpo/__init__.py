@@ -1,0 +1,26 @@
+"""The machinery of the search. The script raytune_bayesian.py is the experiment and imports from here.
+
+    errors, files           what an error means; files that are never seen incomplete
+    bohb/                   the algorithm: brackets, kernel densities (kde), searcher, scheduler
+    squad/                  data, evaluation, models, precision, ranks: what a trial trains with
+    results/                the run folder: tables, log lines, slot time, trackers, figures, report
+    arguments, checks,      what the user hands in, and its checks
+      search_space
+    plan/                   what a search would run and need: simulator, plan, memory
+    cluster/                Ray and Slurm: launch, session, trial, saved state, signals, watchdogs, ray_private
+
+Imports go down only, from the script to errors and files; bohb, squad and results do not know each other.
+
+The life of a trial: TuneBOHB suggests its hyperparameters (bohb/searcher), and HyperBandForBOHB puts it into a bracket
+(bohb/scheduler). Tune starts it in a worker process (cluster/trial), which calls `train` of the script. After each
+iteration the trial reports; at a rung with a checkpoint, EM and F1. The scheduler gives the result to the searcher's
+model and pauses the trial. When all trials of the rung have reported, the best are promoted and go on from their
+checkpoints, and the others end. All along, the state of the search is saved (cluster/session, cluster/state).
+"""
+
+import os
+
+# Ray reads these when it is imported. Without a token anyone on the network could run code in its cluster. Its
+# progress output cannot be silenced; ours is in results/.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ["RAY_AIR_NEW_OUTPUT"] = "0"

@@ -1,0 +1,269 @@
+"""The command line: flags, their defaults, and checks of their values. Imports the standard library only.
+
+So `--help` and a wrong flag or number are answered at once, before the slow imports of the script.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+from hpo.bohb.brackets import band_size
+from hpo.errors import BadInput
+from hpo.results.tables import MODES, mean_iteration_seconds
+
+ROOT = Path(__file__).parent.parent
+NOT_OF_THE_SEARCH = ("given", "resume", "prefetch", "plan", "seconds_per_iteration")  # arguments a run does not keep
+TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
+PRECISIONS = ("fp16", "bf16", "fp32")
+CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
+LEAST = {
+    "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
+    "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0,
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises BadInput with one line, where argparse prints its whole usage."""
+
+    def error(self, message):
+        """Raises BadInput."""
+        raise BadInput(message)
+
+
+def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks all values that can be checked alone.
+
+    With --resume, or after Slurm has requeued the job, the arguments are those of the run.
+
+    Args:
+        description: for --help.
+        argv: the command line; None for the program's own.
+
+    Returns:
+        The arguments. `given` is the set of names that the command line has.
+
+    Raises:
+        BadInput: an argument is wrong.
+    """
+    parser = Parser(description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
+    add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json and dev*.json [.gz]")
+    add("--max_train_samples", type=int, help="train on so many questions (default: all)")
+    add("--max_eval_samples", type=int, help="select, and test, on so many questions (default: 1000, and all)")
+    add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
+    add("--max_t", type=int, default=50, help="a full training has so many iterations, each ends with an evaluation")
+    add("--reduction_factor", type=int, nargs="+", default=[4], help="one in so many trials is promoted at a rung")
+    add("--num_samples", type=int, help="number of trials (default: one whole band)")
+    add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs; one process for each")
+    add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
+    add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
+    add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
+    add("--precision", choices=PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
+    add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
+    add("--seed", type=int, default=42, help="of the search, the split and each training")
+    add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
+    add("--run_name", help="default: bloom_bohb-<job id, or time>")
+    add("--report_to", choices=TRACKERS, default="tensorboard", help="experiment tracker")
+    add("--trial_timeout", type=float, help="seconds until a silent trial is restarted (default: 10 iterations)")
+    add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
+    add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
+    add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
+        "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
+    add("--seconds_per_iteration", help="for --plan: a number, or the iterations.csv of an earlier run")
+    args = parser.parse_args(argv)
+    parser.set_defaults(**dict.fromkeys(vars(args)))
+    args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for name in ("reduction_factor", "max_concurrent_trials"):
+        if not args.plan:
+            if len(getattr(args, name)) > 1:
+                raise BadInput(f"--{name}: several values only with --plan")
+            setattr(args, name, getattr(args, name)[0])
+    args.run_name = args.run_name or f"bloom_bohb-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
+    if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
+        raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
+    # Slurm starts a job again after its time limit, or after it has lost a node.
+    restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir(args) / "run.json").exists()
+    args.resume |= restarted and not args.plan
+    if args.resume and not args.plan:
+        load_from_run(args)
+    check_values(args)
+    if args.plan:
+        if args.seconds_per_iteration is not None:
+            args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
+        use_cluster_env()
+    return args
+
+
+def run_dir(args: argparse.Namespace) -> Path:
+    """The run folder."""
+    return Path(args.output_dir).absolute() / args.run_name
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raises BadInput where a number is out of its range."""
+    for name, least in LEAST.items():
+        values = getattr(args, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None and value < least:
+                raise BadInput(f"--{name} {value}: must be at least {least}")
+    if args.trial_timeout is not None and not 0 < args.trial_timeout < math.inf:
+        raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
+    if args.seed >= 2**32:
+        raise BadInput(f"--seed {args.seed}: must be below 2**32")
+    if not 0 < args.num_train_epochs < math.inf:
+        raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
+
+
+def check_disk(output_dir: Path, needed: int) -> None:
+    """Raises BadInput unless the file system has as many bytes free as the run needs at its peak."""
+    free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.parents) if p.exists())).free
+    if free < needed:
+        needs = f"the run needs up to {needed / 1e9:.3g} GB there, and {free / 1e9:.3g} GB are free"
+        raise BadInput(f"--output_dir {output_dir}: {needs}")
+
+
+def kept(args: argparse.Namespace) -> dict:
+    """The arguments that a run keeps in run.json."""
+    return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_SEARCH}
+
+
+def load_from_run(args: argparse.Namespace) -> None:
+    """Takes over the arguments of the run that --run_name and --output_dir name.
+
+    Arguments that are given again must be the same, except --trial_timeout, which may have been too short.
+
+    Raises:
+        BadInput: it is no run folder, or another argument is given.
+    """
+    try:
+        run = json.loads((run_dir(args) / "run.json").read_text())
+        earlier = {"report_to": "tensorboard", "precision": "fp32"} | run["arguments"]  # older runs have no such flags
+        dict(run["search_space"])
+        for name, value in kept(args).items():
+            if name == "run_name":
+                continue
+            number = (int, float, type(None)) if value is None else (int, float)
+            kind = number if value is None or isinstance(value, float) else type(value)
+            if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
+                raise ValueError(name)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(
+            f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
+        ) from None
+    for name in ("run_name", "output_dir"):  # they say where the run is: it may have been moved
+        earlier.pop(name, None)
+    if "trial_timeout" in args.given:
+        earlier.pop("trial_timeout")
+    other = [
+        f"--{name} {getattr(args, name)} (the run has {earlier[name]})"
+        for name in sorted(args.given & set(earlier))
+        if getattr(args, name) != earlier[name]
+    ]
+    if other:
+        raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
+    for name, value in earlier.items():
+        setattr(args, name, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# machines and slots
+
+
+def machines() -> tuple[int, int, int]:
+    """(nodes, GPUs a node, CPUs a node) for trials: this machine, or on a cluster what cluster.env says."""
+    if "RAY_ADDRESS" in os.environ:
+        return tuple(int(os.environ.get(name, 1)) for name in CLUSTER_ENV)
+    import torch  # slow, and only needed on a single machine
+
+    return 1, torch.cuda.device_count(), len(os.sched_getaffinity(0))
+
+
+def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
+    """How many trials can run at a time, once all workers have joined.
+
+    Args:
+        args: the arguments of the run.
+        at_a_time: in place of --max_concurrent_trials; 0: as many as there is room for.
+    """
+    nodes, gpus, cpus = machines()
+    room = nodes * min(cpus // args.cpus_per_trial, gpus // args.gpus_per_trial if args.gpus_per_trial else cpus)
+    at_a_time = args.max_concurrent_trials if at_a_time is None else at_a_time
+    return min(room, at_a_time or room)
+
+
+def use_cluster_env() -> None:
+    """For a plan on a machine with Slurm: the nodes are those of cluster.env. Raises BadInput where it is wrong."""
+    if not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
+        return
+    script = "set -a; source ./cluster.env > /dev/null; env -0"
+    try:
+        done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"{ROOT}/cluster.env: not done after 60 s") from None
+    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
+    for name in CLUSTER_ENV:
+        if not re.fullmatch(r"\d+", found.get(name, "")):
+            raise BadInput(f"{ROOT}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
+    os.environ.update({name: found[name] for name in CLUSTER_ENV}, RAY_ADDRESS="none: this is a plan")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# for --plan
+
+
+def plan_settings(args: argparse.Namespace) -> list[dict]:
+    """The settings that a plan compares: {"num_samples", "max_t", "reduction_factor", "slots"}."""
+    settings = []
+    for factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
+        trials = args.num_samples or band_size(args.max_t, factor)
+        setting = {"num_samples": trials, "max_t": args.max_t, "reduction_factor": factor}
+        settings.append(setting | {"slots": at_a_time or slots(args, 0)})
+    return settings
+
+
+def seconds_per_iteration(value: str) -> float:
+    """The value of --seconds_per_iteration: a number, or the mean of an iterations.csv. Raises BadInput."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = mean_iteration_seconds(Path(value))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BadInput(
+                f"--seconds_per_iteration {value}: neither a number nor the iterations.csv of a run ({error})"
+            ) from None
+    if not 0 < seconds < math.inf:
+        raise BadInput(f"--seconds_per_iteration {value}: must be above 0")
+    return seconds
+
+
+def seconds_of(limit: str) -> int | None:
+    """Seconds of a Slurm time limit; None for "UNLIMITED" and the like.
+
+    Slurm writes minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]].
+    """
+    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", limit):
+        return None
+    days, _, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if days:
+        hours, minutes, seconds = (parts + [0, 0])[:3]
+    else:
+        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def time_limit(folder: Path = ROOT) -> int | None:
+    """Seconds of the head job's time limit: SBATCH_TIMELIMIT, or #SBATCH --time. None where neither says."""
+    script = folder / "head_node.slurm"
+    text = script.read_text() if script.exists() else ""
+    written = re.search(r"^#SBATCH (?:--time=|-t )(\S+)", text, re.MULTILINE)
+    return seconds_of(os.environ.get("SBATCH_TIMELIMIT", written.group(1) if written else ""))

@@ -1,0 +1,95 @@
+"""The run folder that this process works on: made or resumed, locked, and its state known."""
+
+import argparse
+import atexit
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+
+from hpo import arguments, search_space
+from hpo.cluster.state import load_state
+from hpo.errors import BadInput
+from hpo.files import write_json
+from hpo.results.run_folder import git_commit, versions
+
+LOCK_PATIENCE = 120  # seconds; after a node was lost, its lock may stay for a while
+
+
+class Run:
+    """A run folder, from its creation or resumption to the end of the search.
+
+    `facts` is the content of run.json, `state` the saved state of an earlier search or None.
+
+    Args:
+        args: the arguments of the run.
+        space: the search space.
+        ds_config: the DeepSpeed configuration.
+        questions: the number of questions in "train", "selection" and "test".
+        needed: bytes that the run needs at its peak.
+
+    Raises:
+        BadInput: the folder exists already, another process works on it, or it is not of the same search.
+    """
+
+    def __init__(self, args: argparse.Namespace, space: dict, ds_config: dict, questions: dict[str, int], needed: int):
+        self.folder, self.needed, self.state = arguments.run_dir(args), needed, None
+        self.facts = {
+            "status": "running",
+            "arguments": arguments.kept(args),
+            "search_space": search_space.describe(space),
+            "grid": search_space.grid_size(space),
+            "ds_config": ds_config,
+            "seed": args.seed,
+            "questions": questions,
+            "versions": versions(),
+            "git_commit": git_commit(arguments.ROOT),
+        }
+        if not args.resume:
+            arguments.check_disk(self.folder.parent, needed)
+            try:
+                self.folder.mkdir(parents=True)
+            except FileExistsError:
+                raise BadInput(f"--run_name {args.run_name}: {self.folder} exists already") from None
+        # Not an attribute: Tune pickles all that its callbacks refer to.
+        atexit.register(lock(self.folder, LOCK_PATIENCE if "SLURM_RESTART_COUNT" in os.environ else 0).close)
+        earlier = json.loads((self.folder / "run.json").read_text()) if args.resume else {}
+        self.done = earlier.get("status") == "done"
+        if self.done:
+            return
+        if args.resume:
+            search_space.check_same(space, dict(earlier["search_space"]))
+            for name in ("ds_config", "questions"):
+                if earlier.get(name) != self.facts[name]:
+                    raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
+            try:
+                self.state = load_state(self.folder)
+            except RuntimeError as error:
+                raise BadInput(f"--resume: {error}") from None
+        self.write("running")
+
+    def write(self, status: str) -> None:
+        """Writes run.json."""
+        self.facts["status"] = status
+        write_json(self.folder / "run.json", self.facts)
+
+
+def lock(folder: Path, patience: float):
+    """An open file that is locked: two processes must not work on one run. Keep it until the program ends.
+
+    Raises:
+        BadInput: another process holds the lock for `patience` seconds.
+    """
+    file, deadline = open(folder / ".lock", "w"), time.time() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.time() > deadline:
+                raise BadInput(f"--run_name {folder.name}: a process is at work on {folder}") from None
+            time.sleep(1)
+        except OSError as error:
+            print(f"WARNING: this file system has no locks ({error.strerror}): start no second process on {folder}")
+            return file

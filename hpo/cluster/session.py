@@ -1,0 +1,133 @@
+"""What a search needs around Tune's own loop: callbacks, saved state, worker resources."""
+
+import argparse
+import os
+from pathlib import Path
+
+from ray import tune
+from ray.tune.experiment import Trial
+
+from hpo import arguments
+from hpo.bohb.brackets import rungs
+from hpo.cluster import preemption, trial
+from hpo.cluster.idle_nodes import IdleNodeRelease
+from hpo.cluster.ray_private import ResumableSearch
+from hpo.cluster.run import Run
+from hpo.cluster.state import save_state
+from hpo.cluster.watchdogs import FaultyNodes, Watchdog
+from hpo.plan.plan import Forecast
+from hpo.results import trackers
+from hpo.results.progress import ProgressPrinter
+from hpo.results.slot_time import SlotTime
+from hpo.results.trial_log import TrialLog
+
+
+class SearchSession:
+    """Everything around one search: the tables, the slot time, the saved state, and the callbacks of Tune.
+
+    Takes over the state of an earlier search, if the run has one.
+
+    Args:
+        args: the arguments of the run.
+        run: the run folder.
+        searcher: a TuneBOHB.
+        scheduler: a HyperBandForBOHB.
+        setup: what all trials share.
+        forecast: of the search.
+    """
+
+    def __init__(self, args: argparse.Namespace, run: Run, searcher, scheduler, setup, forecast: Forecast):
+        self.run, self.searcher, self.scheduler, self.setup = run, searcher, scheduler, setup
+        self.observed = 0  # results at rungs when run.json was written last
+        # If the whole first rung has failed, the search ends. One trial alone does not end it.
+        first_rung = min(args.num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
+        self.log = TrialLog(
+            run_dir=run.folder,
+            searcher=searcher,
+            metric=args.metric,
+            num_samples=args.num_samples,
+            gpus_per_trial=args.gpus_per_trial,
+            first_rung=first_rung,
+            save_state=self.save,
+        )
+        resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+        self.slot_time = SlotTime(self.log, resources, args.max_concurrent_trials)
+        self.search_alg = ResumableSearch(searcher, run.folder)
+        if run.state:
+            self.restore(run.state)
+        self.log.delete_checkpoints_except([t["checkpoint"] for t in run.state["live"]] if run.state else [])
+        rendezvous = os.environ.get("RENDEZVOUS_DIR")  # where head_node.slurm and its worker jobs meet
+        folder, idle_minutes = rendezvous and Path(rendezvous), float(os.environ.get("IDLE_RELEASE_MINUTES", 0))
+        self.callbacks = [
+            self.log,
+            self.slot_time,
+            IdleNodeRelease(self.slot_time, idle_minutes, folder),
+            ProgressPrinter(self.log, scheduler, arguments.slots(args), forecast.iterations, forecast.time),
+            preemption.PauseOnSignal(scheduler, self.search_alg, setup.stop_file, self.log.save),
+            Watchdog(args.trial_timeout, self.log.log),
+            FaultyNodes(folder, self.log.log),
+            *trackers.tracker(args.report_to, run.folder),
+        ]
+        os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything
+        setup.stop_file.unlink(missing_ok=True)
+
+    def trainable(self, train):
+        """What Tune runs for a trial: `train` of the script, with its resources: one bundle a rank, on one node."""
+        ranks = max(1, self.setup.gpus_per_trial)
+        bundle = {"CPU": self.setup.cpus_per_trial / ranks, "GPU": min(1, self.setup.gpus_per_trial)}
+        resources = tune.PlacementGroupFactory([bundle] * ranks, strategy="STRICT_PACK")
+        return tune.with_resources(tune.with_parameters(trial.run, train=train, setup=self.setup), resources)
+
+    def fit(self, tuner: tune.Tuner) -> TrialLog:
+        """Runs the search, or what is left of it.
+
+        Raises:
+            preemption.Preempted: after SIGUSR1, when each running trial has saved a checkpoint.
+            KeyboardInterrupt: after SIGINT.
+        """
+        try:
+            if self.log.unfinished():
+                tuner.fit()
+        finally:
+            minutes = self.slot_time.minutes()
+            busy = sum(row["gpu_minutes"] for row in self.log.trials.values())
+            allocated = minutes["allocated"] * self.setup.gpus_per_trial
+            self.run.facts |= self.log.facts() | {
+                "slot_minutes": minutes,
+                "gpu_minutes": {"allocated": allocated, "busy": busy, "idle": allocated - busy},
+                "model_based_suggestions": {"k": self.searcher.model_based, "n": len(self.searcher.suggested)},
+                "densities": self.searcher.densities(),
+            }
+            self.log.write_tables()
+        if self.log.unfinished():  # Tune returns as after a good end
+            raise KeyboardInterrupt
+        self.log.save([])  # what follows can be interrupted too
+        preemption.stop_on_signals()
+        return self.log
+
+    def save(self, state: dict, live: list[dict]) -> None:
+        """Saves the state of the search.
+
+        Args:
+            state: of the tables.
+            live: the live trials of Tune, see ResumableSearch.
+        """
+        # A trial outside its race was saved after its final report and before Tune removed it. It holds no slot.
+        live = [trial for trial in live if self.scheduler.in_race(trial["trial_id"])] + self.search_alg.live
+        parts = {"searcher": self.searcher.get_state(), "scheduler": self.scheduler.get_state(), "log": state}
+        save_state(self.run.folder, parts | {"live": live, "slot_time": self.slot_time.get_state()})
+        if self.observed < len(self.searcher.observations):  # the report shows the model, also during the search
+            self.observed = len(self.searcher.observations)
+            self.run.facts["densities"] = self.searcher.densities()
+            self.run.write("running")
+
+    def restore(self, state: dict) -> None:
+        """Takes over a saved state. The searcher first: the others and Tune ask it."""
+        live = {trial["trial_id"] for trial in state["live"]}
+        self.slot_time.set_state(state["slot_time"])
+        self.searcher.set_state(state["searcher"], live)
+        waiting = {trial["trial_id"] for trial in state["live"] if trial["status"] == Trial.PENDING}
+        self.scheduler.set_state(state["scheduler"], waiting)
+        self.log.set_state(state["log"], live)
+        created = len(self.searcher.suggested)
+        self.search_alg = ResumableSearch(self.searcher, self.run.folder, state["live"], created)

@@ -1,0 +1,132 @@
+"""Finds models and data sets: in a folder, or in the cache of the Hugging Face hub. Imports nothing slow at its top."""
+
+import functools
+import json
+import math
+from pathlib import Path
+
+from hpo import errors
+from hpo.errors import BadInput
+
+
+def check_model_folder(path: Path) -> None:
+    """Raises BadInput unless a folder holds what save_pretrained writes, tokenizer included."""
+    try:
+        assert json.loads((path / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise BadInput(f"--model {path}: no config.json with a model_type in this folder") from None
+    if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
+        raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
+    if not (path / "tokenizer_config.json").exists():
+        raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
+    try:
+        count_parameters(path)
+    except Exception as error:  # SafetensorError is none of the usual kinds
+        raise BadInput(f"--model {path}: weights that cannot be read: {error}") from None
+
+
+def count_parameters(folder: Path) -> int:
+    """The number of parameters in a model folder, from the headers of its safetensors files.
+
+    For .bin files it is estimated from their size, at two bytes a parameter.
+    """
+    import safetensors
+
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, framework="np") as weights:
+            count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+    return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
+
+
+def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool) -> Path:
+    """The folder with the files of a hub repository.
+
+    Takes it from the cache without asking the network, unless `download` is set: a cache may hold only a part of a
+    repository and does not know it.
+
+    Args:
+        name: of the repository.
+        repo_type: "model" or "dataset".
+        patterns: of the files that are needed.
+        download: complete the cache from the network.
+
+    Raises:
+        BadInput: neither the cache nor the hub has it.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    what = {"repo_id": name, "repo_type": repo_type, "allow_patterns": patterns}
+    if not download:
+        try:
+            return Path(huggingface_hub.snapshot_download(**what, local_files_only=True))
+        except LocalEntryNotFoundError:
+            pass
+    try:
+        return Path(huggingface_hub.snapshot_download(**what))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = errors.one_line(error, 200)
+        raise BadInput(
+            f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it; "
+            f"run with --prefetch where there is a network ({reason})"
+        ) from None
+
+
+def local_model(model: str) -> Path | None:
+    """The folder of a model if this machine has it, else None. Does not ask the network.
+
+    Raises:
+        BadInput: it is a folder, and no model is in it.
+    """
+    if Path(model).is_dir():
+        check_model_folder(Path(model))
+        return Path(model)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def model_folder(model: str, download: bool = False) -> Path:
+    """The folder with configuration, weights and tokenizer of a model; raises BadInput where there is none."""
+    if Path(model).is_dir():
+        return Path(model).absolute()
+    folder = hub_snapshot(model, "model", ["*.json", "*.safetensors", "*.model", "*.txt"], download)
+    try:
+        check_model_folder(folder)
+    except BadInput as error:
+        reason = str(error).split(": ", 1)[1]
+        raise BadInput(f"--model {model}: {reason}; run with --prefetch where there is a network") from None
+    return folder
+
+
+@functools.lru_cache(maxsize=1)  # the first checks read a folder, the search takes what they have read
+def load_examples(dataset: str, download: bool = False) -> tuple[list[dict], list[dict]]:
+    """The training and the validation questions of a data set, see hpo/squad/data.py for their form.
+
+    Args:
+        dataset: a folder with SQuAD's JSON files, or a repository of the hub with parquet files.
+        download: complete the cache from the network.
+
+    Raises:
+        BadInput: there is no such data set, or something is wrong with it.
+    """
+    from hpo.squad import data
+
+    try:
+        if Path(dataset).is_dir():
+            files = data.find_squad_files(Path(dataset))
+            return data.read_squad(files["train"]), data.read_squad(files["validation"])
+        import datasets
+
+        folder = hub_snapshot(dataset, "dataset", ["*.parquet"], download)
+        files = {split: sorted(map(str, folder.rglob(f"{split}*.parquet"))) for split in ("train", "validation")}
+        loaded = {split: list(rows) for split, rows in datasets.load_dataset("parquet", data_files=files).items()}
+        for split, examples in loaded.items():
+            data.check_examples(examples, f"{dataset}, {split}")
+        return loaded["train"], loaded["validation"]
+    except ValueError as error:
+        raise BadInput(f"--dataset {error}") from None

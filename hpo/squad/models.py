@@ -1,0 +1,99 @@
+"""Models, tokenizers and checkpoints: reading them, and making best_model of a checkpoint."""
+
+import copy
+import functools
+from pathlib import Path
+
+import torch
+import transformers
+
+from hpo.files import sync
+from hpo.squad import evaluation, precision
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+
+@functools.lru_cache(maxsize=1)
+def _pretrained(folder: str) -> torch.nn.Module:
+    return evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def pretrained(folder: str | Path) -> torch.nn.Module:
+    """A fresh copy of the pretrained model, in fp32, on the CPU.
+
+    A worker process reads the files once and keeps the model for its next trials.
+    """
+    return copy.deepcopy(_pretrained(str(folder)))
+
+
+@functools.lru_cache
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a model. One without a padding token pads with EOS, which the attention mask hides."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
+
+
+def load_for_test(folder: str | Path, device: str) -> torch.nn.Module:
+    """A model in the precision of its files, on a device."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return evaluation.fuse_gelu(model).to(device)
+
+
+def is_of_full_training(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written at the end of a full training.
+
+    Such a checkpoint is a model folder for from_pretrained. All others hold DeepSpeed's files, to go on from.
+
+    Raises:
+        FileNotFoundError: the folder holds neither, for example because its file system is not mounted.
+    """
+    is_model = (checkpoint / "config.json").exists()
+    if not is_model and not any(checkpoint.glob("global_step*")):
+        raise FileNotFoundError(f"{checkpoint} is no checkpoint, or no more")
+    return is_model
+
+
+def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
+    """Gives a model the weights of a checkpoint with DeepSpeed's files, and returns it."""
+    files = list(checkpoint.glob("global_step*/mp_rank_00_model_states.pt"))
+    if files:
+        weights = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)["module"]
+    else:  # at ZeRO stage 3 each rank has written its part; the import is slow and hardly ever needed
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
+    model.load_state_dict(weights)
+    return model
+
+
+def save_best_model(checkpoint: Path, pretrained_folder: str | Path, dtype_name: str, path: Path) -> None:
+    """Writes model and tokenizer of a checkpoint to a folder for from_pretrained.
+
+    The folder is written under another name and renamed when it is complete. The weights have the precision of the
+    training, whether the training came to its end or not.
+
+    Args:
+        checkpoint: of the best trial.
+        pretrained_folder: of the model that the training began with.
+        dtype_name: "fp16", "bf16" or "fp32".
+        path: the folder to make.
+    """
+    folder = path.with_name(f".{path.name}.tmp")
+    dtype = precision.DTYPES[dtype_name]
+    if is_of_full_training(checkpoint):
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    else:
+        model = load_weights(checkpoint, pretrained(pretrained_folder)).to(dtype)
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        print(
+            f"WARNING: best_model has weights that are infinite in {dtype_name}, or NaN: "
+            "train with --precision bf16 or fp32",
+            flush=True,
+        )
+    model.save_pretrained(folder)
+    load_tokenizer(pretrained_folder).save_pretrained(folder)
+    sync(*folder.rglob("*"), folder)
+    folder.rename(path)
+    sync(path.parent)

@@ -1,0 +1,90 @@
+"""What all trials of a search share."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpo import errors
+from hpo.errors import BadInput
+from hpo.squad import data, models
+from hpo.squad.data import TokenizedSquad
+
+
+@dataclass
+class Setup:
+    """What all trials of a search share. Ray sends it to each node once."""
+
+    run_dir: Path
+    model: Path  # folder of the pretrained model
+    train: TokenizedSquad
+    selection: TokenizedSquad  # held-out training questions that trials are compared on
+    max_new_tokens: int  # of a generated answer: as many as the longest answer of the training set has, EOS included
+    ds_config: dict  # as in the user's file, see hpo/checks.py
+    precision: str  # "fp16", "bf16" or "fp32"
+    max_t: int  # a full training has so many iterations
+    num_train_epochs: float  # of a full training
+    metric: str  # trials are compared by it
+    seed: int
+    gpus_per_trial: int
+    cpus_per_trial: int
+
+    @property
+    def stop_file(self) -> Path:
+        """While it exists, trials save a checkpoint at their next step and are paused, on whatever node they run."""
+        return self.run_dir / ".stop"
+
+
+def prepare(
+    args, model: Path, ds_config: dict, examples: tuple[list, list], max_length: int, selection_size: int, batch: int
+) -> tuple[Setup, TokenizedSquad, str]:
+    """Splits the questions and tokenises them, once for all trials.
+
+    Args:
+        args: the arguments of the run.
+        model: its folder.
+        ds_config: the DeepSpeed configuration.
+        examples: training and validation questions.
+        max_length: tokens of a sequence.
+        selection_size: questions to hold out of the training set, unless --max_eval_samples says otherwise.
+        batch: the largest batch size of the search space.
+
+    Returns:
+        The setup; the test questions; and what separates training from selection, "articles" or "passages".
+
+    Raises:
+        BadInput: this data or this model cannot be used.
+    """
+    try:
+        tokenizer = models.load_tokenizer(model)
+    except Exception as error:  # whatever a broken tokenizer raises
+        raise BadInput(f"--model {model}: no usable tokenizer: {errors.one_line(error, 200)}") from None
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise BadInput(f"--model {model}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    try:
+        train, selection = data.hold_out(examples[0], args.max_eval_samples or selection_size, args.seed)
+        titles = [{example["title"] for example in part} for part in (train, selection)]
+        train = data.tokenize(data.subset(train, args.max_train_samples, args.seed), tokenizer, max_length, True)
+        selection = data.tokenize(selection, tokenizer, max_length, training=False)
+        test = data.subset(examples[1], args.max_eval_samples, args.seed)
+        test = data.tokenize(test, tokenizer, max_length, training=False)
+    except ValueError as error:
+        raise BadInput(f"--dataset {args.dataset}: {error}") from None
+    train.references = []  # no score is computed on them, so they need not be sent to each trial
+    batch *= max(1, args.gpus_per_trial)
+    steps = math.ceil(max(1, round(len(train) * args.num_train_epochs)) / batch)
+    if steps < args.max_t:
+        raise BadInput(
+            f"--max_t {args.max_t}: a full training on {len(train)} questions has only {steps} optimizer steps "
+            f"at batch size {batch}; use more questions or epochs, or a smaller --max_t"
+        )
+    same = ("precision", "max_t", "num_train_epochs", "metric", "seed", "gpus_per_trial", "cpus_per_trial")
+    setup = Setup(
+        run_dir=Path(args.output_dir).absolute() / args.run_name,
+        model=model,
+        train=train,
+        selection=selection,
+        max_new_tokens=train.longest_answer,
+        ds_config=ds_config,
+        **{name: getattr(args, name) for name in same},
+    )
+    return setup, test, "articles" if titles[0].isdisjoint(titles[1]) else "passages"
