@@ -181,7 +181,7 @@ def pace(
 
     rates, model = {}, bloom(tiny)
     for batch_size in batch_sizes:
-        data = questions(at_size(tiny, 2000, 40) * batch_size, tiny)
+        data = questions(at_size(tiny, 2000, 400) * batch_size, tiny)
         with tempfile.TemporaryDirectory() as folder:
             padded = at_size(tiny, PADDED, 40)
             clock = Clock(*launches.make(way, kind, stage, model, data, batch_size, folder, padded))

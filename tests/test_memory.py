@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import transformers
 import raytune_bayesian
 from conftest import ROOT
 from hpo.plan import memory
-from hpo.squad import data, evaluation, precision, ranks
+from hpo.squad import evaluation, loading, precision
+from hpo.squad import group as groups
+from hpo.squad.data import TokenizedSquad
 
 DS_CONFIG = json.loads((ROOT / "ds_config.json").read_text())
 SIZES = {"batch_size": 2, "max_length": 128, "answer_tokens": 16, "eval_tokens": 256, "max_new_tokens": 16}
@@ -26,17 +29,17 @@ def forecast(model, stage=0, kind="fp16", ranks=1, **sizes) -> memory.Forecast:
     return memory.forecast(model, with_stage(stage), kind, **(SIZES | sizes), ranks=ranks)
 
 
-def data(rows: int, length: int, answer: int) -> data.TokenizedSquad:
+def data(rows: int, length: int, answer: int) -> TokenizedSquad:
     """Sequences that are all as long."""
     offsets = np.arange(rows + 1, dtype=np.int64) * length
-    return data.TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, np.full(rows, length - answer), [])
+    return TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, np.full(rows, length - answer), [])
 
 
 @pytest.fixture(scope="module")
 def group():
     """That of a trial of one rank, for the engine. It is of the whole process, as is what it adds to the environment."""
     environment = dict(os.environ)
-    yield ranks.Group()
+    yield groups.join()
     torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
@@ -44,10 +47,9 @@ def group():
 
 
 def trainer_of(folder, model, rows, stage: int, kind: str, group):
-    run = {"ds_config": with_stage(stage), "precision": kind, "seed": 0}
-    order = list(range(len(rows)))
+    setup = types.SimpleNamespace(ds_config=with_stage(stage), precision=kind, seed=0)
     hyperparameters = {"lr": 1e-4, "wd": 0.01, "per_device_bs": SIZES["batch_size"]}
-    return raytune_bayesian.make_trainer(model, rows, order, hyperparameters, run, group, str(folder), pad_token_id=0)
+    return raytune_bayesian.make_trainer(model, rows, hyperparameters, setup, group, str(folder), pad_token_id=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ def test_no_weights_are_read(tiny_model, tmp_path):
 
 
 def test_parts_add_up(tiny_model):
-    parameters = raytune_bayesian.checks.parameters(tiny_model)
+    parameters = loading.count_parameters(tiny_model)
     for stage in (0, 1, 2, 3):
         f = forecast(tiny_model, stage)
         assert f.peak == f.weights + f.optimizer + max(f.backward, f.step, f.evaluation, f.resume) + f.reserve
@@ -211,5 +213,5 @@ def test_forecast_of_evaluation(demo_model, kind):
     ids = torch.full((rows, SIZES["max_length"]), 5)
     with live, precision.autocast(with_stage(0), kind, "cpu"), torch.no_grad():
         evaluation.evaluate_loss(model, long, 0, SIZES["eval_tokens"])
-        evaluation._greedy(model, ids, torch.ones_like(ids), -1, 2, None)
+        evaluation._greedy(model, ids, torch.ones_like(ids), -1, 2, groups.ONE_RANK)
     assert live.peak - weights == pytest.approx(f.evaluation, rel=0.15)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT
-from hpo import checks
+from hpo import arguments
 
 
 def plan(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
@@ -93,4 +93,4 @@ def test_bad_input(tmp_path, arguments, message):
     [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("1-00:00:01", 86401), ("UNLIMITED", None), ("", None)],
 )
 def test_slurm_s_time_limits(text, seconds):
-    assert checks.seconds_of(text) == seconds
+    assert arguments.seconds_of(text) == seconds

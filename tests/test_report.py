@@ -1,4 +1,4 @@
-"""The record of a run: what a rung earned, whatever comes after it; files that are whole."""
+"""The tables of a run: results at rungs, statuses, the best trial, deleted checkpoints; files that are complete."""
 
 import json
 import math
@@ -7,14 +7,14 @@ import types
 from pathlib import Path
 
 import pytest
-from hpo.results.record import Record
 
 from hpo import files
 from hpo.results import tables
+from hpo.results.trial_log import TrialLog
 
 
 class SomeTrial:
-    """The part of a Tune trial that Record looks at."""
+    """The part of a Tune trial that TrialLog uses."""
 
     def __init__(self, trial_id, folder):
         self.trial_id, self.last_result, self.error_file, self.finished = trial_id, {}, None, False
@@ -31,125 +31,144 @@ class SomeTrial:
         return any(Path(self.storage.trial_fs_path).iterdir())
 
 
-@pytest.fixture()
-def record(tmp_path):
+def make_log(folder, **more):
     suggested = {name: {"config": {}, "model_based": False} for name in "abc"}
-    return Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1)
+    searcher = types.SimpleNamespace(suggested=suggested)
+    return TrialLog(folder, searcher, metric="eval_loss", num_samples=3, gpus_per_trial=1, **more)
 
 
-def tell(record, trial, iteration, loss, em=None, **more):
+@pytest.fixture()
+def log(tmp_path):
+    return make_log(tmp_path)
+
+
+def tell(log, trial, iteration, loss, em=None, **more):
     trial.last_result = {"training_iteration": iteration, "eval_loss": loss, "exact_match": em, "f1": em,
                          "started_at": 0.0, "ended_at": 60.0, "node": "here", **more}  # fmt: skip
-    record.on_trial_result(0, [], trial, trial.last_result)
+    log.on_trial_result(0, [], trial, trial.last_result)
 
 
-def test_a_trial_with_unusual_gradients_is_warned_about_once(record, tmp_path, capsys):
+def test_log_warns_once_per_trial_of_unusual_gradients(log, tmp_path, capsys):
     a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
     for iteration in (1, 2):
-        tell(record, a, iteration, 1.0, grad_norm=3e-6, loss_scale=65536.0, skipped_steps=0)
-        tell(record, b, iteration, 1.0, grad_norm=0.3, loss_scale=None, skipped_steps=0)
+        tell(log, a, iteration, 1.0, grad_norm=3e-6, loss_scale=65536.0, skipped_steps=0)
+        tell(log, b, iteration, 1.0, grad_norm=0.3, loss_scale=None, skipped_steps=0)
     out = capsys.readouterr().out
     assert out.count("WARNING") == 1 and "WARNING: trial a, iteration 1: grad_norm 3e-06 is far from" in out
-    record.write_tables()
+    log.write_tables()
     assert [row["grad_norm"] for row in files.read_csv(tmp_path / "iterations.csv")] == [3e-6, 0.3] * 2
 
 
-def fail(record, trial):
+def fail(log, trial):
     trial.finished = True
-    record.on_trial_error(0, [], trial)
+    log.on_trial_error(0, [], trial)
 
 
-def test_a_state_has_the_checkpoint_of_its_last_report(record, tmp_path):
-    """Tune knows a report before its checkpoint: what is saved in between is saved again."""
+def test_state_is_saved_again_when_the_checkpoint_is_complete(log, tmp_path):
+    """Tune calls on_trial_result first and on_checkpoint later. A state saved in between lacks the checkpoint."""
     a, saved = SomeTrial("a", tmp_path), []
-    record.save_state = lambda record, live: saved.append(live[0]["checkpoint"])
-    record.on_trial_start(0, [a], a)
-    tell(record, a, 3, 1.0)
-    record.on_step_end(0, [a])
+    log.save_state = lambda state, live: saved.append(live[0]["checkpoint"])
+    log.on_trial_start(0, [a], a)
+    tell(log, a, 3, 1.0)
+    log.on_step_end(0, [a])
     a.checkpoint = types.SimpleNamespace(path=str(tmp_path / "ray" / "a" / "checkpoint_000000"))
-    record.on_checkpoint(iteration=0, trials=[a], trial=a, checkpoint=a.checkpoint)
-    record.pace = 0
-    record.on_step_end(1, [a])
+    log.on_checkpoint(iteration=0, trials=[a], trial=a, checkpoint=a.checkpoint)
+    log.save_interval = 0
+    log.on_step_end(1, [a])
     assert saved == [None, "ray/a/checkpoint_000000"]
 
 
+def test_checkpoints_of_the_last_two_states_are_kept(log, tmp_path):
+    a, kept = SomeTrial("a", tmp_path), []
+    log.on_trial_start(0, [a], a)
+    for i in range(4):
+        folder = tmp_path / "ray" / "a" / f"checkpoint_{i:06}"
+        folder.mkdir(exist_ok=True)
+        a.checkpoint = types.SimpleNamespace(path=str(folder))
+        log.save([a])
+        kept.append([int(path.name[-6:]) for path in sorted((tmp_path / "ray" / "a").iterdir())])
+    assert kept == [[0], [0, 1], [1, 2], [2, 3]]
+    log.delete_checkpoints_except(["ray/a/checkpoint_000003"])
+    assert [path.name for path in (tmp_path / "ray" / "a").iterdir()] == ["checkpoint_000003"]
+
+
 @pytest.mark.parametrize("end", ["completed", "failed"])
-def test_a_trial_stays_what_its_own_report_has_made_it(record, tmp_path, capsys, end):
-    """Whatever becomes of its process afterwards, and that is not told as another failure."""
+def test_trial_keeps_the_end_that_it_has_reported(log, tmp_path, capsys, end):
+    """If its worker process fails later, the status stays, and the log has no second failure."""
     a = SomeTrial("a", tmp_path)
-    record.on_trial_start(0, [a], a)
+    log.on_trial_start(0, [a], a)
     if end == "completed":
-        tell(record, a, 50, 1.0)
+        tell(log, a, 50, 1.0)
     else:
-        record.on_trial_result(0, [a], a, {"training_iteration": 0, "eval_loss": math.nan, "failed": "ValueError no"})
+        log.on_trial_result(0, [a], a, {"training_iteration": 0, "eval_loss": math.nan, "failed": "ValueError no"})
     capsys.readouterr()
-    for event in (record.on_trial_recover, record.on_trial_start, record.on_trial_error, record.on_trial_complete):
+    for event in (log.on_trial_recover, log.on_trial_start, log.on_trial_error, log.on_trial_complete):
         event(0, [a], a)
-        assert record.trials["a"]["status"] == end
+        assert log.trials["a"]["status"] == end
     assert "failed after" not in capsys.readouterr().out
 
 
-def test_a_leader_that_crashes_between_rungs_keeps_what_it_earned_and_no_more(record, tmp_path):
+def test_best_trial_that_crashes_keeps_the_result_of_its_last_rung(log, tmp_path):
     a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
     for trial in (a, b):
-        record.on_trial_start(0, [], trial)
-    tell(record, a, 12, 1.0, 0.3)
-    tell(record, a, 13, 5.0)
-    fail(record, a)
-    record.write([a, b])
-    row = record.trials["a"]
+        log.on_trial_start(0, [], trial)
+    tell(log, a, 12, 1.0, 0.3)
+    tell(log, a, 13, 5.0)
+    fail(log, a)
+    log.save([a, b])
+    row = log.trials["a"]
     assert [row[k] for k in ("training_iteration", "eval_loss", "exact_match", "status")] == [12, 1.0, 0.3, "failed"]
-    assert record.best == "a" and a.has_checkpoint()
-    tell(record, b, 12, 0.5, 0.6)
-    record.write([a, b])
-    assert record.best == "b" and not a.has_checkpoint()
-    assert [t["trial_id"] for t in tables.ranked(list(record.trials.values()), "eval_loss")] == ["b", "a"]
-    assert [i["training_iteration"] for i in record.iterations] == [12, 13, 12]
+    assert log.best == "a" and a.has_checkpoint()
+    tell(log, b, 12, 0.5, 0.6)
+    log.save([a, b])
+    assert log.best == "b" and not a.has_checkpoint()
+    assert [t["trial_id"] for t in tables.ranked(list(log.trials.values()), "eval_loss")] == ["b", "a"]
+    assert [i["training_iteration"] for i in log.iterations] == [12, 13, 12]
     assert row["gpu_minutes"] == 2.0
 
 
-def test_the_checkpoint_of_a_trial_that_is_through_and_not_the_best_goes_at_once(record, tmp_path):
-    """With the very save that shows it as completed, not only when its process has ended."""
+def test_checkpoint_of_completed_trial_that_is_not_best_is_deleted_at_the_next_save(log, tmp_path):
+    """It is deleted before the worker process of the trial has ended."""
     a, b = SomeTrial("a", tmp_path), SomeTrial("b", tmp_path)
     for trial, loss in ((a, 0.5), (b, 1.0)):
-        record.on_trial_start(0, [], trial)
-        tell(record, trial, 50, loss, 0.5)
-    record.write([a, b])
-    assert record.best == "a" and a.has_checkpoint() and not b.has_checkpoint()
+        log.on_trial_start(0, [], trial)
+        tell(log, trial, 50, loss, 0.5)
+    log.save([a, b])
+    assert log.best == "a" and a.has_checkpoint() and not b.has_checkpoint()
     assert [t["status"] for t in files.read_csv(tmp_path / "trials.csv")] == ["completed"] * 2
 
 
-def test_a_trial_whose_process_never_started(record, tmp_path):
+def test_trial_fails_if_its_process_never_starts(log, tmp_path):
     trial = SomeTrial("c", tmp_path)
-    fail(record, trial)
-    record.write([trial])
-    assert record.trials["c"]["status"] == "failed" and record.best is None and not trial.has_checkpoint()
+    fail(log, trial)
+    log.save([trial])
+    assert log.trials["c"]["status"] == "failed" and log.best is None and not trial.has_checkpoint()
 
 
-def test_nan_is_not_the_best_and_not_in_json(record, tmp_path):
+def test_nan_is_never_best_and_becomes_null_in_json(log, tmp_path):
     trial = SomeTrial("a", tmp_path)
-    record.on_trial_start(0, [], trial)
-    tell(record, trial, 3, math.nan, 0.0)
-    assert record.best is None
+    log.on_trial_start(0, [], trial)
+    tell(log, trial, 3, math.nan, 0.0)
+    assert log.best is None
     files.write_json(tmp_path / "x.json", {"loss": math.nan, "all": [1.5, math.inf]})
     assert json.loads((tmp_path / "x.json").read_text()) == {"loss": None, "all": [1.5, None]}
 
 
-def test_unfinished_until_all_trials_have_ended(record, tmp_path):
-    assert record.unfinished()
+def test_search_is_unfinished_until_all_trials_have_ended(log, tmp_path):
+    assert log.unfinished()
     for name in "abc":
         trial = SomeTrial(name, tmp_path)
-        record.on_trial_start(0, [], trial)
-        tell(record, trial, 3, 1.0, 0.0)
-        assert record.unfinished()  # is paused
-        record.on_trial_complete(0, [], trial)
-    assert not record.unfinished()
+        log.on_trial_start(0, [], trial)
+        tell(log, trial, 3, 1.0, 0.0)
+        assert log.unfinished()  # is paused
+        log.on_trial_complete(0, [], trial)
+    assert not log.unfinished()
 
 
-def test_a_reader_sees_whole_files_only(tmp_path):
+def test_reader_never_sees_a_part_of_a_file(tmp_path):
     path, stop, seen = tmp_path / "file", threading.Event(), set()
     texts = ["a" * 300_000, "b" * 500_000]
-    files.write_whole(path, texts[0])
+    files.write_atomically(path, texts[0])
 
     def read():
         while not stop.is_set():
@@ -158,39 +177,66 @@ def test_a_reader_sees_whole_files_only(tmp_path):
     reader = threading.Thread(target=read)
     reader.start()
     for i in range(100):
-        files.write_whole(path, texts[i % 2])
+        files.write_atomically(path, texts[i % 2])
     stop.set()
     reader.join()
     assert seen <= set(texts) and len(list(tmp_path.iterdir())) == 1
 
 
-def test_tables_survive_a_round_trip(record, tmp_path):
+def test_tables_are_read_back_as_they_were_written(log, tmp_path):
     trial = SomeTrial("a", tmp_path)
-    record.on_trial_start(0, [], trial)
-    tell(record, trial, 3, 0.1 + 0.2, 0.25)
-    record.write([trial])
-    assert files.read_csv(tmp_path / "trials.csv") == list(record.trials.values())
-    assert files.read_csv(tmp_path / "iterations.csv") == record.iterations
+    log.on_trial_start(0, [], trial)
+    tell(log, trial, 3, 0.1 + 0.2, 0.25)
+    log.save([trial])
+    assert files.read_csv(tmp_path / "trials.csv") == list(log.trials.values())
+    assert files.read_csv(tmp_path / "iterations.csv") == log.iterations
 
 
-def test_the_first_rung_that_failed_whole_ends_the_search(tmp_path):
-    """Also while a later trial is on its way; not while one of the first may still come through."""
-    suggested = {name: {"config": {}, "model_based": False} for name in "abc"}
-    record = Record(tmp_path, types.SimpleNamespace(suggested=suggested), "eval_loss", 3, 1, first_rung=2)
+def test_search_ends_if_all_trials_of_the_first_rung_fail(tmp_path):
+    """Also while a later trial is running, but not while one of the first ones may still succeed."""
+    log = make_log(tmp_path, first_rung=2)
     trials = {name: SomeTrial(name, tmp_path) for name in "abc"}
     for trial in trials.values():
-        record.on_trial_start(0, [], trial)
-    fail(record, trials["b"])
-    record.on_step_end(0, [])
-    fail(record, trials["a"])
+        log.on_trial_start(0, [], trial)
+    fail(log, trials["b"])
+    log.on_step_end(0, [])
+    fail(log, trials["a"])
     with pytest.raises(RuntimeError, match="all 2 trials of the first rung failed"):
-        record.on_step_end(0, [])
+        log.on_step_end(0, [])
 
 
-def test_a_full_disk_that_a_trial_meets_ends_the_search_between_two_events(record, tmp_path):
-    """In answer to the event it would be wrapped by Tune, and shown as a traceback."""
+def test_full_disk_in_a_trial_raises_oserror_at_the_next_step(log, tmp_path):
+    """Raised in on_trial_result, Tune would wrap it in a TuneError."""
     trial = SomeTrial("a", tmp_path)
-    record.on_trial_start(0, [], trial)
-    record.on_trial_result(0, [], trial, {"training_iteration": 0, "eval_loss": math.nan, "storage": "no space left"})
+    log.on_trial_start(0, [], trial)
+    log.on_trial_result(0, [], trial, {"training_iteration": 0, "eval_loss": math.nan, "storage": "no space left"})
     with pytest.raises(OSError, match="no space left"):
-        record.on_step_end(0, [])
+        log.on_step_end(0, [])
+
+
+def test_mean_iteration_seconds(log, tmp_path):
+    trial = SomeTrial("a", tmp_path)
+    log.on_trial_start(0, [], trial)
+    tell(log, trial, 1, 1.0)
+    tell(log, trial, 2, 1.0, ended_at=30.0)
+    log.write_tables()
+    assert tables.mean_iteration_seconds(tmp_path / "iterations.csv") == 45.0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"a,b\n1,2\n", b"started_at,ended_at\n1\n", b"started_at,ended_at\n1,x\n", b"\xff\0"]
+)
+def test_other_files_have_no_mean_iteration_seconds(tmp_path, content):
+    (tmp_path / "other.csv").write_bytes(content)
+    with pytest.raises(ValueError):
+        tables.mean_iteration_seconds(tmp_path / "other.csv")
+    with pytest.raises(OSError):
+        tables.mean_iteration_seconds(tmp_path / "missing.csv")
+
+
+def test_cells_with_commas_and_quotes_are_read_back(tmp_path):
+    rows = [{"trial_id": "1e5", "status": 'say "a, b"\nc', "optimizer": "adam,w"}]
+    files.write_csv(tmp_path / "x.csv", ["trial_id", "status"], rows)
+    assert files.read_csv(tmp_path / "x.csv") == rows
+    files.write_atomically(tmp_path / "y", b"\xff\x00")
+    assert (tmp_path / "y").read_bytes() == b"\xff\x00"

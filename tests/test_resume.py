@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from hpo import errors, files
-from hpo.cluster import shutdown, storage, watchdogs
+from hpo.cluster import preemption, storage, watchdogs
 from hpo.cluster import state as state_file
 
 
@@ -93,7 +93,7 @@ def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_p
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     said, text = [], ""
-    watch, victim = watchdogs.BadNodes(tmp_path, said.append), trial("a", "RUNNING")
+    watch, victim = watchdogs.FaultyNodes(tmp_path, said.append), trial("a", "RUNNING")
     victim.error_file = str(tmp_path / "error.txt")
     for number, address in enumerate(
         ["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1
@@ -176,11 +176,11 @@ def test_a_termination_is_not_lost_where_python_swallows_exceptions():
             os.kill(os.getpid(), signal.SIGTERM)
             list(range(1000))  # the handler runs here
 
-    scheduler = types.SimpleNamespace(draining=False)
+    scheduler = types.SimpleNamespace(pause_all=False)
     before = {how: signal.getsignal(how) for how in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        shutdown.stop_at_once()
-        drain = shutdown.Drain(scheduler, None, None, None)
+        preemption.stop_on_signals()
+        drain = preemption.PauseOnSignal(scheduler, None, None, None)
         drain.setup()
         drain.on_step_end(0, [])
         Finalizer()
@@ -189,7 +189,7 @@ def test_a_termination_is_not_lost_where_python_swallows_exceptions():
     finally:
         for how, handler in before.items():
             signal.signal(how, handler)
-    assert ended.value.code == 143 and not scheduler.draining
+    assert ended.value.code == 143 and not scheduler.pause_all
 
 
 # -- the state of a search --------------------------------------------------------------------------------------------

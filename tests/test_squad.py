@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, ranks
+from hpo.squad import evaluation, group
 from raytune_bayesian import SquadMetric
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
     assert len({p["prediction_text"] for p in predictions}) > 5
     barrier, box = threading.Barrier(size, timeout=60), {}
 
-    class Group(ranks.Group):
+    class Group(group.Group):
         def __init__(self, rank):
             self.rank, self.size, self.calls = rank, size, 0
 
@@ -329,10 +329,9 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
             return [box[rank, self.calls] for rank in range(size)]
 
     def work(rank):
-        group = Group(rank)
-        return evaluation.predict(model, tokenizer, few, four, 5, group), evaluation.evaluate_loss(
-            model, few, tokenizer.pad_token_id, four, group
-        )
+        own = Group(rank)
+        answers = evaluation.predict(model, tokenizer, few, four, 5, own)
+        return answers, evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four, own)
 
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(work, range(size)):
@@ -342,7 +341,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
 @given(st.lists(st.integers(1, 1024), min_size=1, max_size=200), st.integers(1, 10_000))
 @settings(deadline=None)
 def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_tokens):
-    batches = [batch for batch, _ in evaluation._shares(np.array(lengths), batch_tokens, None)]
+    batches = evaluation.batches_by_length(np.array(lengths), batch_tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     widths = [max(lengths[i] for i in batch) for batch in batches]
     assert widths == sorted(widths, reverse=True)

@@ -41,7 +41,7 @@ def distribution(values: list) -> FloatDistribution | CategoricalDistribution:
 def studies(
     trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str
 ) -> dict[int, optuna.Study]:
-    """A study for each rung, by its iteration. Rungs are the iterations at which a trial has been paused or has ended."""
+    """A study for each rung, by its iteration. Rungs are the iterations at which a trial was paused or has ended."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = {name: distribution([t[name] for t in trials]) for name in hyperparameters}
     curves: dict[str, dict[int, float]] = defaultdict(dict)
@@ -162,7 +162,7 @@ def timeline(iterations: list[dict]) -> go.Figure:
 
 
 def comparisons(by_rung: dict[int, optuna.Study], metric: str) -> dict[str, go.Figure]:
-    """Parallel coordinates and importance of the hyperparameters, at the rung with the most results, by their titles."""
+    """Parallel coordinates and importance of the hyperparameters, at the rung with most results, by their titles."""
     rung = max(by_rung, key=lambda rung: (len(by_rung[rung].trials), rung), default=None)
     if rung is None or len(by_rung[rung].trials) < MIN_RESULTS:
         return {}
@@ -201,7 +201,7 @@ def density(densities: dict, name: str) -> go.Figure:
         figure.add_scatter(
             x=values(points), y=np.zeros(len(points)), mode="markers", marker_color=colour, showlegend=False
         )
-    axis = {"type": "log" if domain["log"] else "linear", "title": label(name)}
+    axis = {"type": "log" if domain["log"] else "linear", "title": label(name), "exponentformat": "e"}
     figure.update_layout(xaxis=axis, yaxis_title="density")
     return figure
 

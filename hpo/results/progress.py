@@ -1,4 +1,4 @@
-"""The table in the log that says where the search is."""
+"""The progress table in the log: what each bracket does, and how much of the search is left."""
 
 import math
 import time
@@ -11,55 +11,57 @@ from hpo.results.trial_log import TrialLog
 
 
 class ProgressPrinter(Callback):
-    """Prints a table when a bracket has reached its next rung, and every ten minutes.
+    """Prints the progress table when a bracket has reached its next rung, and every ten minutes.
 
     Args:
-        log: its rows are shown.
-        scheduler: has `brackets` and `bracket_of`.
-        slots: trials that can run at a time.
-        iterations: of the whole search, by the plan.
-        length: of the whole search, by the plan, in iterations one after another.
+        log: its trials and iterations are shown.
+        scheduler: a HyperBandForBOHB; its `brackets` and `bracket_of` are used.
+        slots: the number of trials that can run at a time.
+        iterations: the number of iterations of the whole search, by the plan.
+        length: the duration of the whole search, by the plan, in iterations one after another.
     """
 
     EVERY = 600  # seconds
 
     def __init__(self, log: TrialLog, scheduler, slots: int, iterations: int, length: float):
-        self.log, self.scheduler, self.slots, self.planned = log, scheduler, slots, (iterations, length)
-        self.rungs: list[int] = []  # of each bracket, when the table was printed last
+        self.log, self.scheduler, self.slots = log, scheduler, slots
+        self.iterations, self.length = iterations, length
+        self.rungs: list[int] = []  # of each bracket, at the last call
         self.printed_at = time.time()
 
     def on_step_end(self, iteration, trials, **info):
-        """Prints the table if it is due."""
+        """Prints the table if it is due. Tune calls this several times a second."""
         rungs = [bracket.rung for bracket in self.scheduler.brackets]
         moved = any(rung != before for rung, before in zip(rungs, self.rungs, strict=False))
         self.rungs = rungs
-        if moved or time.time() - self.printed_at > self.EVERY and self.log.iterations:
-            print(self.text(), flush=True)
+        if moved or (time.time() - self.printed_at > self.EVERY and self.log.iterations):
+            print(f"{self.table()}\n{self.totals()}", flush=True)
             self.printed_at = time.time()
 
-    def text(self) -> str:
-        """The table, and a line on slots, suggestions, iterations and time left."""
+    def table(self) -> str:
+        """A row for each bracket that has trials left."""
         rows = [["bracket", "rung at", "running", "paused", "waiting", "done", "best so far"]]
-        trials, metric = list(self.log.trials.values()), self.log.metric
+        trials, metric = self.log.trials.values(), self.log.metric
         for number, bracket in enumerate(self.scheduler.brackets, 1):
             members = [row for row in trials if self.scheduler.bracket_of(row["trial_id"]) is bracket]
-            if all(row["status"] in ENDED for row in members):
+            done = sum(row["status"] in ENDED for row in members)
+            if done == len(members):
                 continue
             counts = [sum(row["status"] == status for row in members) for status in ("running", "paused", "pending")]
             best = min((badness(row, metric) for row in members if row["training_iteration"]), default=math.inf)
             shown = format_value(metric, abs(best)) if math.isfinite(best) else ""
-            done = sum(row["status"] in ENDED for row in members)
             rows.append([number, bracket.budget, *counts, done, shown])
-        lines = ["  " + line for line in columns(rows).splitlines()]
+        return "\n".join("  " + line for line in columns(rows).splitlines())
+
+    def totals(self) -> str:
+        """A line with slots, suggestions of the model, iterations and the time that is left."""
+        trials, reports = self.log.trials.values(), self.log.iterations
         running = sum(row["status"] == "running" for row in trials)
         from_model = sum(row["model_based"] for row in trials)
-        done = len({(row["trial_id"], row["training_iteration"]) for row in self.log.iterations})
-        iterations, length = self.planned
-        seconds = sum(row["ended_at"] - row["started_at"] for row in self.log.iterations)
-        each = seconds / max(1, len(self.log.iterations))
-        left = max(0, iterations - done) / iterations * length * each
-        lines.append(
+        done = len({(row["trial_id"], row["training_iteration"]) for row in reports})  # some are run again
+        seconds = sum(row["ended_at"] - row["started_at"] for row in reports) / max(1, len(reports))
+        left = max(0, self.iterations - done) / self.iterations * self.length * seconds
+        return (
             f"  {running} of {self.slots} slots busy, {from_model} of {len(trials)} suggestions by the model, "
-            f"{done} of {iterations} iterations, about {left / 60:.0f} min left by the plan"
+            f"{done} of {self.iterations} iterations, about {left / 60:.0f} min left by the plan"
         )
-        return "\n".join(lines)
