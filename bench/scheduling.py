@@ -1,13 +1,15 @@
-"""How busy the slots are and how long a search takes, in the simulator; and what a decision costs.
+"""How busy the slots are and how long a search takes, in simulated time. And the cost of a decision.
 
     .venv/bin/python bench/scheduling.py          # about ten minutes
-    .venv/bin/python bench/scheduling.py --ray    # and two real Ray runs of 1,000 trials that do nothing, several minutes more
+    .venv/bin/python bench/scheduling.py --ray    # and two real Ray runs of 1,000 trials that do nothing, minutes more
 
-Every row runs the real searcher and scheduler (simulate.py) on whole bands of max_t 50, reduction factor 4, with about ten
-trials a slot, but at least three bands. Suggestions are random and the same for all, trial by trial, because batch size 1
-takes longer than 2: else the search that came upon more of the short trials would win. Ray's own is its HyperBandForBOHB,
-ASHA its AsyncHyperBandScheduler; ASHA and random search at full length end after as many iterations as ours. The tail is
-what comes after the last new trial has got its slot. The cost of a decision is that of the model-based search.
+Each row runs the real searcher and scheduler in hpo/plan/simulator.py, on whole bands of max_t 50 and reduction factor
+4. There are about ten trials per slot, and at least three bands. Suggestions are random, and the n-th trial is the same
+in all rows. Otherwise a search could win by chance, because a trial of batch size 1 takes longer than one of 2.
+
+"Ray's own" is Ray's HyperBandForBOHB, and ASHA is its AsyncHyperBandScheduler. ASHA and random search at full length
+end after as many iterations as ours. The tail is the time after the last new trial got its slot. The cost of a decision
+is that of the model-based search.
 """
 
 import argparse
@@ -37,18 +39,20 @@ from hpo.plan.simulator import Simulation
 
 SPACE = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "wd": tune.choice([0.0, 0.01])}
 MAX_T, REDUCTION_FACTOR = 50, 4
-REAL = 1000  # trials of the real runs
+REAL = 1000  # trials of a real run
 BAND = band_size(MAX_T, REDUCTION_FACTOR)
-# Median seconds of an iteration of the demo by batch size, two trials at a time on two cores, in the minutes when these did
-# nothing else: from iterations.csv of the second of the two runs behind demo_iterations.csv.
+# Median seconds of an iteration of the demo by batch size, with two trials at a time on two cores that were otherwise
+# idle. From iterations.csv of the second of the two runs behind demo_iterations.csv.
 SECONDS = {1: 2.55, 2: 1.66}
 
 
 def loss(config: dict, t: int) -> float:
+    """Best at lr 1e-4, falls with t."""
     return (math.log10(config["lr"]) + 4) ** 2 + 1 / t
 
 
 def seconds(config: dict) -> float:
+    """Simulated seconds of one iteration."""
     return SECONDS[config["per_device_bs"]]
 
 
@@ -63,13 +67,19 @@ def make(kind: str, seed: int, random_fraction: float = 1):
         "random, full": ray.tune.schedulers.FIFOScheduler,
     }[kind]()
     rays_model = kind == "Ray's own" and random_fraction < 1
-    searcher = (ray.tune.search.bohb.TuneBOHB if rays_model else TuneBOHB)(seed=seed, bohb_config={"random_fraction": random_fraction})
+    searcher_class = ray.tune.search.bohb.TuneBOHB if rays_model else TuneBOHB
+    searcher = searcher_class(seed=seed, bohb_config={"random_fraction": random_fraction})
     searcher.set_search_properties("loss", "min", SPACE)
     return searcher, scheduler
 
 
 def search(kind: str, num_samples: int, slots: int, seed: int, max_reports: int = 10**9) -> dict[str, float]:
-    """Seconds of the whole search, shares of the slots' time that were busy before the tail and in all, iterations."""
+    """Runs one search.
+
+    Returns:
+        Its simulated seconds (wall), the share of the slots' time that was busy before the tail (before) and in the
+        whole search (busy), and the numbers of iterations and trials.
+    """
     simulation = Simulation(*make(kind, seed), num_samples, loss, slots=slots, max_t=MAX_T, seconds=seconds)
     simulation.run(max_reports)
     firsts = [start for start, _, _, t, _ in simulation.reports if t == 1]
@@ -83,6 +93,7 @@ def search(kind: str, num_samples: int, slots: int, seed: int, max_reports: int 
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each number over several searches."""
     return {key: statistics.median(run[key] for run in runs) for key in runs[0]}
 
 
@@ -96,9 +107,11 @@ def utilisation(all_slots: list[int]) -> float:
         seeds = range(5 if slots < 512 else 1)
         ours = [search("ours", bands * BAND, slots, seed) for seed in seeds]
         rows = {"ours": ours, "Ray's own": [search("Ray's own", bands * BAND, slots, seed) for seed in seeds]}
-        for kind in ("ASHA", "random, full"):  # ends with the iteration that uses up the budget: has no tail to speak of
-            rows[kind] = [search(kind, 10**9, slots, seed, run["iterations"]) for seed, run in zip(seeds, ours)]
-        these = [theirs["wall"] / mine["wall"] for theirs, mine in zip(rows["Ray's own"], ours)]
+        for kind in ("ASHA", "random, full"):  # these end in the midst of their trials, so they have hardly a tail
+            limits = [run["iterations"] for run in ours]
+            rows[kind] = [search(kind, 10**9, slots, seed, limit) for seed, limit in zip(seeds, limits, strict=True)]
+        walls = [[run["wall"] for run in rows[kind]] for kind in ("Ray's own", "ours")]
+        these = [rays / own for rays, own in zip(*walls, strict=True)]
         ratios += these
         for kind, runs in rows.items():
             m = medians(runs)
@@ -111,7 +124,7 @@ def utilisation(all_slots: list[int]) -> float:
 
 
 def time_calls(target, names: list[str], times: dict[str, list[float]]) -> None:
-    """Replaces methods by ones that note how long they took."""
+    """Replaces methods by ones that add their seconds to `times`."""
 
     def timed(name, method):
         def call(*args, **kwargs):
@@ -127,7 +140,7 @@ def time_calls(target, names: list[str], times: dict[str, list[float]]) -> None:
 
 
 def decisions(kind: str, trials: int) -> dict[str, float]:
-    """Mean milliseconds of each kind of call while the last 300 of so many trials are suggested."""
+    """Mean milliseconds of a call, by method, while the last 300 of so many trials are suggested."""
     searcher, scheduler = make(kind, 0, random_fraction=1 / 3)
     times: dict[str, list[float]] = defaultdict(list)
     time_calls(searcher, ["suggest"], times)
@@ -142,11 +155,15 @@ def decisions(kind: str, trials: int) -> dict[str, float]:
 
 
 def cost(sizes: list[int]) -> None:
+    """Prints the table of decisions, for searches with so many trials."""
     print("\nmean milliseconds of a decision at 8 slots; limit: 5 at 10,000 trials, growth about linear")
     print("search     trials  suggest  on_trial_result  choose_trial_to_run")
     for kind, trials in [("Ray's own", 1000)] + [("ours", size) for size in sizes]:
         ms = decisions(kind, trials)
-        print(f"{kind:9} {trials:7} {ms['suggest']:8.2f} {ms['on_trial_result']:16.2f} {ms['choose_trial_to_run']:20.2f}", flush=True)
+        print(
+            f"{kind:9} {trials:7} {ms['suggest']:8.2f} {ms['on_trial_result']:16.2f} {ms['choose_trial_to_run']:20.2f}",
+            flush=True,
+        )
 
 
 def nothing(config: dict) -> None:
@@ -164,7 +181,16 @@ def nothing(config: dict) -> None:
 
 
 def real(trials: int, loop: str, controller: type) -> float:
-    """A real run: seconds a trial, and how much of the driver's time our decisions take."""
+    """Runs a search in Ray. Prints the seconds per trial, and the share of the time that decisions take.
+
+    Args:
+        trials: number of trials.
+        loop: the name of the row.
+        controller: the class of Tune's control loop to use.
+
+    Returns:
+        Seconds of the run.
+    """
     ray.tune.tune.TuneController = controller
     searcher = TuneBOHB(seed=0)
     scheduler = HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4, stop_last_trials=False)
@@ -178,20 +204,30 @@ def real(trials: int, loop: str, controller: type) -> float:
             tune.with_resources(nothing, {"cpu": 1}),
             param_space=SPACE,
             tune_config=tune.TuneConfig(
-                metric="loss", mode="min", num_samples=trials, search_alg=searcher, scheduler=scheduler, reuse_actors=True
+                metric="loss",
+                mode="min",
+                num_samples=trials,
+                search_alg=searcher,
+                scheduler=scheduler,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
         ray.shutdown()
     spent = {name: sum(values) for name, values in times.items()}
-    print(f"{loop}: {results.num_errors} failed, {wall:.0f} s, {wall / trials:.3f} s a trial, of which the driver's CPU {cpu / trials:.3f} s; decisions "
-          f"{sum(spent.values()) / wall:.1%} of the time: " + ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items()),
-          flush=True)  # fmt: skip
+    each = ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items())
+    print(
+        f"{loop}: {results.num_errors} failed, {wall:.0f} s, {wall / trials:.3f} s a trial, "
+        f"of which the driver's CPU {cpu / trials:.3f} s; "
+        f"decisions {sum(spent.values()) / wall:.1%} of the time: {each}",
+        flush=True,
+    )
     return wall
 
 
 def main() -> None:
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, nargs="+", default=[4, 8, 64, 512])
     parser.add_argument("--trials", type=int, nargs="+", default=[1000, 10_000], help="for the cost of a decision")
@@ -202,8 +238,12 @@ def main() -> None:
     ratio = utilisation(args.slots)
     cost(args.trials)
     if args.ray:
-        print(f"\nreal Ray, {REAL} trials that do nothing, 4 slots, max_t 4; limit: our control loop no slower than Tune's own")
-        walls = [real(REAL, "Tune's own", ray_private.TuneController.__mro__[1]), real(REAL, "ours", ray_private.TuneController)]
+        limit = "limit: our control loop no slower than Tune's own"
+        print(f"\nreal Ray, {REAL} trials that do nothing, 4 slots, max_t 4; {limit}")
+        walls = [
+            real(REAL, "Tune's own", ray_private.TuneController.__mro__[1]),
+            real(REAL, "ours", ray_private.TuneController),
+        ]
         print(f"Tune's seconds by ours: {walls[0] / walls[1]:.2f}")
     print(f"ratio: {ratio:.2f}")
 

@@ -1,19 +1,21 @@
-"""How good the best configuration is that a search finds for a budget, on problems whose optimum is known.
+"""Regret against budget: how good is the best configuration that a search finds? On problems with a known optimum.
 
-    pip install …                                                 # as bench/requirements.txt says
-    .venv/bin/python bench/search_quality.py                                # about half an hour on two cores
+    pip install …                                                 # see bench/requirements.txt
+    .venv/bin/python bench/search_quality.py                      # about half an hour on two cores
     .venv/bin/python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
-    .venv/bin/python bench/search_quality.py --variants                     # other settings of our model, and other models
+    .venv/bin/python bench/search_quality.py --variants           # other settings of our model, and other models
 
-Every method runs with its defaults, one trial at a time where no slots are named, on the same budget in iterations; `full trainings` are iterations
-by max_t. A trial that goes on from a checkpoint pays only for the iterations it adds, also where the method's own package
-would begin again (SMAC, DEHB: the same configuration at a larger budget). The incumbent is the trial with the best loss that was
-observed at 90 % of a full training or more (Ray's own trains to 48 of 50), before there is one, at the longest training seen.
-Its regret is its true loss after a full training minus that of the optimum. What is not installed is said and left out.
+Every method runs with its defaults and with the same budget in iterations. It runs one trial at a time, unless its name
+has a number of slots. `full trainings` are iterations divided by max_t. A trial that is resumed costs only the
+iterations that it adds. This holds for SMAC and DEHB too, whose packages would train the same configuration again.
+
+The incumbent is the trial with the best loss among those that were observed at 90 % of a full training or more (Ray's
+own trains to 48 of 50). Before there is one, it is the best of those with the longest training. Its regret is its true
+loss after a full training minus the loss of the optimum. A method whose package is not installed is left out.
 
 Problems: counting ones (Falkner, Klein & Hutter, "BOHB", ICML 2018, section 5.1; an iteration is 15 draws), the
-multi-fidelity Hartmann functions of mf-prior-bench, and this very search space: a Gaussian process on 815
-iterations of 53 random configurations of the demo (demo_iterations.csv).
+multi-fidelity Hartmann functions of mf-prior-bench, and the search space of this project. For the latter, the loss is a
+Gaussian process on 815 iterations of 53 random configurations of the demo (demo_iterations.csv).
 """
 
 import argparse
@@ -51,8 +53,8 @@ from hpo.bohb.searcher import TuneBOHB
 from hpo.plan.simulator import Simulation
 
 BUDGETS = [6, 11, 23]  # full trainings; one band is 11.4
-FLOOR = 1e-4  # a smaller regret counts as this one in geometric means
-MANY = 10**6  # trials: the budget ends the search
+FLOOR = 1e-4  # the least regret in geometric means, which cannot have 0
+MANY = 10**6  # trials: more than the budget allows
 
 # ---------------------------------------------------------------------------------------------------------------------
 # problems
@@ -60,16 +62,23 @@ MANY = 10**6  # trials: the budget ends the search
 
 @dataclass
 class Problem:
+    """A search space with a loss whose optimum is known."""
+
     space: dict  # of Tune
     max_t: int
-    loss: Callable[[dict, int, int], float]  # observed: of (configuration, iterations, seed)
-    true: Callable[[dict], float]  # after a full training, without noise
-    best: float  # the least that is possible
+    loss: Callable[[dict, int, int], float]  # the observed loss, of (configuration, iterations, seed)
+    true: Callable[[dict], float]  # the loss after a full training, without noise
+    best: float  # the least true loss
 
 
 def counting_ones(dimensions: int) -> Problem:
-    """So many categories and so many probabilities; the loss is minus the mean of them, the latter seen through draws."""
-    space = {f"c{i}": tune.choice([0, 1]) for i in range(dimensions)} | {f"p{i}": tune.uniform(0, 1) for i in range(dimensions)}
+    """Counting ones. The loss is minus the mean of all hyperparameters, where a probability is estimated from draws.
+
+    Args:
+        dimensions: number of categorical hyperparameters, and of continuous ones.
+    """
+    space = {f"c{i}": tune.choice([0, 1]) for i in range(dimensions)}
+    space |= {f"p{i}": tune.uniform(0, 1) for i in range(dimensions)}
     names = list(space)
 
     def true(config: dict) -> float:
@@ -84,7 +93,10 @@ def counting_ones(dimensions: int) -> Problem:
 
 
 def hartmann(name: str) -> Problem:
-    """One of mf-prior-bench's; its fidelity of 1 to 100 in 50 iterations. Its noise is a function of its seed, and nil for 0."""
+    """A multi-fidelity Hartmann function of mf-prior-bench. An iteration is 2 of its fidelities from 1 to 100.
+
+    Its noise depends on its seed, and there is none for seed 0.
+    """
     import mfpbench
 
     @functools.cache
@@ -98,13 +110,18 @@ def hartmann(name: str) -> Problem:
         return float(benchmark(seed).query({n: float(config[n]) for n in names}, at=fidelity).value.value)
 
     space = {n: tune.uniform(0, 1) for n in names}
-    return Problem(space, 50, lambda c, t, seed: value(c, 2 * t, seed + 1), lambda c: value(c, 100, 1), value(optimum, 100, 1))
+    return Problem(
+        space, 50, lambda c, t, seed: value(c, 2 * t, seed + 1), lambda c: value(c, 100, 1), value(optimum, 100, 1)
+    )
 
 
 def demo() -> Problem:
-    """eval_loss of the demo: a Gaussian process on its logarithm over log lr, log iteration, batch size and weight decay."""
+    """eval_loss of the demo, as a Gaussian process.
+
+    It models the logarithm of the loss over log lr, log iteration, batch size and weight decay.
+    """
     rows = list(csv.DictReader((Path(__file__).parent / "demo_iterations.csv").open()))
-    scales = np.array([0.25, 0.5, 1.0, 3.0])  # length scales, in ranges of each: batch size matters, weight decay hardly
+    scales = np.array([0.25, 0.5, 1.0, 3.0])  # length scales, as shares of the range: weight decay hardly matters
 
     def point(lr: float, bs: float, wd: float, t: float) -> list[float]:
         return [math.log(lr / 5e-6) / math.log(40), math.log(t) / math.log(16), bs - 1, wd / 0.01]
@@ -112,7 +129,10 @@ def demo() -> Problem:
     columns = ("learning_rate", "batch_size", "weight_decay", "training_iteration")
     x = np.array([point(*(float(r[name]) for name in columns)) for r in rows]) / scales
     y = np.log([float(r["eval_loss"]) for r in rows])
-    kernel = lambda a, b: np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 2)  # noqa: E731
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.exp(-((a[:, None] - b[None]) ** 2).sum(-1) / 2)
+
     weights = np.linalg.solve(kernel(x, x) + 0.01 * np.eye(len(x)), y - y.mean())
 
     def losses(points: list[list[float]]) -> np.ndarray:
@@ -131,7 +151,10 @@ def demo() -> Problem:
 
 @functools.cache
 def problem(name: str) -> Problem:
-    return demo() if name == "demo" else counting_ones(int(name[-1])) if name.startswith("counting") else hartmann(name)
+    """The problem of a name in PROBLEMS."""
+    if name == "demo":
+        return demo()
+    return counting_ones(int(name[-1])) if name.startswith("counting") else hartmann(name)
 
 
 PROBLEMS = ["demo", "counting_ones_4", "counting_ones_8", "mfh3_good", "mfh3_bad", "mfh6_good", "mfh6_bad"]
@@ -145,7 +168,12 @@ class Spent(Exception):
 
 
 class Ledger:
-    """What a search has observed, and at what cost."""
+    """Counts the iterations of a search, and keeps its observations.
+
+    Args:
+        p: the problem.
+        seed: of the noise.
+    """
 
     def __init__(self, p: Problem, seed: int):
         self.problem, self.seed, self.budget = p, seed, BUDGETS[-1] * p.max_t
@@ -154,11 +182,24 @@ class Ledger:
         self.trained: dict[tuple, int] = {}
 
     def step(self, config: dict, t: int) -> float:
-        """Loss at iteration t, which the trial has just run. Raises Spent."""
+        """The loss at iteration t of a trial that has run the iterations before it. Costs one iteration.
+
+        Raises:
+            Spent: the budget is used up.
+        """
         return self.train(config, t, cost=1)
 
     def train(self, config: dict, t: int, cost: int | None = None) -> float:
-        """Loss after t iterations, of which those that this configuration has had are free. Raises Spent."""
+        """The loss after t iterations.
+
+        Args:
+            config: the configuration.
+            t: iterations.
+            cost: iterations to pay for. None: those that this configuration has not had yet.
+
+        Raises:
+            Spent: the budget is used up.
+        """
         config = {name: config[name] for name in self.problem.space}
         key = tuple(config.values())
         if cost is None:
@@ -172,7 +213,7 @@ class Ledger:
         return loss
 
     def regrets(self) -> list[float]:
-        """Regret of the incumbent at each budget."""
+        """The regret of the incumbent at each of BUDGETS."""
         values = []
         for budget in BUDGETS:
             seen = [s for s in self.seen if s[0] <= budget * self.problem.max_t]
@@ -183,6 +224,7 @@ class Ledger:
 
 
 def simulated(classes, ledger: Ledger, searcher_options: dict, slots: int = 1, **scheduler_options) -> None:
+    """Runs a searcher and a scheduler of Tune in the simulator."""
     searcher_class, scheduler_class = classes
     searcher = searcher_class(seed=ledger.seed, **searcher_options)
     searcher.set_search_properties("loss", "min", ledger.problem.space)
@@ -196,19 +238,24 @@ RANDOM = {"bohb_config": {"random_fraction": 1}}
 
 
 def ours(ledger: Ledger, model: type[Model] = Model, slots: int = 1, **settings) -> None:
+    """Our TuneBOHB and HyperBandForBOHB, with a model and its settings."""
     with unittest.mock.patch("hpo.bohb.searcher.Model", model):
         simulated((TuneBOHB, HyperBandForBOHB), ledger, {"bohb_config": settings}, slots, reduction_factor=4)
 
 
 class SmallestBudget(Model):
-    """Of the smallest budget with enough results, where ours takes the largest."""
+    """The model of the smallest budget with enough results. Ours takes the largest."""
 
     def new_result(self, job, update_model=True):
-        larger = {budget: self.kde_models.pop(budget) for budget in list(self.kde_models) if budget > job.kwargs["budget"]}
-        super().new_result(job, update_model)  # hpbandster refits none below its largest model
+        """Fits the densities of each budget. hpbandster fits none below its largest model."""
+        larger = {
+            budget: self.kde_models.pop(budget) for budget in list(self.kde_models) if budget > job.kwargs["budget"]
+        }
+        super().new_result(job, update_model)
         self.kde_models |= larger
 
     def get_config(self, budget=None):
+        """Suggests from the densities of the smallest budget."""
         every = self.kde_models
         self.kde_models = {budget: every[budget] for budget in sorted(every)[:1]}
         try:
@@ -218,22 +265,24 @@ class SmallestBudget(Model):
 
 
 class Remembering(Model):
-    """Keeps what it suggested, as vectors."""
+    """Keeps its suggestions, as vectors."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.suggested = []
 
     def get_config(self, budget=None):
+        """Suggests, and keeps the suggestion."""
         config, info = super().get_config()
         self.suggested.append(ConfigSpace.Configuration(self.configspace, config).get_array())
         return config, info
 
 
 class NoDuplicates(Remembering):
-    """Leaves out candidates within 5 % of the range of an earlier suggestion in each dimension, unless all are."""
+    """Leaves out candidates that are near an earlier suggestion: within 5 % of the range in each dimension."""
 
     def candidates(self, good):
+        """Draws candidates, without those near an earlier suggestion unless all are near one."""
         candidates = super().candidates(good)
         distances = [np.abs(candidates - known).max(axis=1) for known in self.suggested]
         fresh = candidates[np.min(distances, axis=0) > 0.05] if distances else candidates
@@ -241,37 +290,44 @@ class NoDuplicates(Remembering):
 
 
 class PendingAreBad(Remembering):
-    """Counts what was suggested and has no result yet among the bad."""
+    """Counts suggestions without a result as bad results."""
 
     def new_result(self, job, update_model=True):
-        told = ConfigSpace.Configuration(self.configspace, job.kwargs["config"]).get_array()
-        self.suggested = [each for each in self.suggested if not np.array_equal(each, told)]
+        """Adds a result, which is no longer pending."""
+        result = ConfigSpace.Configuration(self.configspace, job.kwargs["config"]).get_array()
+        self.suggested = [each for each in self.suggested if not np.array_equal(each, result)]
         super().new_result(job, update_model)
 
     def density(self, kde, points):
+        """The density, where that of the bad results has a kernel at each pending suggestion too."""
         if self.suggested and any(kde is pair["bad"] for pair in self.kde_models.values()):
             kde = types.SimpleNamespace(bw=kde.bw, data=np.concatenate([kde.data, self.suggested]))
         return super().density(kde, points)
 
 
 def rays_own(ledger: Ledger) -> None:
+    """Ray's TuneBOHB and HyperBandForBOHB."""
     np.random.seed(ledger.seed)  # its model draws from there
     simulated((ray.tune.search.bohb.TuneBOHB, ray.tune.schedulers.HyperBandForBOHB), ledger, {}, reduction_factor=4)
 
 
 def hyperband(ledger: Ledger) -> None:
+    """Our scheduler with random suggestions."""
     ours(ledger, random_fraction=1)
 
 
 def asha(ledger: Ledger) -> None:
+    """Ray's AsyncHyperBandScheduler with random suggestions."""
     simulated((TuneBOHB, ray.tune.schedulers.AsyncHyperBandScheduler), ledger, RANDOM)
 
 
 def random_search(ledger: Ledger) -> None:
+    """Random suggestions, each trained to the end."""
     simulated((TuneBOHB, ray.tune.schedulers.FIFOScheduler), ledger, RANDOM)
 
 
 def optuna_tpe(ledger: Ledger) -> None:
+    """Optuna's TPESampler and HyperbandPruner."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -293,22 +349,25 @@ def optuna_tpe(ledger: Ledger) -> None:
 
     pruner = optuna.pruners.HyperbandPruner(max_resource=p.max_t)
     sampler = optuna.samplers.TPESampler(seed=ledger.seed)
-    study = optuna.create_study(sampler=sampler, pruner=pruner, study_name=f"seed {ledger.seed}")  # the pruner's brackets hang on the name
+    name = f"seed {ledger.seed}"  # fixed, because the pruner chooses a trial's bracket by it
+    study = optuna.create_study(sampler=sampler, pruner=pruner, study_name=name)
     study.optimize(objective, n_trials=MANY)
 
 
-def config_space(ledger: Ledger):
+def config_space(ledger: Ledger) -> ConfigSpace.ConfigurationSpace:
+    """The search space of the problem, for DEHB and SMAC."""
     space = ray.tune.search.bohb.TuneBOHB.convert_search_space(ledger.problem.space)
     space.seed(ledger.seed)
     return space
 
 
 def first_budget(p: Problem) -> int:
-    """DEHB and SMAC ask for the shortest training: as in the largest bracket of ours."""
+    """The shortest training, for DEHB and SMAC: the first rung of our largest bracket."""
     return rungs(p.max_t, 4)[0][0][1]
 
 
 def smac_hyperband(ledger: Ledger) -> None:
+    """SMAC's MultiFidelityFacade."""
     from smac import MultiFidelityFacade, Scenario
     from smac.runhistory.dataclasses import TrialValue
 
@@ -323,12 +382,13 @@ def smac_hyperband(ledger: Ledger) -> None:
             min_budget=first_budget(p), max_budget=p.max_t, seed=ledger.seed,
         )  # fmt: skip
         smac = MultiFidelityFacade(scenario, target, logging_level=False, overwrite=True)
-        while True:  # ask and tell: the runner would take Spent for a crashed trial
+        while True:  # ask and tell, because SMAC's runner would treat Spent as a crash of the trial
             info = smac.ask()
             smac.tell(info, TrialValue(cost=target(info.config, budget=info.budget)), save=False)
 
 
 def dehb(ledger: Ledger) -> None:
+    """DEHB with one worker."""
     from dehb import DEHB
     from loguru import logger
 
@@ -336,7 +396,13 @@ def dehb(ledger: Ledger) -> None:
     p, space = ledger.problem, config_space(ledger)
     with tempfile.TemporaryDirectory() as folder:
         search = DEHB(
-            cs=space, dimensions=len(space), min_fidelity=first_budget(p), max_fidelity=p.max_t, seed=ledger.seed, n_workers=1, output_path=folder
+            cs=space,
+            dimensions=len(space),
+            min_fidelity=first_budget(p),
+            max_fidelity=p.max_t,
+            seed=ledger.seed,
+            n_workers=1,
+            output_path=folder,
         )
         while True:
             job = search.ask()
@@ -347,22 +413,36 @@ def dehb(ledger: Ledger) -> None:
 
 
 METHODS = {  # name: (function, package)
-    "ours": (ours, "ray"), "Ray's own": (rays_own, "ray"), "random": (random_search, "ray"), "Hyperband": (hyperband, "ray"),
-    "ASHA": (asha, "ray"), "Optuna": (optuna_tpe, "optuna"), "DEHB": (dehb, "dehb"), "SMAC": (smac_hyperband, "smac"),
-}  # fmt: skip
-VARIANTS = {
-    "bandwidth 0.001": {"min_bandwidth": 0.001}, "bandwidth 0.03": {"min_bandwidth": 0.03},
-    "bandwidth 0.2": {"min_bandwidth": 0.2}, "bandwidth 0.3": {"min_bandwidth": 0.3}, "bandwidth factor 1": {"bandwidth_factor": 1},
-    "256 candidates": {"num_samples": 256}, "random 10 %": {"random_fraction": 0.1}, "random 100 %": {"random_fraction": 1},
-    "smallest budget": {"model": SmallestBudget}, "no duplicates": {"model": NoDuplicates},
-    "8 slots": {"slots": 8}, "8 slots, pending are bad": {"slots": 8, "model": PendingAreBad},
-}  # fmt: skip
+    "ours": (ours, "ray"),
+    "Ray's own": (rays_own, "ray"),
+    "random": (random_search, "ray"),
+    "Hyperband": (hyperband, "ray"),
+    "ASHA": (asha, "ray"),
+    "Optuna": (optuna_tpe, "optuna"),
+    "DEHB": (dehb, "dehb"),
+    "SMAC": (smac_hyperband, "smac"),
+}
+VARIANTS = {  # name: arguments of `ours`
+    "bandwidth 0.001": {"min_bandwidth": 0.001},
+    "bandwidth 0.03": {"min_bandwidth": 0.03},
+    "bandwidth 0.2": {"min_bandwidth": 0.2},
+    "bandwidth 0.3": {"min_bandwidth": 0.3},
+    "bandwidth factor 1": {"bandwidth_factor": 1},
+    "256 candidates": {"num_samples": 256},
+    "random 10 %": {"random_fraction": 0.1},
+    "random 100 %": {"random_fraction": 1},
+    "smallest budget": {"model": SmallestBudget},
+    "no duplicates": {"model": NoDuplicates},
+    "8 slots": {"slots": 8},
+    "8 slots, pending are bad": {"slots": 8, "model": PendingAreBad},
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # runs and tables
 
 
 def run(job: tuple[str, str, int]) -> tuple[str, str, int, list[float]]:
+    """Runs one (problem, method, seed). Returns these and the regrets."""
     name, method, seed = job
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
@@ -374,8 +454,10 @@ def run(job: tuple[str, str, int]) -> tuple[str, str, int, list[float]]:
     return name, method, seed, ledger.regrets()
 
 
-def all_runs(problems: list[str], methods: list[str], seeds: int, keep: Path | None) -> dict[tuple[str, str, int], list[float]]:
-    """Regrets by (problem, method, seed), those of the file `keep` included, which gains the new ones."""
+def all_runs(
+    problems: list[str], methods: list[str], seeds: int, keep: Path | None
+) -> dict[tuple[str, str, int], list[float]]:
+    """Regrets by (problem, method, seed). Results in the file `keep` are used, and new ones are added to it."""
     known = [json.loads(line) for line in keep.read_text().splitlines()] if keep and keep.exists() else []
     results = {(name, method, seed): regrets for name, method, seed, regrets in known}
     jobs = [(p, m, seed) for seed in range(seeds) for p in problems for m in methods]
@@ -392,12 +474,16 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean."""
     if min(values) == max(values):
         return values[0], values[0]
-    interval = scipy.stats.bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    interval = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=2000, method="percentile", rng=0
+    ).confidence_interval
     return interval.low, interval.high
 
 
-def tables(results: dict[tuple[str, str, int], list[float]], problems: list[str], methods: list[str], seeds: int, baseline: str) -> float:
-    """Prints them; returns the geometric mean regret of `baseline` by that of the first method."""
+def tables(
+    results: dict[tuple[str, str, int], list[float]], problems: list[str], methods: list[str], seeds: int, baseline: str
+) -> float:
+    """Prints the tables. Returns the geometric mean regret of `baseline`, divided by that of the first method."""
     print(f"regret of the incumbent by full trainings; {seeds} seeds: mean [95 % interval], median")
     width = max(map(len, methods))
     for name in problems:
@@ -409,7 +495,8 @@ def tables(results: dict[tuple[str, str, int], list[float]], problems: list[str]
                 low, high = mean_interval(values)
                 line += f"{np.mean(values):12.4f} [{low:.4f}, {high:.4f}] {np.median(values):.4f}"
             print(line)
-    print("\nover all problems and seeds: average rank (1 is best), geometric mean regret, the latter by the first method's [95 % interval]")
+    means = "average rank (1 is best), geometric mean regret, the latter by the first method's [95 % interval]"
+    print(f"\nover all problems and seeds: {means}")
     print(" " * width + "".join(f"{b:>38}" for b in BUDGETS))
     geometric, ranks, intervals = defaultdict(list), defaultdict(list), defaultdict(list)
     for i in range(len(BUDGETS)):
@@ -426,19 +513,26 @@ def tables(results: dict[tuple[str, str, int], list[float]], problems: list[str]
     for method in methods:
         cells = [
             f"{r:.2f} {g:.4f} {g / first:6.2f} {interval}"
-            for r, g, first, interval in zip(ranks[method], geometric[method], geometric[methods[0]], intervals[method])
+            for r, g, first, interval in zip(
+                ranks[method], geometric[method], geometric[methods[0]], intervals[method], strict=True
+            )
         ]
         print(method.ljust(width) + "".join(cell.rjust(38) for cell in cells))
     return math.exp(np.mean(np.log(geometric[baseline])) - np.mean(np.log(geometric[methods[0]])))
 
 
 def main() -> None:
+    """Runs all methods on all problems, and prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
-    parser.add_argument("--variants", action="store_true", help="compare settings of our model and other models; ratio: that with 0.03 by ours")
-    parser.add_argument("--keep", type=Path, help="a file that keeps the runs: a second call goes on from there")
+    parser.add_argument(
+        "--variants",
+        action="store_true",
+        help="compare settings of our model and other models; ratio: that with 0.03 by ours",
+    )
+    parser.add_argument("--keep", type=Path, help="a file with the results so far; only missing runs are made")
     args = parser.parse_args()
     methods = ["ours", *VARIANTS] if args.variants else args.methods
     problems = list(args.problems)

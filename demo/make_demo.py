@@ -6,7 +6,8 @@ demo/squad has the format of SQuAD v1.1. All names and facts are invented, so a 
 reading its passage: several facts of the same kind stand in it (two people, two places, two dates, two materials), and
 in some a second building with the same relation.
 
-demo/model is "pretrained a little", on passages of its own with notes about them ("keeper: Mira Toven noted."). It can look
+demo/model is "pretrained a little", on passages of its own with notes about them ("keeper: Mira Toven noted."). It
+can look
 a fact up and copy it, but it has never seen a question or the prompt of the fine-tuning: that is left to learn.
 """
 
@@ -110,6 +111,7 @@ def make_value(rng: random.Random, kind: str) -> list[str]:
 
 
 def make_subject(rng: random.Random) -> str:
+    """The name of something that a passage is about."""
     return f"{rng.choice(PLACES)} {rng.choice(KINDS)}"
 
 
@@ -135,6 +137,7 @@ def make_passage(rng: random.Random, subject: str, known: dict) -> tuple[str, li
 
 
 def question(rng: random.Random, relation: str, subject: str) -> str:
+    """A question for one fact of a subject."""
     return rng.choice(RELATIONS[relation][2]).replace("{s}", f"the {subject}")
 
 
@@ -286,7 +289,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> BloomFor
         if step % 50 == 0 or step == STEPS - 1:
             right = (logits.argmax(-1) == targets).float().mean().item()
             print(
-                f"[{time.time() - started:4.0f} s] pretraining step {step:3d}/{STEPS}, loss {loss.item():.3f}, right {right:.2f}",
+                f"[{time.time() - started:4.0f} s] pretraining step {step:3d}/{STEPS}, loss {loss.item():.3f}, "
+                f"right {right:.2f}",
                 flush=True,
             )
     return model.eval()
@@ -307,6 +311,7 @@ def write_folder(path: Path, write) -> None:
 
 
 def main() -> None:
+    """Makes demo/squad and demo/model, unless they are there."""
     transformers.logging.disable_progress_bar()
     squad_folder, model_folder = HERE / "squad", HERE / "model"
     if squad_folder.is_dir() and model_folder.is_dir():

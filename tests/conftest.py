@@ -20,8 +20,11 @@ SCRIPT = ROOT / "raytune_bayesian.py"
 SHARED_SQUAD = ROOT.parent / "shared" / "squad"
 
 
-def make_squad(folder: Path, sizes={"train": (20, 20), "dev": (6, 10)}, seed=0) -> Path:
-    """Writes train.json and dev.json: {split: (articles, passages an article)}, one question a passage."""
+SIZES = {"train": (20, 20), "dev": (6, 10)}  # articles, and passages of an article
+
+
+def make_squad(folder: Path, sizes=SIZES, seed=0) -> Path:
+    """Writes train.json and dev.json with one question for each passage."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
     for split, (articles, passages) in sizes.items():
@@ -31,7 +34,9 @@ def make_squad(folder: Path, sizes={"train": (20, 20), "dev": (6, 10)}, seed=0) 
             for p in range(passages):
                 names, colours = ["Bo", "Al", "Cy", "Di"], ["red", "blue", "green", "pink"]
                 rng.shuffle(colours)
-                context = f"Tale {a}.{p} of {split}. " + " ".join(f"{n} has a {c} hat." for n, c in zip(names, colours))
+                context = f"Tale {a}.{p} of {split}. " + " ".join(
+                    f"{n} has a {c} hat." for n, c in zip(names, colours, strict=False)
+                )
                 who = rng.randrange(4)
                 answers = [
                     {"text": t, "answer_start": context.index(t)} for t in (colours[who], f"a {colours[who]} hat")

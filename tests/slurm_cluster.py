@@ -1,7 +1,9 @@
 """A real Slurm cluster of three nodes on one machine: slurmctld, slurmd and munged of Debian, as root.
 
-Each node, and the controller, is a network namespace with an address of its own on a bridge, and a host name of its own;
-all share the file system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as far as Slurm is
+Each node, and the controller, is a network namespace with an address of its own on a bridge, and a host name of its
+own;
+all share the file system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as
+far as Slurm is
 concerned: the GPUs are device files with nothing behind them, and tests/no_gpu stands in for CUDA.
 
     with SlurmCluster(folder) as cluster:
@@ -151,7 +153,8 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
             sh(f"ip netns add {host} && ip link add veth-{host} type veth peer name eth0 netns {host}")
             sh(f"ip link set veth-{host} master slurmtest && ip link set veth-{host} up")
             sh(
-                f"ip -n {host} addr add {self.address(host)}/24 dev eth0 && ip -n {host} link set eth0 up && ip -n {host} link set lo up"
+                f"ip -n {host} addr add {self.address(host)}/24 dev eth0 && ip -n {host} link set eth0 up "
+                f"&& ip -n {host} link set lo up"
             )
 
     def _remove_hosts(self):
@@ -172,7 +175,10 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
     def start_node(self, node: str):
         """Starts the node's slurmd: in the node's network, with its host name and its own `private` folder."""
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
-        script = f"hostname {node}; mount -t tmpfs tmpfs {self.folder}/private; exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
+        script = (
+            f"hostname {node}; mount -t tmpfs tmpfs {self.folder}/private; "
+            f"exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
+        )
         namespace = f"--net=/var/run/netns/{node}"
         self._start(node, ["nsenter", namespace, "unshare", "--uts", "--mount", "sh", "-c", script])
 
@@ -261,7 +267,9 @@ class Project:
         (folder / "logs").mkdir()
 
     def hand(self, body: str) -> None:
-        """Makes the project's script one with another `train`, see faulty.write_script; the honest one is experiment.py."""
+        """Makes the project's script one with another `train`, see faulty.write_script; the honest one is
+        experiment.py.
+        """
         script = self.folder / "raytune_bayesian.py"
         if not (self.folder / "experiment.py").exists():
             script.rename(self.folder / "experiment.py")

@@ -18,12 +18,16 @@ from hpo.errors import Kind
 from slurm_cluster import NO_GPU
 
 HELP = (  # torch adds it to each error of CUDA
-    "\nSearch for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more information."
-    "\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below might be incorrect."
-    "\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+    "\nSearch for `cudaErrorX' in https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more "
+    "information.\nCUDA kernel errors might be asynchronously reported at some other API call, so the stacktrace below "
+    "might be incorrect.\nFor debugging consider passing CUDA_LAUNCH_BLOCKING=1\n"
+    "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
 )
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12080). Please update your GPU driver"
-NCCL = "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error\nncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+NCCL = (
+    "NCCL error in: ../torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\n"
+)
 WHOLE = [  # errors as torch and Ray raise them, one for each row of errors.TEXTS in its order
     (torch.AcceleratorError, "CUDA error: no kernel image is available for execution on the device" + HELP, Kind.SETUP),
     (
@@ -60,7 +64,8 @@ WHOLE = [  # errors as torch and Ray raise them, one for each row of errors.TEXT
     (torch.AcceleratorError, "CUDA error: an illegal memory access was encountered" + HELP, Kind.NODE),
     (
         RuntimeError,
-        "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  Reboot the system to recover this GPU",
+        "Unable to determine the device handle for GPU0000:3B:00.0: GPU is lost.  "
+        "Reboot the system to recover this GPU",
         Kind.NODE,
     ),
     (RuntimeError, "NVRM: Xid (PCI:0000:3b:00): 79, GPU has fallen off the bus.", Kind.NODE),
@@ -151,7 +156,8 @@ def test_one_line():
     )
 
 
-# -- the check of the GPUs ------------------------------------------------------------------------------------------------------
+# -- the check of the GPUs
+# ------------------------------------------------------------------------------------------------------
 
 
 def gpu_check(**environment):
@@ -209,7 +215,8 @@ def test_a_gpu_that_computes_wrong_is_found(monkeypatch):
         gpu_check.check()
 
 
-# -- what ends a search -----------------------------------------------------------------------------------------------------------
+# -- what ends a search
+# -----------------------------------------------------------------------------------------------------------
 
 FAULT = """
 def train(config, setup, trial):
@@ -220,12 +227,16 @@ def train(config, setup, trial):
 def test_an_error_of_the_installation_ends_the_search_at_once(tmp_path, tiny_model, tiny_squad):
     """With what to install; no trial has failed for it, so that --resume goes on with all of them."""
     script = write_script(tmp_path / "fault.py", FAULT)
-    arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
+    arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2,
+    "--max_eval_samples", 10,
                  "--max_concurrent_trials", 1, "--num_samples", 6]  # fmt: skip
     name = ["--output_dir", tmp_path, "--run_name", "x"]
     process = run_script(*arguments, *name, script=script)
     assert process.returncode == 1, process.stdout + process.stderr
-    says = r"no kernel image is available for execution on the device \(on \S+\); a V100 \(sm_70\) needs a torch that was built for CUDA 12.6: pip install torch=="
+    says = (
+        r"no kernel image is available for execution on the device \(on \S+\); a V100 \(sm_70\) needs a torch that was "
+    )
+    says += "built for CUDA 12.6: pip install torch=="
     assert re.search(says, process.stderr), process.stderr
     assert (
         "failed after" not in process.stdout
@@ -253,7 +264,8 @@ def test_a_device_side_assert_fails_the_trial_and_ends_its_process(tmp_path, tin
     """It is not tried again, and the trials after it have another process."""
     script = write_script(tmp_path / "asserts.py", ASSERTS)
     process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples",
+        10,
         "--max_concurrent_trials", 1, "--num_samples", 6, "--output_dir", tmp_path, "--run_name", "x", script=script,
     )  # fmt: skip
     assert process.returncode == 0, process.stdout + process.stderr

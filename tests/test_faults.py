@@ -1,4 +1,6 @@
-"""Whole runs through the command line to which something happens: trials that hang, fail or eat memory, a disk that fills up."""
+"""Whole runs through the command line to which something happens: trials that hang, fail or eat memory, a disk that
+fills up.
+"""
 
 import contextlib
 import json
@@ -24,8 +26,10 @@ SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
 def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
     """One trial's process is stopped (SIGSTOP): it is ended, and the trial goes on from its checkpoint in another."""
-    command = [sys.executable, str(ROOT / "raytune_bayesian.py"), "--model", tiny_model, "--dataset", tiny_squad, *SMALL,
-               "--num_train_epochs", 6, "--max_concurrent_trials", 1, "--num_samples", 16, "--trial_timeout", 15, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
+    command = [sys.executable, str(ROOT / "raytune_bayesian.py"), "--model", tiny_model, "--dataset", tiny_squad,
+    *SMALL,
+               "--num_train_epochs", 6, "--max_concurrent_trials", 1, "--num_samples", 16, "--trial_timeout", 15,
+               "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -54,7 +58,10 @@ def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
 
 
 def test_full_disk(tmp_path, tiny_model, tiny_squad):
-    """Too little from the start is refused. One that is gone for a while, then fills up: the search waits, and goes on by itself."""
+    """Too little from the start is refused.
+
+    One that is gone for a while, then fills up: the search waits, and goes on by itself.
+    """
     if os.getuid() != 0:
         pytest.skip("only root can mount a small file system")
     disk = tmp_path / "disk"
@@ -86,7 +93,8 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
         subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
 
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, small)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, small)], stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -136,7 +144,9 @@ def memory_cgroup(limit: int) -> Path:
 
 
 def test_a_trial_that_the_kernel_kills_at_the_memory_limit(tmp_path, tiny_model, tiny_squad):
-    """As at the limit of a Slurm job: failed and not tried again, as it would need as much again; kill -9 alone is not taken for it."""
+    """As at the limit of a Slurm job: failed and not tried again, as it would need as much again; kill -9 alone is not
+    taken for it.
+    """
     if os.getuid() != 0:
         pytest.skip("only root can make a control group")
     script = write_script(
@@ -156,8 +166,10 @@ def train(config, setup, trial):
     )
     group = memory_cgroup(6 * 2**30)
     try:
-        arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.2, "--max_eval_samples", 10,
-                     "--max_concurrent_trials", 1, "--num_samples", 3, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
+        arguments = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.2,
+        "--max_eval_samples", 10,
+                     "--max_concurrent_trials", 1, "--num_samples", 3, "--output_dir", tmp_path, "--run_name",
+                     "x"]  # fmt: skip
         inside = ["bash", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "-"]
         no_monitor = {"RAY_memory_monitor_refresh_ms": "0"}  # Ray's own is tested above
         process = run_script(*arguments, script=script, before=inside, **no_monitor)
@@ -177,8 +189,10 @@ def train(config, setup, trial):
 
 
 def test_a_search_cut_between_a_report_and_its_consequences(tmp_path, tiny_model, tiny_squad):
-    """Saved when a trial's report has ended it and Tune has not said so yet, then killed: once each where it lost its bracket, and where
-    it was trained fully. And a process that is lost after its trial's last report. Each is known to have ended, and the slot is free.
+    """Saved when a trial's report has ended it and Tune has not said so yet, then killed: once each where it lost
+    its bracket, and where
+    it was trained fully. And a process that is lost after its trial's last report. Each is known to have ended, and
+    the slot is free.
     """
     marks = [tmp_path / name for name in ("paused", "completed", "lost")]
     script = write_script(
@@ -206,7 +220,8 @@ if __name__ == "__main__":
     from hpo.results.trial_log import TrialLog
 
     save_state, session.save_state = session.save_state, save_and_cut
-    TrialLog.save_interval = property(lambda self: 0, lambda self, seconds: None)  # saves at each change, on a slow disk too
+    # It saves at each change, on a slow disk too.
+    TrialLog.save_interval = property(lambda self: 0, lambda self, seconds: None)
 """,
     )
     name = ["--output_dir", tmp_path, "--run_name", "x"]
@@ -221,7 +236,7 @@ if __name__ == "__main__":
         "--num_samples",
         18,
     ]
-    for begin, code, mark in zip([arguments, ["--resume"], ["--resume"]], [-9, -9, 0], marks):
+    for begin, code, mark in zip([arguments, ["--resume"], ["--resume"]], [-9, -9, 0], marks, strict=False):
         process = run_script(*begin, *name, script=script, timeout=300)
         assert process.returncode == code and mark.exists(), process.stdout + process.stderr
     trials = files.read_csv(tmp_path / "x" / "trials.csv")
@@ -286,11 +301,15 @@ class Unreadable(TokenizedSquad):
 
 
 def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
-    """NaN, broken data, out of memory: failed with the reason, not tried again, bad at their rung. A lost process: tried again."""
+    """NaN, broken data, out of memory: failed with the reason, not tried again, bad at their rung.
+
+    A lost process: tried again.
+    """
     script = write_script(tmp_path / "faults.py", FAULTS)
     total, used = psutil.virtual_memory().total, psutil.virtual_memory().used
     process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16, "--output_dir", tmp_path,
+        "--model", tiny_model, "--dataset", tiny_squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", 16,
+        "--output_dir", tmp_path,
         "--run_name", "x", script=script, RAY_memory_usage_threshold=str((used + 6 * 2**30) / total),
     )  # fmt: skip
     out = process.stdout
@@ -304,7 +323,7 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
         "FloatingPointError fp16: the gradients overflow again and again",
         ".*out of memory: .*running low on memory",
     ]
-    for trial, reason in zip(hit, reasons):
+    for trial, reason in zip(hit, reasons, strict=False):
         lines = [line for line in out.splitlines() if f"trial {trial} " in line]
         assert len(lines) == 1 and re.search(f"failed after 0 iterations: {reason}", lines[0]), lines
         assert (trials[trial]["status"], trials[trial]["training_iteration"]) == ("failed", 0)
@@ -316,7 +335,9 @@ def test_trials_that_go_wrong(tmp_path, tiny_model, tiny_squad):
     lost = [line for line in out.splitlines() if "goes on from iteration 0: " in line]
     assert len(lost) == 3, lost
     for line, reason in zip(
-        lost, ["The actor is dead", "did not finish resetting from its previous trial", "cannot change over"]
+        lost,
+        ["The actor is dead", "did not finish resetting from its previous trial", "cannot change over"],
+        strict=True,
     ):
         assert re.search(reason, line) and trials[re.search("trial (\\w+)", line).group(1)]["status"] != "failed", line
 

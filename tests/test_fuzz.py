@@ -1,4 +1,7 @@
-"""Whatever a user hands in: a file or a flag is taken, or refused with BadInput (one line, exit code 2). Nothing else."""
+"""Whatever a user hands in: a file or a flag is taken, or refused with BadInput (one line, exit code 2).
+
+Nothing else.
+"""
 
 import contextlib
 import copy

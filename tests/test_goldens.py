@@ -1,6 +1,8 @@
-"""What moving code must not change: searches and plans, compared with those that were recorded before. Simulated: no training, no Ray.
+"""Searches and plans that must not change when code is moved. All are simulated, without training and without Ray.
 
-    .venv/bin/python tests/test_goldens.py        # records them again in goldens.json; say in the commit why they change
+They are compared with goldens.json. This command records them again; say in the commit why they change:
+
+    .venv/bin/python tests/test_goldens.py
 """
 
 import json
@@ -18,18 +20,24 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 FILE = Path(__file__).with_name("goldens.json")
 SEARCHES = 20
 REFUSED = [  # command lines that end with exit code 2 and one line
-    "--max_t 0", "--max_t three", "--reduction_factor 1", "--reduction_factor 3 4", "--num_samples 0", "--cpus_per_trial 0", "--cpus_per_trial 9999",
-    "--gpus_per_trial -1", "--gpus_per_trial 99", "--max_concurrent_trials -1", "--max_train_samples 0", "--max_eval_samples 0", "--seed -1",
-    "--seed 4294967296", "--num_train_epochs 0", "--num_train_epochs nan", "--trial_timeout 0", "--metric loss", "--precision int8",
-    "--report_to comet", "--nonsense", "--model no/such/model", "--model .", "--dataset no/such/data", "--dataset .", "--deepspeed none.json",
-    "--deepspeed list.json", "--deepspeed adam.json", "--deepspeed offload.json", "--run_name a/b", "--run_name taken", "--resume --run_name none",
-    "--output_dir file", "--plan --seconds_per_iteration soon", "--plan --seconds_per_iteration 0",
+    "--max_t 0", "--max_t three", "--reduction_factor 1", "--reduction_factor 3 4", "--num_samples 0",
+    "--cpus_per_trial 0", "--cpus_per_trial 9999", "--gpus_per_trial -1", "--gpus_per_trial 99",
+    "--max_concurrent_trials -1", "--max_train_samples 0", "--max_eval_samples 0", "--seed -1", "--seed 4294967296",
+    "--num_train_epochs 0", "--num_train_epochs nan", "--trial_timeout 0", "--metric loss", "--precision int8",
+    "--report_to comet", "--nonsense", "--model no/such/model", "--model .", "--dataset no/such/data", "--dataset .",
+    "--deepspeed none.json", "--deepspeed list.json", "--deepspeed adam.json", "--deepspeed offload.json",
+    "--run_name a/b", "--run_name taken", "--resume --run_name none", "--output_dir file",
+    "--plan --seconds_per_iteration soon", "--plan --seconds_per_iteration 0",
 ]  # fmt: skip
 PLANS = [(34, 50, 4, 1), (34, 50, 4, 4), (25, 16, 4, 2), (68, 81, 3, 8)]  # trials, max_t, reduction factor, slots
 
 
 def search(seed: int) -> list[list]:
-    """The trials of a search that is stopped and taken up again: lr, batch size, weight decay, by the model, iterations."""
+    """Runs a search that is stopped and resumed three times.
+
+    Returns:
+        A row for each trial: lr, batch size, weight decay, whether the model suggested it, iterations.
+    """
     from hpo.plan.simulator import Simulation
     from test_bohb import OURS, loss, pair
 
@@ -44,7 +52,8 @@ def search(seed: int) -> list[list]:
     rows = []
     for trial_id, suggestion in simulation.search_alg.searcher.suggested.items():
         searched = suggestion["config"]["train_loop_config"]
-        rows.append([searched["lr"], searched["per_device_bs"], searched["wd"], suggestion["model_based"], last[trial_id]])
+        values = [searched[name] for name in ("lr", "per_device_bs", "wd")]
+        rows.append([*values, suggestion["model_based"], last[trial_id]])
     return rows
 
 
@@ -57,17 +66,23 @@ def plan(num_samples: int, max_t: int, reduction_factor: int, slots: int) -> str
 
 
 def refusals(folder: Path) -> list[str]:
-    """What each of REFUSED says, run as a user does in a folder."""
+    """The message of each command line in REFUSED, run in a folder."""
     from conftest import run_script
 
     (folder / "results" / "taken").mkdir(parents=True)
-    files = {"list": [], "adam": {"optimizer": {}}, "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {}}}}
+    files = {
+        "list": [],
+        "adam": {"optimizer": {}},
+        "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {}}},
+    }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     (folder / "file").touch()
 
     def run(command: str) -> str:
-        done = run_script(*command.split(), before=["env", "-C", str(folder)], CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1")
+        done = run_script(
+            *command.split(), before=["env", "-C", str(folder)], CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1"
+        )
         assert done.returncode == 2 and done.stdout == "", (command, done)
         return re.sub(r"(this machine has) \d+", r"\1 N", done.stderr.replace(f"{folder}/", ""))
 
@@ -93,11 +108,14 @@ def test_plans(goldens, number):
 
 
 def test_refusals(goldens, tmp_path):
-    assert dict(zip(REFUSED, refusals(tmp_path))) == goldens["refusals"]
+    assert dict(zip(REFUSED, refusals(tmp_path), strict=True)) == goldens["refusals"]
 
 
 if __name__ == "__main__":
-    goldens = {"plans": [plan(*setting).splitlines() for setting in PLANS], "searches": [search(seed) for seed in range(SEARCHES)]}
+    goldens = {
+        "plans": [plan(*setting).splitlines() for setting in PLANS],
+        "searches": [search(seed) for seed in range(SEARCHES)],
+    }
     with tempfile.TemporaryDirectory() as folder:
-        goldens["refusals"] = dict(zip(REFUSED, refusals(Path(folder))))
+        goldens["refusals"] = dict(zip(REFUSED, refusals(Path(folder)), strict=True))
     FILE.write_text(json.dumps(goldens, indent=1).replace("\n   ", " ").replace("\n  ]", " ]") + "\n")

@@ -168,7 +168,8 @@ def test_one_line_and_exit_code_2(name, broken, tmp_path, tiny_model, tiny_squad
     """As from the command line, and told before anything slow is imported."""
     before = files_of(broken)
     look = f"atexit.register(lambda: pathlib.Path('{tmp_path}/modules').write_text(' '.join(sys.modules)))"
-    code = f"import atexit, pathlib, runpy, sys; {look}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    run = "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    code = f"import atexit, pathlib, runpy, sys; {look}; {run}"
     command = [
         sys.executable,
         "-c",
@@ -237,19 +238,24 @@ def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad):
 
 def test_another_search_space_is_what_runs(tmp_path, tiny_model, tiny_squad):
     process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples", 5,
-        "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x", script=with_learning_rates(tmp_path, 1e-3, 2e-3),
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples",
+        5,
+        "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x",
+        script=with_learning_rates(tmp_path, 1e-3, 2e-3),
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in files.read_csv(tmp_path / "x" / "trials.csv"))
 
 
 def test_a_copy_of_the_project_runs_by_itself(tmp_path, tiny_model, tiny_squad):
-    """Researchers copy a script to change it: here with another name, in another folder, and without the original's path."""
+    """Researchers copy a script to change it: here with another name, in another folder, and without the original's
+    path.
+    """
     copy_project(tmp_path)
     script = (tmp_path / "raytune_bayesian.py").rename(tmp_path / "my_search.py")
     process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 5,
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples",
+        5,
         "--num_samples", 1, "--output_dir", tmp_path, "--run_name", "x", script=script, PYTHONPATH="",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -289,7 +295,8 @@ def test_help_and_wrong_flags_import_the_standard_library_only(flags, tmp_path):
         for line in process.stderr.splitlines()
         if "import time:" in line
     }
-    by_site = {"sitecustomize", "usercustomize", "apport_python_hook", "_distutils_hack", "_virtualenv"}
+    # of Jython: copy looks for it
+    by_site = {"sitecustomize", "usercustomize", "apport_python_hook", "_distutils_hack", "_virtualenv"} | {"org"}
     others = {name for name in modules - by_site if name not in sys.stdlib_module_names and not name.startswith("__")}
     assert "argparse" in modules and others <= {"hpo", "imported package"}, others
 

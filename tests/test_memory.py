@@ -1,4 +1,4 @@
-"""The forecast of GPU memory: how it behaves, and against what the real engine holds on a CPU."""
+"""The forecast of GPU memory: its properties, and a comparison with the real engine on a CPU."""
 
 import gc
 import json
@@ -30,14 +30,17 @@ def forecast(model, stage=0, kind="fp16", ranks=1, **sizes) -> memory.Forecast:
 
 
 def data(rows: int, length: int, answer: int) -> TokenizedSquad:
-    """Sequences that are all as long."""
+    """Sequences of the same length."""
     offsets = np.arange(rows + 1, dtype=np.int64) * length
     return TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, np.full(rows, length - answer), [])
 
 
 @pytest.fixture(scope="module")
 def group():
-    """That of a trial of one rank, for the engine. It is of the whole process, as is what it adds to the environment."""
+    """The Group of a trial with one rank.
+
+    DeepSpeed and the environment variables that it needs are set up for the whole process, so they are undone here.
+    """
     environment = dict(os.environ)
     yield groups.join()
     torch.distributed.destroy_process_group()
@@ -82,16 +85,20 @@ def test_grows_with_batch_size_length_and_answers(tiny_model, stage):
 
 def test_zero_splits_over_ranks(tiny_model):
     one, two = ([forecast(tiny_model, stage, ranks=n) for stage in (0, 1, 2, 3)] for n in (1, 2))
-    assert [b.optimizer / a.optimizer for a, b in zip(one, two)] == [1, 0.5, 0.5, 0.5]
-    assert [b.gradients / a.gradients for a, b in zip(one, two)] == [1, 1, 0.5, 0.5]
-    assert [b.weights / a.weights for a, b in zip(one, two)] == [1, 1, 1, 0.5]
-    for a, b in zip(one[1:], two[1:]):
+    assert [b.optimizer / a.optimizer for a, b in zip(one, two, strict=True)] == [1, 0.5, 0.5, 0.5]
+    assert [b.gradients / a.gradients for a, b in zip(one, two, strict=True)] == [1, 1, 0.5, 0.5]
+    assert [b.weights / a.weights for a, b in zip(one, two, strict=True)] == [1, 1, 1, 0.5]
+    for a, b in zip(one[1:], two[1:], strict=True):
         assert b.weights + b.optimizer + b.backward < a.weights + a.optimizer + a.backward
 
 
-def test_16_bits(tiny_model):
-    """At stage 0 the weights stay in fp32; at the others they need half, and fp32 copies are in the optimizer."""
-    assert forecast(tiny_model, 1).weights * 2 == forecast(tiny_model, 0).weights == forecast(tiny_model, 1, "fp32").weights
+def test_16_bit_weights_and_activations(tiny_model):
+    """At stage 0 weights are in fp32. At other stages they take half, and the optimizer has copies in fp32."""
+    assert (
+        forecast(tiny_model, 1).weights * 2
+        == forecast(tiny_model, 0).weights
+        == forecast(tiny_model, 1, "fp32").weights
+    )
     assert forecast(tiny_model, 0, "fp16").activations != forecast(tiny_model, 0, "fp32").activations
     assert forecast(tiny_model, 1, "fp16").activations < forecast(tiny_model, 1, "fp32").activations
     assert forecast(tiny_model, 0, "bf16") == forecast(tiny_model, 0, "fp16")
@@ -113,11 +120,13 @@ def test_plan_hints_at_what_fits(monkeypatch):
 
     lines = memory.plan(forecast_of, "fp16", with_stage(0), [1, 2], 1).splitlines()
     assert [line.split(maxsplit=3) for line in lines[-5:]] == [
-        ["16", "no", "-14.0", "--gpus_per_trial 2, batch size 2, ZeRO stage 1"], ["24", "no", "-6.0", "batch size 1, ZeRO stage 0"],
+        ["16", "no", "-14.0", "--gpus_per_trial 2, batch size 2, ZeRO stage 1"],
+        ["24", "no", "-6.0", "batch size 1, ZeRO stage 0"],
         ["32", "yes", "2.0"], ["40", "yes", "10.0"], ["80", "yes", "50.0"],
     ]  # fmt: skip
     monkeypatch.setattr(memory, "GPUS", (8,))
-    assert memory.plan(forecast_of, "fp16", with_stage(0), [1, 2], 1).splitlines()[-1].split(maxsplit=3)[3].startswith("none of the smaller choices")
+    last = memory.plan(forecast_of, "fp16", with_stage(0), [1, 2], 1).splitlines()[-1]
+    assert last.split(maxsplit=3)[3].startswith("none of the smaller choices")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -136,7 +145,7 @@ def test_live_counts_storages_once():
 
 
 class SaveThenLook(transformers.TrainerCallback):
-    """Saves after the first step; once a resumed training begins, adds up all tensors that there are."""
+    """Saves after the first step. When a training begins, adds up all tensors that exist."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_save = state.global_step == 1
@@ -146,7 +155,7 @@ class SaveThenLook(transformers.TrainerCallback):
 
 
 def alive() -> int:
-    """Bytes of all tensors that Python knows; views share a storage."""
+    """Bytes of all CPU tensors that Python knows. A storage that views share counts once."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor) and o.device.type == "cpu"]
     return sum({id(t.untyped_storage()): t.untyped_storage().nbytes() for t in tensors}.values())
@@ -154,7 +163,7 @@ def alive() -> int:
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_resume_holds_the_optimizer_state_once(tiny_model, tmp_path, group, monkeypatch, stage):
-    """There is none before it is loaded, and of the checkpoint nothing is left when the training goes on."""
+    """There is no state before it is loaded, and the loaded checkpoint is freed before the training continues."""
     import deepspeed
 
     def train(**how):
@@ -164,14 +173,16 @@ def test_resume_holds_the_optimizer_state_once(tiny_model, tmp_path, group, monk
         trainer.add_callback(look)
         before = alive()
         trainer.train(**how)
-        moments = sum(s[name].nbytes for s in trainer.model_wrapped.basic_optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+        states = trainer.model_wrapped.basic_optimizer.state.values()
+        moments = sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq"))
         trainer.model_wrapped.destroy()
         return look.alive - before, moments
 
     load, states = deepspeed.DeepSpeedEngine.load_checkpoint, []
 
     def load_checkpoint(engine, *args, **kwargs):
-        states.append(sum(torch.is_tensor(v) for state in engine.basic_optimizer.state.values() for v in state.values()))
+        own = engine.basic_optimizer.state.values()
+        states.append(sum(torch.is_tensor(v) for state in own for v in state.values()))
         return load(engine, *args, **kwargs)
 
     monkeypatch.setattr(deepspeed.DeepSpeedEngine, "load_checkpoint", load_checkpoint)
@@ -181,10 +192,10 @@ def test_resume_holds_the_optimizer_state_once(tiny_model, tmp_path, group, monk
     assert moments <= resumed - fresh < 1.1 * moments
 
 
-# Last: DeepSpeed keeps in this process that stage 0 in fp16 has set up torch.autocast.
+# Stage 0 in fp16 comes last, because DeepSpeed keeps torch.autocast set up in this process.
 @pytest.mark.parametrize("stage, kind", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "fp16")])
 def test_forecast_agrees_with_the_real_engine(demo_model, tmp_path, group, stage, kind):
-    """Within 15 %, of all tensors alive at the peak of three optimizer steps."""
+    """Within 15 % of all tensors that are alive at the peak of three optimizer steps."""
     sizes = SIZES | {"max_length": 256}
     f = memory.forecast(demo_model, with_stage(stage), kind, **sizes)
     model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32))

@@ -1,4 +1,4 @@
-"""--plan: what a search would run and take, told on a login node."""
+"""--plan: trials, hours, disk and memory of a search, on a machine that need not be able to run it."""
 
 import os
 import re
@@ -13,38 +13,46 @@ from hpo import arguments
 
 def plan(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     environment = {"HF_HOME": str(cwd / "cache"), "HF_HUB_OFFLINE": "1", **environment}
-    environment = {k: v for k, v in {**os.environ, **environment}.items() if k != "SBATCH_TIMELIMIT" or k in environment}
+    inherited = {k: v for k, v in os.environ.items() if k != "SBATCH_TIMELIMIT"}
+    environment = {**inherited, **environment}
     command = [sys.executable, ROOT / "raytune_bayesian.py", "--plan", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_plan_of_the_default_search(tmp_path):
-    """One whole band: brackets, rungs, full trainings; nothing is made and nothing is asked of a network."""
+    """One whole band: brackets, rungs, full trainings. No file is written, and nothing is downloaded."""
     done = plan("--max_concurrent_trials", 4, cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d", line)]
     assert [row[:4] for row in rows] == [
-        ["1", "3", "22", "66"], ["1", "12", "6", "54"], ["1", "50", "2", "76"], ["2", "12", "8", "96"], ["2", "50", "2", "76"], ["3", "50", "4", "200"]
+        ["1", "3", "22", "66"], ["1", "12", "6", "54"], ["1", "50", "2", "76"], ["2", "12", "8", "96"],
+        ["2", "50", "2", "76"], ["3", "50", "4", "200"]
     ]  # fmt: skip
     assert "34 trials, 568 iterations: as many as 11.4 full trainings of 50" in done.stdout
-    assert "it needs 8 results at one rung" in done.stdout and "on 4 slots it has them after 12 suggestions, so 22 can come" in done.stdout
+    assert "it needs 8 results at one rung" in done.stdout
+    assert "on 4 slots it has them after 12 suggestions, so 22 can come" in done.stdout
     assert "hours: with --seconds_per_iteration" in done.stdout and "disk: known once the model is there" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
 def test_hours_and_disk(tmp_path, tiny_model):
     (tmp_path / "iterations.csv").write_text("trial_id,started_at,ended_at\na,100,130\nb,100,150\n")
-    done = plan("--max_concurrent_trials", 1, "--seconds_per_iteration", tmp_path / "iterations.csv", "--model", tiny_model, cwd=tmp_path, SBATCH_TIMELIMIT="4:00:00")
-    assert "at 40 s an iteration: 6.31 hours, 6.31 slot-hours, 6.31 of them busy" in done.stdout, done.stdout + done.stderr
+    flags = ["--max_concurrent_trials", 1, "--seconds_per_iteration", tmp_path / "iterations.csv"]
+    done = plan(*flags, "--model", tiny_model, cwd=tmp_path, SBATCH_TIMELIMIT="4:00:00")
+    said = done.stdout + done.stderr
+    assert "at 40 s an iteration: 6.31 hours, 6.31 slot-hours, 6.31 of them busy" in done.stdout, said
     assert "time limit of a job, 4.00 hours: at least 2 jobs, one after another, by requeueing" in done.stdout
-    assert re.search(r"disk at its peak: up to 0.0\d+ GB, for \d+ checkpoints of 0.001\d+ GB and the best model", done.stdout)
+    assert re.search(
+        r"disk at its peak: up to 0.0\d+ GB, for \d+ checkpoints of 0.001\d+ GB and the best model", done.stdout
+    )
 
 
 @pytest.mark.parametrize("settings", [[], ["--reduction_factor", 3, 4]])
 def test_memory_of_each_gpu(tmp_path, tiny_model, settings):
-    """Once the model is there: the parts, and which GPUs it fits on; once, also for several settings. In fp16, also without a GPU."""
+    """If the model is there, the plan says which GPUs a trial fits on, in fp16, once for all settings."""
     done = plan("--max_concurrent_trials", 1, "--model", tiny_model, *settings, cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.count("memory of a GPU, in GB, at batch size 2, fp16, ZeRO stage 0: weights 0.000141") == 1, done.stdout + done.stderr
+    says = "memory of a GPU, in GB, at batch size 2, fp16, ZeRO stage 0: weights 0.000141"
+    assert done.returncode == 0 and done.stdout.count(says) == 1, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.partition("GPU, GB ")[2].splitlines()[1:]]
     assert [row[:2] for row in rows] == [[size, "yes"] for size in ("16", "24", "32", "40", "80")]
     assert [float(row[2]) for row in rows] == pytest.approx([15, 23, 31, 39, 79], abs=0.5)
@@ -60,14 +68,21 @@ def test_memory_of_another_deepspeed_configuration(tmp_path, tiny_model):
 
 
 def test_settings_side_by_side(tmp_path):
-    done = plan("--reduction_factor", 3, 4, "--max_concurrent_trials", 4, 8, "--seconds_per_iteration", 36, cwd=tmp_path)
+    done = plan(
+        "--reduction_factor", 3, 4, "--max_concurrent_trials", 4, 8, "--seconds_per_iteration", 36, cwd=tmp_path
+    )
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r" +\d", line)]
-    assert [row[:4] for row in rows] == [["4", "3", "62", "872"], ["8", "3", "62", "872"], ["4", "4", "34", "568"], ["8", "4", "34", "568"]]
+    assert [row[:4] for row in rows] == [
+        ["4", "3", "62", "872"],
+        ["8", "3", "62", "872"],
+        ["4", "4", "34", "568"],
+        ["8", "4", "34", "568"],
+    ]
     assert all(float(row[-1]) == pytest.approx(float(row[-2]) * int(row[0]), abs=0.05) for row in rows)  # slot-hours
 
 
 def test_slots_of_the_cluster(tmp_path):
-    """With Slurm, those of cluster.env."""
+    """With Slurm, the slots are those of cluster.env."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "sbatch").touch(mode=0o755)
     done = plan(cwd=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}", NUM_WORKERS="3", GPUS_PER_NODE="4")
@@ -90,7 +105,16 @@ def test_bad_input(tmp_path, arguments, message):
 
 @pytest.mark.parametrize(
     "text, seconds",
-    [("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-12:30", 131400), ("1-00:00:01", 86401), ("UNLIMITED", None), ("", None)],
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-0", 86400),
+        ("1-12:30", 131400),
+        ("1-00:00:01", 86401),
+        ("UNLIMITED", None),
+        ("", None),
+    ],
 )
-def test_slurm_s_time_limits(text, seconds):
+def test_time_limits_in_the_formats_of_slurm(text, seconds):
     assert arguments.seconds_of(text) == seconds

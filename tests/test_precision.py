@@ -1,4 +1,6 @@
-"""fp16 as fp32 is tested: the real DeepSpeed engine trains in fp16 on the CPU, with a scaled loss, overflows and skipped steps, on real Ray."""
+"""fp16 as fp32 is tested: the real DeepSpeed engine trains in fp16 on the CPU, with a scaled loss, overflows and
+skipped steps, on real Ray.
+"""
 
 import dataclasses
 import json
@@ -68,7 +70,7 @@ def test_sixteen_bits_learn_as_fp32_does(tmp_path, setup, in_fp32, name, stage, 
     configs = [with_loss(multiplier, rungs=[4], per_device_bs=2 // ranks) for multiplier in (1, 0.01)]
     results = run_ranks(tmp_path, trial, in_fp16(setup, stage, name, initial_scale_power=12), configs, size=ranks)
     assert len(results) == len(configs)
-    for result, expected, gradients in zip(results, in_fp32, ((1, 100), (0.01, 1))):
+    for result, expected, gradients in zip(results, in_fp32, ((1, 100), (0.01, 1)), strict=False):
         assert result.error is None
         assert losses(result) == pytest.approx(expected, rel=0.02) and losses(result)[-1] < 0.8 * losses(result)[0]
         frame = result.metrics_dataframe
@@ -79,7 +81,7 @@ def test_sixteen_bits_learn_as_fp32_does(tmp_path, setup, in_fp32, name, stage, 
 
 @pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (3, 2)])
 def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage, ranks):
-    """To the last bit, loss scale and skipped steps included; and the schedule of the learning rate comes to its end."""
+    """To the last bit, with loss scale and skipped steps; the schedule of the learning rate comes to its end."""
     setup = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
     setup = in_fp16(setup, stage, initial_scale_power=24, loss_scale_window=15)
     scheduler = PauseAtRungs([1, 3])
@@ -189,7 +191,9 @@ def test_engine_config(stage, name, expected):
 
 
 def with_low_scores(family: str) -> torch.nn.Module:
-    """A model whose queries and keys have biases that lower all scores by the same 40: softmax does not see it, fp16's smallest number does."""
+    """A model whose queries and keys have biases that lower all scores by the same 40: softmax does not see it, fp16's
+    smallest number does.
+    """
     torch.manual_seed(0)
     sizes = {
         "vocab_size": 60,
@@ -214,7 +218,9 @@ def with_low_scores(family: str) -> torch.nn.Module:
 
 @pytest.mark.parametrize("family, attention", [("bloom", "eager"), ("llama", "eager"), ("llama", "sdpa")])
 def test_no_nan_by_padding_in_fp16(family, attention, monkeypatch):
-    """The rows of padding, in which all scores are masked, give numbers; those of tokens give what they give without padding in fp32."""
+    """The rows of padding, in which all scores are masked, give numbers; those of tokens give what they give without
+    padding in fp32.
+    """
     model = with_low_scores(family)
     model.set_attn_implementation(attention)
     if family == "llama":  # its positions turn the biases: only part of the shift is left

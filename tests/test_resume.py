@@ -1,4 +1,7 @@
-"""What watches over the trials, and waits for storage: without a cluster. With one: test_run.py, test_faults.py and test_slurm.py."""
+"""What watches over the trials, and waits for storage: without a cluster.
+
+With one: test_run.py, test_faults.py and test_slurm.py.
+"""
 
 import json
 import os
@@ -84,7 +87,8 @@ def test_the_limit_follows_the_slowest_iteration(monkeypatch, killed):
     assert killed == ["actor"]
 
 
-CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={})\nRuntimeError: CUDA error: an illegal memory access\n"
+CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={})\n"
+CUDA += "RuntimeError: CUDA error: an illegal memory access\n"
 
 
 def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_path):

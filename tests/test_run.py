@@ -40,13 +40,17 @@ def children() -> set[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def band(tmp_path_factory, tiny_squad, tiny_model):
-    """One whole band, one slot: (folder, output, processes left behind, most checkpoints of ended trials, most bytes on disk)."""
+    """One whole band, one slot: (folder, output, processes left behind, most checkpoints of ended trials, most bytes on
+    disk).
+    """
     output_dir = tmp_path_factory.mktemp("results")
     before, seen = children(), set()
     most, most_bytes, stop = [0], [0], threading.Event()
 
     def watch():
-        """Most trials at a time that have ended, by the table, and still have a checkpoint; most bytes of all files; processes."""
+        """Most trials at a time that have ended, by the table, and still have a checkpoint; most bytes of all files;
+        processes.
+        """
         for i in itertools.count():
             if stop.is_set():
                 break
@@ -103,7 +107,8 @@ def test_progress_is_told_at_each_change_of_a_rung(band):
     """Three changes in a band of three brackets: each with what the brackets did then, and how far the search was."""
     _, process, *_ = band
     tables = re.findall(
-        r"^  bracket  rung at .*\n((?:  +\d+  .*\n)*)  (\d) of 1 slots busy, (\d+) of (\d+) suggestions .*, (\d+) of 136 iterations",
+        r"^  bracket  rung at .*\n((?:  +\d+  .*\n)*)  (\d) of 1 slots busy, (\d+) of (\d+) suggestions .*, "
+        r"(\d+) of 136 iterations",
         process.stdout,
         re.MULTILINE,
     )
@@ -253,7 +258,8 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
 
 
 def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_squad):
-    """Both end with their own results; the score is computed after each iteration where trials are compared by it. The second one is in
+    """Both end with their own results; the score is computed after each iteration where trials are compared by it.
+    The second one is in
     fp16, which torch.autocast has on a CPU too.
 
     Their temporary folders have the longest name that leaves room for Ray's sockets, and one that leaves none.
@@ -271,7 +277,7 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
 
     with ThreadPoolExecutor(2) as pool:
         processes = list(pool.map(run, ["one", "two"], ["f1", "eval_loss"], ["fp32", "fp16"]))
-    for name, (process, temporary) in zip(["one", "two"], processes):
+    for process, temporary in processes:
         temporary.rmdir()  # nothing is left in it
         assert process.returncode == 0, process.stderr
         result, rows = closing_block(process.stdout)
@@ -289,7 +295,8 @@ def test_two_runs_at_a_time_and_a_metric_to_maximise(tmp_path, tiny_model, tiny_
 
 def test_real_squad(tmp_path, demo_model, shared_squad):
     process = run_script(
-        "--dataset", shared_squad, "--model", demo_model, "--max_train_samples", 128, "--max_eval_samples", 32, "--num_samples", 5,
+        "--dataset", shared_squad, "--model", demo_model, "--max_train_samples", 128, "--max_eval_samples", 32,
+        "--num_samples", 5,
         "--max_t", 4, "--num_train_epochs", 0.5, "--output_dir", tmp_path, "--run_name", "real", timeout=900,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
@@ -307,8 +314,10 @@ def test_real_squad(tmp_path, demo_model, shared_squad):
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
 def test_an_interrupted_search_is_not_a_finished_one(tmp_path, tiny_model, tiny_squad, how, code):
     (tmp_path / "tmp").mkdir()
-    command = [sys.executable, ROOT / "raytune_bayesian.py", "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 50,
-               "--num_train_epochs", 10, "--max_eval_samples", 20, "--output_dir", tmp_path, "--run_name", "x"]  # fmt: skip
+    command = [sys.executable, ROOT / "raytune_bayesian.py", "--model", tiny_model, "--dataset", tiny_squad,
+    "--max_t", 50,
+               "--num_train_epochs", 10, "--max_eval_samples", 20, "--output_dir", tmp_path, "--run_name",
+               "x"]  # fmt: skip
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp")},
@@ -351,9 +360,12 @@ KEYS = [
 
 
 def cut(arguments, after, how):
-    """Starts the script and sends a signal (or calls a function) when so many lines about trials were printed; (exit code, output)."""
+    """Starts the script and sends a signal (or calls a function) when so many lines about trials were printed; (exit
+    code, output).
+    """
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [sys.executable, str(ROOT / "raytune_bayesian.py"), *map(str, arguments)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
     )  # fmt: skip
     lines = []
@@ -374,7 +386,8 @@ def cut(arguments, after, how):
 
 
 def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_model, tiny_squad):
-    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through, in a folder that moved.
+    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through, in a
+    folder that moved.
 
     So the same seed is the same search.
     """
@@ -416,7 +429,8 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     results = [json.loads((f / "best_result.json").read_text()) for f in (tmp_path / "x", whole)]
     assert results[0] == results[1]
     pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(tmp_path / "x" / "iterations.csv")]
-    # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole trial.
+    # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole
+    # trial.
     assert len(pairs) - len(set(pairs)) <= 16
     assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.jsonl").exists()
 
@@ -429,7 +443,8 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
 
 def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, tiny_squad):
     """Saved at the next optimizer step, not at the next evaluation, and resumed bit for bit."""
-    one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 12, "--max_eval_samples", 10,
+    one = ["--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 12,
+    "--max_eval_samples", 10,
            "--num_samples", 1, "--output_dir", tmp_path]  # fmt: skip
     through = run_script(*one, "--run_name", "through")
     assert through.returncode == 0, through.stderr
@@ -530,7 +545,8 @@ def hub(tmp_path, tiny_squad):
     Hub.root, Hub.requests = tmp_path / "hub", []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0",
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+    "HF_HUB_OFFLINE": "0",
            "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
     server.shutdown()
     server.server_close()
@@ -564,7 +580,8 @@ def test_prefetch_then_run_without_the_hub(hub, tmp_path):
     assert Hub.requests == []  # what is in the cache is not asked for again
     assert (tmp_path / "results" / "x" / "best_result.json").exists()
 
-    # a part of the model in the cache, as a tokenizer loaded elsewhere leaves it: without a list of what there should be
+    # a part of the model in the cache, as a tokenizer loaded elsewhere leaves it: without a list of what there should
+    # be
     next((tmp_path / "cache" / "hub").glob("models--*/snapshots/*/model.safetensors")).unlink()
     shutil.rmtree(next((tmp_path / "cache" / "hub").glob("models--*/trees")))
     part = run_script(*names[:-1], "z", *small, **hub)

@@ -1,4 +1,7 @@
-"""One sbatch on a real Slurm cluster of three nodes (tests/slurm_cluster.py). Trials run on the CPU behind fake GPUs."""
+"""One sbatch on a real Slurm cluster of three nodes (tests/slurm_cluster.py).
+
+Trials run on the CPU behind fake GPUs.
+"""
 
 import json
 import os
@@ -71,7 +74,9 @@ def tiny(tiny_model, tiny_squad):
 
 
 def test_search_on_two_nodes(project, tiny):
-    """Four trials at a time on two nodes of two GPUs, never two on one, in one process each; the log ends with the result; nothing is left."""
+    """Four trials at a time on two nodes of two GPUs, never two on one, in one process each; the log ends with the
+    result; nothing is left.
+    """
     with_gpu = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())'
     project.hand(reporting(with_gpu, slow=True))
     job = project.submit(
@@ -94,7 +99,7 @@ def test_search_on_two_nodes(project, tiny):
     elapsed = [project.cluster.job(worker)["RunTime"].split(":") for worker in project.workers(job)]
     paid = sum(2 * (60 * int(h) + int(m) + int(s) / 60) for h, m, s in elapsed)  # GPU-minutes
     print(
-        f"GPU-minutes: {paid:.2f} by Slurm's elapsed times, {run['gpu_minutes']['allocated']:.2f} while the search ran, by the bill"
+        f"GPU-minutes: {paid:.2f} by Slurm's elapsed times, {run['gpu_minutes']['allocated']:.2f} while the search ran"
     )
     in_use = 0  # from a node's first trial to its last: the bill has that and more, and never more than Slurm
     for node in ("node2", "node3"):
@@ -132,9 +137,12 @@ reporting_train = train
 
 
 def train(config, setup, trial):
-    if trial.group.rank == 1 and not os.path.exists("{project.folder}/failed"):
+    def fail():
         Path("{project.folder}/failed").touch()
         raise ValueError("no second rank")
+
+    if trial.group.rank == 1 and not os.path.exists("{project.folder}/failed"):
+        trial.must_stop = fail  # at its first step
     reporting_train(config, setup, trial)
 """
     project.hand(reporting(each) + once)
@@ -155,7 +163,8 @@ def train(config, setup, trial):
     assert "goes on from iteration" not in project.log(job)
 
 
-# -- 2. side by side ----------------------------------------------------------------------------------------------------
+# -- 2. side by side
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_two_experiments_in_one_folder(project, tiny):
@@ -239,7 +248,8 @@ def test_nobody_else_gets_in(project, tiny):
     assert [line.split()[3] for line in listening if line.split()[3].endswith(f":{dashboard}")] == [
         f"127.0.0.1:{dashboard}"
     ]
-    post = "curl -s -m 5 -o /dev/null -w '%{http_code}' -X POST -H 'Content-Type: application/json' -d '{\"entrypoint\": \"id\"}'"
+    post = "curl -s -m 5 -o /dev/null -w '%{http_code}' -X POST -H 'Content-Type: application/json'"
+    post += ' -d \'{"entrypoint": "id"}\''
     other_user = "setpriv --reuid=65534 --regid=65534 --clear-groups"
     assert project.cluster.run("node1", "sh", "-c", f"{other_user} {post} http://127.0.0.1:{dashboard}/api/jobs/") in (
         "401",
@@ -253,7 +263,8 @@ def test_nobody_else_gets_in(project, tiny):
     assert answers[int(dashboard)] == "000"  # no connection
 
 
-# -- 4. cancelled, late, never ------------------------------------------------------------------------------------------
+# -- 4. cancelled, late, never
+# ------------------------------------------------------------------------------------------
 
 
 def drain(project, *nodes):
@@ -330,13 +341,17 @@ trap '[[ ${FUNCNAME[0]-} != cleanup || $BASH_COMMAND != "set +e" || -e hit ]] ||
 
 
 def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
-    """An hour longer than at the job's start: there is time to save, and a cancel is no time limit. Of Slurm the answers alone."""
+    """An hour longer than at the job's start: there is time to save, and a cancel is no time limit.
+
+    Of Slurm the answers alone.
+    """
     text = (ROOT / "head_node.slurm").read_text()
     trap = re.search("^trap .*ERR$", text, re.MULTILINE).group()
     functions = text[text.index("seconds() {") : text.index("trap cleanup EXIT")]
     slurm = 'squeue() { echo 1:04:30; }; timeout() { shift; "$@"; }; die() { echo "$2"; exit 1; }; cleanup() { :; }'
     state = "SECONDS=118 time_limit=120 time_is_up=0 SLURM_JOB_ID=1; sleep 60 & script=$!"
-    command = f'set -Eeuo pipefail\n{slurm}\n{functions}\n{trap}\n{state}\nsave_and_requeue; echo "$time_limit $time_is_up"; cancelled; echo "$time_is_up"'
+    command = f"set -Eeuo pipefail\n{slurm}\n{functions}\n{trap}\n{state}\n"
+    command += 'save_and_requeue; echo "$time_limit $time_is_up"; cancelled; echo "$time_is_up"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     limit, *rest = done.stdout.split()
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
@@ -379,7 +394,9 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
-    """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran through."""
+    """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran
+    through.
+    """
     project.hand(SLOW)
     slow = [
         *tiny,
@@ -419,7 +436,7 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
 
 
 def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
-    """kill -9 of all of Ray on a node: each trial is accounted for, and comes to the rung that it would have come to."""
+    """kill -9 of all of Ray on a node: each trial is accounted for, and reaches the rung that it would have reached."""
     project.hand(SLOW)
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2"
@@ -448,7 +465,9 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
 
 
 def test_a_node_whose_gpu_fails_is_given_up(project, tiny):
-    """CUDA errors on one of two nodes: its job goes, Slurm keeps off the node, no trial is lost and none is told to the model as bad."""
+    """CUDA errors on one of two nodes: its job goes, Slurm keeps off the node, no trial is lost and none is told to the
+    model as bad.
+    """
     broken = project.folder / "broken"
     project.hand(
         SLOW
@@ -534,11 +553,13 @@ def train(config, setup, trial):
     assert project.left_over() == {}
 
 
-# -- 5. ports -----------------------------------------------------------------------------------------------------------
+# -- 5. ports
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_port_taken_before_ray_binds_it(project, tiny):
-    """Another program stands by to take every port that Ray's command line names, before Ray does; and Ray's first start fails.
+    """Another program stands by to take every port that Ray's command line names, before Ray does; and Ray's first
+    start fails.
 
     The scripts name none: each process of Ray binds the port that the system gives it.
     """
@@ -584,7 +605,8 @@ while True:
 """
 
 
-# -- 6. preflight -------------------------------------------------------------------------------------------------------
+# -- 6. preflight
+# -------------------------------------------------------------------------------------------------------
 
 
 def other_ray(folder: Path, version: str | None) -> Path:
@@ -626,7 +648,8 @@ def test_preflight_gpu_that_torch_cannot_use(project, tiny):
     refused(
         project,
         job,
-        r"refused node\d: CUDA error: no kernel image is available for .*; a V100 \(sm_70\) needs a torch .* pip install torch==",
+        r"refused node\d: CUDA error: no kernel image is available for .*; a V100 \(sm_70\) needs a torch .* "
+        "pip install torch==",
     )
 
 

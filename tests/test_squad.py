@@ -241,7 +241,7 @@ def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
     batch = evaluation.collate([data[i] for i in range(8)], tokenizer.pad_token_id)
     for model in (plain, fused):
         evaluation.answer_loss(model, batch)[0].backward()
-    for one, other in zip(plain.parameters(), fused.parameters()):
+    for one, other in zip(plain.parameters(), fused.parameters(), strict=False):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -345,7 +345,7 @@ def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_toke
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
     widths = [max(lengths[i] for i in batch) for batch in batches]
     assert widths == sorted(widths, reverse=True)
-    for batch, width, following in zip(batches, widths, widths[1:] + [0]):
+    for batch, width, following in zip(batches, widths, widths[1:] + [0], strict=False):
         assert len(batch) == 1 or len(batch) * width <= batch_tokens
         assert not following or (len(batch) + 1) * width > batch_tokens  # as many as have room
 

@@ -110,7 +110,7 @@ class PauseAtRungs(FIFOScheduler):
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, batch_size):
-    """Same weights to the last bit and same eval_loss: optimizer, lr schedule, data order and RNG (dropout) carry on."""
+    """Same weights to the last bit and same eval_loss: optimizer, schedule, data order and RNG (dropout) carry on."""
     setup = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
     configs = [
         config(per_device_bs=batch_size),
@@ -179,7 +179,7 @@ def spying_trial(config, setup):
 def test_deepspeed_engine_trains_with_the_trial_s_hyperparameters(tmp_path, tiny_model, tiny_squad):
     setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10)
     configs = [config(3e-4, 1, 0.0, [2, 4]), config(7e-5, 2, 0.01, [2, 4])]
-    for result, c in zip(run_trials(tmp_path, spying_trial, setup, configs), configs):
+    for result, c in zip(run_trials(tmp_path, spying_trial, setup, configs), configs, strict=False):
         searched = c["train_loop_config"]
         frame = result.metrics_dataframe
         assert set(frame["engines"]) == {1}
@@ -203,7 +203,8 @@ def test_thirty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
     fresh = results[0].metrics["first_step_at"] - results[0].metrics["process_started"]
     with capsys.disabled():
         print(f"\nfirst optimizer step after {fresh:.2f} s in a fresh process, {warm[len(warm) // 2]:.2f} s "
-              f"in a warm one (median of {len(warm)}, worst {warm[-1]:.2f}); memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 30")  # fmt: skip
+              f"in a warm one (median of {len(warm)}, worst {warm[-1]:.2f}); "
+              f"memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 30")  # fmt: skip
     assert warm[len(warm) // 2] < 1
     assert {r.metrics["engines"] for r in results} == {1}  # the engines of earlier trials are gone
     assert max(rss[-5:]) - max(rss[4:9]) < 40, rss  # MB; 25 trials that stay would be 190
@@ -228,16 +229,21 @@ class OneRung(FIFOScheduler):
             self.through = True
             if self.lose:
                 os.kill(self.pids[0], signal.SIGKILL)
-                lost = lambda: (
-                    {p["State"] for p in ray._private.state.actors().values() if p["Pid"] == self.pids[0]} == {"DEAD"}
-                )  # noqa: E731
-                wait_for("Ray's hearing of the lost process", lost, 30)
+
+                def lost():
+                    actors = ray._private.state.actors().values()
+                    return {p["State"] for p in actors if p["Pid"] == self.pids[0]} == {"DEAD"}
+
+                wait_for("Ray to notice the lost process", lost, 30)
         return waiting[0] if waiting else paused[0] if paused and self.through else None
 
 
 @pytest.mark.parametrize("lose", [False, True])
 def test_each_slot_keeps_its_process(tmp_path, lose):
-    """Over a rung, and from the start: none is started that is not used. One that is lost while it is idle costs no trial a try."""
+    """Over a rung, and from the start: none is started that is not used.
+
+    One that is lost while it is idle costs no trial a try.
+    """
 
     def three_iterations(config, setup):
         for i in range(3):
@@ -259,7 +265,10 @@ def test_a_process_that_hangs_while_it_starts_is_ended(tmp_path, monkeypatch):
     mark = tmp_path / "hung"
 
     class HangsOnce:
-        """The first process that unpickles it, but for the search's own, does not get through. A class of the test: nothing is imported for it."""
+        """The first process that unpickles it, but for the search's own, does not get through.
+
+        A class of the test: nothing is imported for it.
+        """
 
         def __init__(self, searching):
             self.searching = searching
@@ -353,8 +362,10 @@ def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
         tune.with_resources(iterations, {"cpu": len(os.sched_getaffinity(0)) / 4}),
         param_space={"x": tune.uniform(0, 1)},
         tune_config=tune.TuneConfig(
-            metric="x", mode="min", num_samples=10, search_alg=TuneBOHB(seed=0, max_concurrent=at_a_time), reuse_actors=True,
-            scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4, stop_last_trials=False),
+            metric="x", mode="min", num_samples=10, search_alg=TuneBOHB(seed=0, max_concurrent=at_a_time),
+            reuse_actors=True,
+            scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4,
+            stop_last_trials=False),
         ),
         run_config=tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[heard]),
     ).fit()  # fmt: skip
@@ -401,7 +412,8 @@ def test_what_a_lost_process_has_left_is_in_nobody_s_way(tmp_path, tiny_model, t
     )
 
 
-# -- several ranks: two processes on the CPU, as no GPU is here ----------------------------------------------------------
+# -- several ranks: two processes on the CPU, as no GPU is here
+# ----------------------------------------------------------
 
 
 def run_ranks(folder, trainable, setup, configs, scheduler=None, size=2, max_failures=0):
@@ -448,13 +460,15 @@ def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, unev
     ends = [
         AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, two)
     ]  # as best_model is made
-    for (name, weight), other in zip(ends[0].named_parameters(), ends[1].parameters()):
+    for (name, weight), other in zip(ends[0].named_parameters(), ends[1].parameters(), strict=False):
         assert torch.allclose(weight, other, atol=1e-4), name
 
 
 @pytest.mark.parametrize("stage, size", [(0, 1), (2, 1), (3, 2)])
 def test_a_model_can_be_made_of_any_checkpoint(tmp_path, demo_model, tiny_squad, stage, size):
-    """Weights are written once: as a model at the end, before that by DeepSpeed, of which a model is made where no trial came to the end."""
+    """Weights are written once: as a model at the end, before that by DeepSpeed, of which a model is made where no
+    trial came to the end.
+    """
     setup = prepare(demo_model, tiny_squad, "--max_t", 3, "--num_train_epochs", 0.05, "--max_eval_samples", 20)
     ended, cut = [config(rungs=[3]), config(rungs=[2])]
     ended, cut = run_ranks(tmp_path / "ray", trial, with_stage(setup, stage), [ended, cut], size=size)
@@ -582,7 +596,8 @@ class Unreadable(data.TokenizedSquad):
     ],
 )
 def test_what_to_make_of_errors(raised, killed, kind, text):
-    """A full disk is waited for, a lost rank or a broken GPU is the node's fault, and all else the trial's, which is not tried again.
+    """A full disk is waited for, a lost rank or a broken GPU is the node's fault, and all else the trial's, which is
+    not tried again.
     An error of the installation comes out as it is."""
     cause = ranks.cause_of(raised, killed)
     assert type(cause) is kind and text in str(cause)

@@ -5,15 +5,20 @@ from dataclasses import dataclass, field
 
 
 def rungs(max_t: int, reduction_factor: float) -> list[list[tuple[int, int]]]:
-    """The brackets of one band, the one with most trials first. Each is a list of rungs (number of trials, budget).
+    """The brackets of one band, and their rungs.
 
-    Budgets are max_t / reduction_factor**k, rounded down, so all brackets share them and end at max_t. (Ray multiplies
-    a rounded first budget: 3, 12, 48 for max_t 50 and reduction_factor 4.) The numbers of brackets and trials are those
-    of Ray; Li et al., "Hyperband", JMLR 2018, with rounding to nearest.
+    The budgets are max_t / reduction_factor**k, rounded down. So all brackets share them, and each bracket ends at
+    max_t. (Ray rounds the first budget and then multiplies it: 3, 12, 48 for max_t 50 and reduction_factor 4.)
+
+    The sizes are those of Li et al., "Hyperband: A Novel Bandit-Based Approach to Hyperparameter Optimization", JMLR
+    2018. As in Ray, the number of brackets is rounded to the nearest integer.
 
     Args:
         max_t: the budget of a full training.
-        reduction_factor: one in so many trials is promoted.
+        reduction_factor: one of so many trials is promoted at a rung.
+
+    Returns:
+        A list of brackets, the one with most trials first. Each is a list of rungs (number of trials, budget).
     """
     s_max = round(math.log(max_t) / math.log(reduction_factor))
     budgets = [int(max_t / reduction_factor**k + 1e-9) for k in range(s_max + 1)]
@@ -27,20 +32,20 @@ def rungs(max_t: int, reduction_factor: float) -> list[list[tuple[int, int]]]:
 
 
 def band_size(max_t: int, reduction_factor: float) -> int:
-    """The number of trials that fill each bracket of a band once."""
+    """The number of trials in one band, which fills each of its brackets once."""
     return sum(bracket[0][0] for bracket in rungs(max_t, reduction_factor))
 
 
 @dataclass
 class Bracket:
-    """One run of successive halving. Trials are known by their ids."""
+    """One run of successive halving. It has the ids of trials, not the trials, so its state is plain data."""
 
     rungs: list[tuple[int, int]]  # (number of trials, budget) of each rung
-    rung: int = 0  # the index of the current one
+    rung: int = 0  # the index of the current rung
     added: int = 0  # trials that were ever added, failed ones included
-    members: list[str] = field(default_factory=list)  # trials that can still be promoted, in the order they were added
+    members: list[str] = field(default_factory=list)  # trials that are still in the bracket, the oldest first
     scores: dict[str, float] = field(default_factory=dict)  # results at the current rung, higher is better
-    promoted: set[str] = field(default_factory=set)  # members that wait to be resumed
+    promoted: set[str] = field(default_factory=set)  # members that were promoted and wait to be resumed
 
     @property
     def budget(self) -> int:

@@ -1,4 +1,4 @@
-"""The scheduler of BOHB: Hyperband with synchronous rungs."""
+"""The scheduler of BOHB. It is Hyperband with synchronous rungs."""
 
 import dataclasses
 import logging
@@ -17,25 +17,31 @@ logger = logging.getLogger(__name__)
 
 
 class HyperBandForBOHB(TrialScheduler):
-    """Hyperband with synchronous rungs. Pauses a trial at its rung, and resumes it when it is promoted.
+    """Hyperband with synchronous rungs. A trial is paused at its rung, and resumed if it is promoted.
 
-    A trial's config gains the key "rungs": the budgets at which it may be paused, or ends. The trainable must report a
-    checkpoint at each of them, and needs none elsewhere.
+    It replaces ray.tune.schedulers.HyperBandForBOHB and takes the same arguments. A new trial joins the current bracket
+    until this is full. When all trials of a bracket have a result at the current rung, the best are promoted and the
+    others are stopped. See Li et al., "Hyperband", JMLR 2018, and Falkner, Klein & Hutter, "BOHB", ICML 2018.
+
+    The scheduler adds the key "rungs" to the config of a trial: the budgets at which the trial may be paused or ends. A
+    function trainable must report a checkpoint at each of them. It needs no checkpoint at other times.
 
     Args:
-        time_attr: the key of a result that has the used budget.
-        metric: to compare trials by. None: that of Tune.
-        mode: "min" or "max". None: that of Tune.
+        time_attr: key of a result that has the budget which the trial has used.
+        metric: key of a result by which trials are compared. None: the metric of Tune.
+        mode: "min" or "max". None: the mode of Tune.
         max_t: the largest budget.
-        reduction_factor: one in so many trials is promoted at a rung.
-        stop_last_trials: stop a trial at max_t, in place of letting it end by itself.
+        reduction_factor: one of so many trials is promoted at a rung.
+        stop_last_trials: whether to stop a trial at max_t. If not, it ends by itself.
 
-    Raises:
-        RuntimeError: from on_trial_result, which ends the search: a function trainable has reported at its rung
-            without a checkpoint, and would start from zero when it is resumed.
+    Attributes:
+        brackets: all brackets, the oldest first.
+        pause_all: set it before a planned stop. Each trial is paused at its next checkpoint, and none is started.
+        node_fault: set it while on_trial_error handles a failure that says nothing about the hyperparameters, such as a
+            lost node. The model then gets no bad result.
     """
 
-    supports_buffered_results = False  # each result is decided on before the trial trains on
+    supports_buffered_results = False  # a trial may train on only after the decision on its result
 
     def __init__(
         self,
@@ -47,18 +53,18 @@ class HyperBandForBOHB(TrialScheduler):
         stop_last_trials: bool = True,
     ):
         super().__init__()
-        self.brackets: list[Bracket] = []  # all of them
-        self.pause_all = False  # set before a planned stop: pause each trial at its next checkpoint, start none
-        self.node_fault = False  # set while a failure is handled that is not the fault of the hyperparameters
+        self.brackets: list[Bracket] = []
+        self.pause_all = False
+        self.node_fault = False
         self._time_attr, self._reduction_factor, self._stop_last_trials = time_attr, reduction_factor, stop_last_trials
-        self._own_metric, self._own_mode = metric, mode
+        self._own_metric, self._own_mode = metric, mode  # `_metric` is the base class's
         self._band = rungs(max_t, reduction_factor)
-        self._active: list[Bracket] = []  # brackets that still have trials: decisions look at no others
+        self._active: list[Bracket] = []  # brackets that are not over; a decision looks at no others
         self._bracket_of: dict[str, Bracket] = {}
-        self._trials: dict[str, Trial] = {}  # live ones
+        self._trials: dict[str, Trial] = {}  # trials that have not ended
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec) -> bool:
-        """Takes metric and mode over from Tune. Returns False if they were given before."""
+        """Sets metric and mode to those of Tune. Returns False if one is set already."""
         if self._own_metric and metric or self._own_mode and mode:
             return False
         self._own_metric, self._own_mode = self._own_metric or metric, self._own_mode or mode
@@ -66,11 +72,11 @@ class HyperBandForBOHB(TrialScheduler):
 
     @property
     def metric(self) -> str | None:
-        """Trials are compared by it."""
+        """The key of a result by which trials are compared."""
         return self._own_metric
 
     def get_state(self) -> dict[str, Any]:
-        """The brackets, as plain data."""
+        """The brackets, as data for JSON."""
         number = {id(bracket): i for i, bracket in enumerate(self.brackets)}
         return {
             "brackets": [dataclasses.asdict(b) | {"promoted": sorted(b.promoted)} for b in self.brackets],
@@ -78,11 +84,11 @@ class HyperBandForBOHB(TrialScheduler):
         }
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
-        """Goes on from a state. The live trials come back by on_trial_add.
+        """Restores a state. Then on_trial_add must be called for each trial that has not ended.
 
         Args:
             state: from get_state.
-            waiting: the trials that wait for a first slot. All others come back paused.
+            waiting: ids of the trials that had no slot yet. They come back as pending, all others as paused.
         """
         self.brackets = [
             Bracket(**b | {"rungs": [tuple(rung) for rung in b["rungs"]], "promoted": set(b["promoted"])})
@@ -93,27 +99,31 @@ class HyperBandForBOHB(TrialScheduler):
         for bracket in self._active:
             for trial_id in bracket.members:
                 if trial_id not in bracket.scores and trial_id not in waiting:
-                    bracket.promoted.add(trial_id)  # it was running, or about to
+                    bracket.promoted.add(trial_id)  # it was running, or about to run
 
     def bracket_of(self, trial_id: str) -> Bracket | None:
-        """The bracket of a trial."""
+        """The bracket of a trial; None if the trial never had one."""
         return self._bracket_of.get(trial_id)
 
     def in_race(self, trial_id: str) -> bool:
-        """Whether a trial has rungs before it."""
+        """Whether a trial is still in its bracket, so that it has a rung to reach."""
         return trial_id in self._bracket_of and trial_id in self._bracket_of[trial_id].members
 
-    # -- what Tune calls ----------------------------------------------------------------------------------------------
+    # -- called by Tune -----------------------------------------------------------------------------------------------
 
     def on_trial_add(self, tune_controller, trial: Trial) -> None:
-        """Puts a new trial into the current bracket. A trial that comes back after a failure keeps its place."""
+        """Adds a new trial to the current bracket. A trial that Tune starts again after a failure keeps its bracket.
+
+        Raises:
+            ValueError: metric or mode is not set.
+        """
         if self._own_metric is None or self._own_mode is None:
             raise ValueError("HyperBandForBOHB needs a metric and a mode, here or in tune.TuneConfig.")
         self._trials[trial.trial_id] = trial
         if trial.trial_id in self._bracket_of:
             return
         if not self.brackets or self.brackets[-1].full:
-            # The next bracket of the band, the one with most trials first. After the last, the next band begins.
+            # The band's next bracket; they are in the order of their size. After the last, the next band begins.
             self.brackets.append(Bracket(list(self._band[len(self.brackets) % len(self._band)])))
             self._active.append(self.brackets[-1])
         bracket = self._bracket_of[trial.trial_id] = self.brackets[-1]
@@ -122,12 +132,20 @@ class HyperBandForBOHB(TrialScheduler):
         trial.config = {**(trial.config or {}), "rungs": bracket.budgets()}
 
     def on_trial_result(self, tune_controller, trial: Trial, result: dict) -> str:
-        """CONTINUE below the rung. At the rung the model gets the result, whatever is decided then.
+        """Decides whether a trial continues, is paused or is stopped.
 
-        A result with the key "failed" ends a trial that cannot go on, and counts as bad at its next rung.
+        Below its rung a trial continues. At its rung the model gets the result, whatever the decision is. A result with
+        the key "failed" stops a trial that cannot continue; it counts as a bad result at the trial's next rung.
+
+        Returns:
+            CONTINUE, PAUSE or STOP of TrialScheduler.
+
+        Raises:
+            RuntimeError: a function trainable reported at its rung without a checkpoint, so that it would start from
+                zero when it is resumed. This ends the search.
         """
         if self._time_attr not in result:
-            logger.warning("Trial %s: a report without %r decides nothing.", trial.trial_id, self._time_attr)
+            logger.warning("Trial %s: a report without %r is ignored.", trial.trial_id, self._time_attr)
             return TrialScheduler.CONTINUE
         decision = self._decide(tune_controller, trial, result)
         can_pause = SHOULD_CHECKPOINT in result and trial.trial_id in self._trials
@@ -141,7 +159,7 @@ class HyperBandForBOHB(TrialScheduler):
         if "failed" in result:
             self._fail(tune_controller, trial.trial_id)
             return TrialScheduler.STOP
-        if trial.trial_id not in bracket.members:  # it is past its last rung
+        if trial.trial_id not in bracket.members:  # it has had its last rung
             return TrialScheduler.STOP if self._stop_last_trials else TrialScheduler.CONTINUE
         if result[self._time_attr] < bracket.budget:
             return TrialScheduler.CONTINUE
@@ -153,20 +171,20 @@ class HyperBandForBOHB(TrialScheduler):
         if SHOULD_CHECKPOINT not in result and issubclass(trial.get_trainable_cls() or object, FunctionTrainable):
             where = f"{self._time_attr} {bracket.budget}"
             raise RuntimeError(
-                f"Trial {trial.trial_id} came to its rung at {where} without a checkpoint: when resumed it would start "
-                "again from zero. Report a checkpoint at each of config['rungs']."
+                f"Trial {trial.trial_id} reported at its rung, {where}, without a checkpoint. It would start from zero "
+                "when it is resumed. Report a checkpoint at each of config['rungs']."
             )
         self._promote_if_complete(tune_controller, bracket, current=trial.trial_id)
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
-            return TrialScheduler.CONTINUE  # it was promoted at once and keeps its slot
+            return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
         if trial.trial_id in bracket.members:
             self._searcher(tune_controller).on_pause(trial.trial_id)
             return TrialScheduler.PAUSE
         return TrialScheduler.STOP
 
     def on_trial_error(self, tune_controller, trial: Trial) -> None:
-        """A failed trial is a bad result at its rung, unless Tune starts it again or its node was at fault."""
-        if trial.status == Trial.ERROR:  # Tune has set it before this call only if it starts the trial again
+        """Counts a failed trial as a bad result at its rung, unless Tune starts it again or node_fault is set."""
+        if trial.status == Trial.ERROR:  # before this call Tune sets it only if it will start the trial again
             return
         if self.node_fault:
             self._leave(trial.trial_id)
@@ -180,15 +198,20 @@ class HyperBandForBOHB(TrialScheduler):
         self._leave(trial_id)
 
     def on_trial_complete(self, tune_controller, trial: Trial, result: dict) -> None:
-        """A trial that has ended by itself leaves its bracket."""
+        """Removes a trial that has ended by itself from its bracket."""
         self._leave(trial.trial_id)
 
     def on_trial_remove(self, tune_controller, trial: Trial) -> None:
-        """A trial that was stopped while it was pending or paused leaves its bracket."""
+        """Removes a trial that was stopped while it was pending or paused from its bracket."""
         self._leave(trial.trial_id)
 
     def choose_trial_to_run(self, tune_controller) -> Trial | None:
-        """A promoted trial of the oldest bracket, else a new trial. None beyond the searcher's max_concurrent."""
+        """Chooses the trial for a free slot.
+
+        Returns:
+            A promoted trial, of the oldest bracket that has one; else a pending trial. None if there is neither, or if
+            the searcher's max_concurrent trials are running.
+        """
         if self.pause_all:
             return None
         searcher = self._searcher(tune_controller)
@@ -197,7 +220,7 @@ class HyperBandForBOHB(TrialScheduler):
         self._active = [b for b in self._active if b.members or (b is self.brackets[-1] and not b.full)]
         limit = searcher.max_concurrent if searcher.max_concurrent > 0 else math.inf
         promoted = [(b, t) for b in self._active for t in b.members if t in b.promoted and t in self._trials]
-        promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # first those that ran when the state was saved
+        promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # trials that ran before a restart come first
         for bracket, trial_id in promoted:
             room = len(searcher.running) < limit or trial_id in searcher.running
             if room and self._trials[trial_id].status == Trial.PAUSED:
@@ -211,12 +234,12 @@ class HyperBandForBOHB(TrialScheduler):
         return None
 
     def debug_string(self) -> str:
-        """One line for each active bracket."""
+        """One line for each bracket that is not over."""
         return "\n".join(
             f"bracket {b.rungs}: at {b.budget}, {len(b.members)} trials, {len(b.scores)} results" for b in self._active
         )
 
-    # -- how it decides -----------------------------------------------------------------------------------------------
+    # -- rungs --------------------------------------------------------------------------------------------------------
 
     @staticmethod
     def _searcher(tune_controller) -> TuneBOHB:
@@ -228,7 +251,7 @@ class HyperBandForBOHB(TrialScheduler):
         return searcher
 
     def _record(self, tune_controller, trial_id: str, score: float) -> None:
-        """Keeps a score (higher is better) at the current rung, and tells the model. A second one changes nothing."""
+        """Keeps the first score of a trial at the current rung (higher is better), and gives it to the model."""
         bracket = self._bracket_of[trial_id]
         if trial_id in bracket.scores:
             return
@@ -241,27 +264,31 @@ class HyperBandForBOHB(TrialScheduler):
         self._trials.pop(trial_id, None)
 
     def _promote_if_complete(self, tune_controller, bracket: Bracket, current: str | None = None) -> None:
-        """Once all trials of a rung have a result: promotes the best, stops the others.
+        """If all trials of a bracket have a result at the current rung, promotes the best and stops the others.
 
-        A rung waits only for its own trials. Lost trials do not count, and a bracket that gets no more trials shrinks
-        to those that it has. `current` is the trial whose report is being answered: its fate is the answer, so it is
-        neither stopped nor marked for resumption here.
+        A rung waits for the trials of its bracket only, without those that were lost. If all trials of the search have
+        been suggested, the last bracket does not wait for more.
+
+        Args:
+            tune_controller: stops the trials.
+            bracket: the bracket.
+            current: the trial whose report is handled, if any. It is running, so on_trial_result stops or continues it.
         """
         if not bracket.full and not tune_controller.search_alg.is_finished():
             return
         if bracket.last_rung or not bracket.members or any(t not in bracket.scores for t in bracket.members):
             return
-        if any(t not in self._trials for t in bracket.members):  # after a resume, before all have come back
+        if any(t not in self._trials for t in bracket.members):  # after a restart, until all trials were added again
             return
         next_size = math.ceil(bracket.added / self._reduction_factor ** (bracket.rung + 1) - 1e-9)
-        ranked = sorted(bracket.members, key=lambda t: -bracket.scores[t])  # of equal ones the older trial comes first
-        good = [t for t in ranked if bracket.scores[t] > -math.inf][:next_size]
-        bad = [t for t in bracket.members if t not in good]
+        ranked = sorted(bracket.members, key=lambda t: -bracket.scores[t])  # of equal scores the older trial is first
+        best = [t for t in ranked if bracket.scores[t] > -math.inf][:next_size]
+        others = [t for t in bracket.members if t not in best]
         bracket.rung += 1
         bracket.scores = {}
-        bracket.members = [t for t in bracket.members if t in good]
-        bracket.promoted = {t for t in good if t != current}
-        for trial_id in bad:
+        bracket.members = [t for t in bracket.members if t in best]
+        bracket.promoted = {t for t in best if t != current}
+        for trial_id in others:
             if trial_id == current:
                 self._trials.pop(trial_id)
             else:

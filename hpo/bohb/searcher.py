@@ -1,4 +1,4 @@
-"""The searcher of BOHB: suggests hyperparameters."""
+"""The searcher of BOHB. It suggests hyperparameters."""
 
 import copy
 from typing import Any
@@ -13,27 +13,32 @@ from hpo.bohb.kde import Job, Model
 
 
 class TuneBOHB(Searcher):
-    """Suggests configurations. Learns from results at rungs only; HyperBandForBOHB hands them over.
+    """Suggests configurations. It learns from results at rungs only, which it gets from HyperBandForBOHB.
 
-    `suggested` maps a trial id to {"config", "model_based"}. `observations` lists the results that the model has, each
-    {"trial_id", "budget", "loss"}. Together they are the audit of the search.
+    It replaces ray.tune.search.bohb.TuneBOHB and takes the same arguments.
 
     Args:
-        space: search space of ConfigSpace. None: Tune hands over its own, see set_search_properties.
-        bohb_config: arguments of the model, see hpbandster's config generator BOHB.
-        metric: to compare trials by. None: that of Tune.
-        mode: "min" or "max". None: that of Tune.
-        points_to_evaluate: configurations to suggest first.
-        seed: of all random draws.
+        space: the search space, of ConfigSpace or of Tune. None: Tune passes its param_space before the search.
+        bohb_config: arguments of the model, those of hpbandster's config generator BOHB.
+        metric: key of a result by which trials are compared. None: the metric of Tune.
+        mode: "min" or "max". None: the mode of Tune.
+        points_to_evaluate: configurations to suggest first, with flat names such as "train_loop_config/lr".
+        seed: seed of all random draws. None: each search is another one.
         max_concurrent: the number of trials that may run at a time; 0 is no limit.
 
+    Attributes:
+        suggested: {"config", "model_based"} by trial id, of all trials.
+        observations: the results that the model was given, in this order, each {"trial_id", "budget", "loss"}.
+        running: ids of the trials that hold a slot, or are about to get one.
+        paused: ids of the trials that are paused at a rung.
+
     Raises:
-        RuntimeError: the installed hpbandster, ConfigSpace and statsmodels cannot make a model-based suggestion.
+        RuntimeError: no model-based suggestion can be made with the installed hpbandster, ConfigSpace and statsmodels.
     """
 
     def __init__(
         self,
-        space: ConfigSpace.ConfigurationSpace | None = None,
+        space: dict | ConfigSpace.ConfigurationSpace | None = None,
         bohb_config: dict | None = None,
         metric: str | None = None,
         mode: str | None = None,
@@ -45,12 +50,14 @@ class TuneBOHB(Searcher):
         self.max_concurrent = max_concurrent
         self.suggested: dict[str, dict[str, Any]] = {}
         self.observations: list[dict[str, Any]] = []
-        self.trial_to_params: dict[str, dict] = {}  # the configuration of each live trial, as ConfigSpace has it
+        self.trial_to_params: dict[str, dict] = {}  # configurations of the trials that have not ended, flat
         self.running: set[str] = set()
         self.paused: set[str] = set()
+        if isinstance(space, dict):
+            space = ray.tune.search.bohb.TuneBOHB.convert_search_space(space)
         self._space, self._bohb_config, self._seed = space, bohb_config or {}, seed
         self._points_to_evaluate = list(points_to_evaluate or [])
-        self._restored: tuple[dict, set[str]] | None = None  # a state that waits for the search space
+        self._restored: tuple[dict, set[str]] | None = None  # arguments of set_state, until the search space is known
         if space is not None:
             self._make_model()
 
@@ -61,7 +68,7 @@ class TuneBOHB(Searcher):
         self.bohber = Model(self._space, self._seed, **self._bohb_config)
 
     def _check_model(self):
-        """Builds a model of made-up losses, so that a search does not learn after a day that it cannot build one."""
+        """Fits a model to made-up losses. A model that cannot work is an error now, not after a day of training."""
         model = Model(copy.deepcopy(self._space), 0, **{**self._bohb_config, "random_fraction": 0})
         try:
             for loss in range(2 * (len(self._space) + 1)):
@@ -78,7 +85,7 @@ class TuneBOHB(Searcher):
         return sum(s["model_based"] for s in self.suggested.values())
 
     def get_state(self) -> dict[str, Any]:
-        """Everything that the next suggestion depends on, as plain data."""
+        """Everything that the next suggestion depends on, as data for JSON."""
         live = {trial_id: self._configuration(values=config) for trial_id, config in self.trial_to_params.items()}
         return {
             "model": self.bohber.get_state(),
@@ -90,14 +97,14 @@ class TuneBOHB(Searcher):
         }
 
     def set_state(self, state: dict[str, Any], live: set[str]) -> None:
-        """Goes on from a state, at once or as soon as the search space is known.
+        """Restores a state. If Tune has not passed the search space yet, the state waits for it.
 
-        A running trial stays running, because the scheduler resumes it first.
+        A trial that was running counts as running, because the scheduler resumes it first.
 
         Args:
             state: from get_state.
-            live: the live trials. One that the state has and that is not live was saved after its final report and
-                before Tune removed it. It holds no slot any more.
+            live: ids of the trials that have not ended. A trial that the state has and that is not among them was saved
+                after its final report and before Tune removed it. It no longer holds a slot.
         """
         self.suggested, self.observations = state["suggested"], state["observations"]
         if self._space is None:
@@ -115,7 +122,17 @@ class TuneBOHB(Searcher):
         return ConfigSpace.Configuration(self._space, **of)
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec) -> bool:
-        """Takes metric, mode and search space over from Tune, then a state that waited for the search space."""
+        """Sets metric, mode and search space to those of Tune, and restores a state that waits for the search space.
+
+        Args:
+            metric: key of a result.
+            mode: "min" or "max".
+            config: the search space, as Tune has it.
+            **spec: is not used.
+
+        Returns:
+            False if the search space was known already; then nothing is changed.
+        """
         if self._space is not None:
             return False
         super().__init__(metric=metric or self.metric, mode=mode or self.mode)
@@ -127,12 +144,20 @@ class TuneBOHB(Searcher):
         return True
 
     def densities(self) -> dict | None:
-        """The model as plain data, for figures; None as long as there is no model.
+        """The two densities that the next model-based suggestion uses, as data for JSON.
+
+        They are drawn from these numbers: for a continuous hyperparameter, a density is the mean of normal kernels, one
+        at each point, whose standard deviation is the bandwidth. A coordinate x stands for the value
+        lower + x (upper - lower), or lower (upper / lower)**x if log is true.
 
         Returns:
-            {"budget", "hyperparameters", "good", "bad"}. Each of the n hyperparameters has a name and {"kind":
-            "continuous", "lower", "upper", "log"} or {"kind": "categorical", "categories"}. Both densities are
-            {"points": m lists of n coordinates in [0, 1], or indices of categories, "bandwidths": n numbers}.
+            None if there is no model yet. Otherwise a dictionary with
+
+            - budget: the rung whose results the model has.
+            - hyperparameters: by name, {"kind": "continuous", "lower", "upper", "log"} or {"kind": "categorical",
+              "categories"}. Their order is that of the coordinates of a point.
+            - good, bad: {"points", "bandwidths"}. A point is a list with one number per hyperparameter: a coordinate
+              in [0, 1], or the index of a category. There is one bandwidth per hyperparameter.
         """
         if self._space is None or not self.bohber.kde_models:
             return None
@@ -152,7 +177,14 @@ class TuneBOHB(Searcher):
         return {"budget": int(max(self.bohber.kde_models)), "hyperparameters": described, **pair}
 
     def suggest(self, trial_id: str) -> dict | None:
-        """The configuration of a new trial, in plain Python types; None while max_concurrent trials are running."""
+        """Suggests the configuration of a new trial.
+
+        Args:
+            trial_id: id of the new trial.
+
+        Returns:
+            The configuration, in plain Python types. None while max_concurrent trials are running.
+        """
         if 0 < self.max_concurrent <= len(self.running):
             return None
         if self._points_to_evaluate:
@@ -169,39 +201,39 @@ class TuneBOHB(Searcher):
         return copy.deepcopy(plain)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
-        """Does nothing: Tune reports only what the scheduler did not answer with STOP. See on_rung_result."""
+        """Does nothing. Tune calls it only if the decision was not STOP; on_rung_result gets all results."""
 
     def on_rung_result(self, trial_id: str, budget: int, loss: float) -> None:
-        """Tells the model of one result.
+        """Gives the model one observation. The scheduler calls it once for each trial and rung.
 
         Args:
-            trial_id: of the trial.
-            budget: of the rung.
-            loss: to be minimised; inf for a failed trial, which counts as bad.
+            trial_id: id of the trial.
+            budget: budget of the rung.
+            loss: the result, to be minimised. It is inf if the trial failed.
         """
         self.observations.append({"trial_id": trial_id, "budget": budget, "loss": loss})
         result = {"budget": budget, "config": self.trial_to_params[trial_id]}
         self.bohber.new_result(Job({"loss": loss}, result))
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Forgets a trial that has ended."""
+        """Removes a trial that has ended. Its observations stay."""
         self.trial_to_params.pop(trial_id, None)
         self.paused.discard(trial_id)
         self.running.discard(trial_id)
 
     def on_pause(self, trial_id: str) -> None:
-        """The trial does not run any more, and may be resumed."""
+        """Notes that a trial is paused at its rung. It no longer counts as running."""
         self.paused.add(trial_id)
         self.running.discard(trial_id)
 
     def on_unpause(self, trial_id: str) -> None:
-        """The trial is about to run again."""
+        """Notes that a trial is about to be resumed."""
         self.paused.discard(trial_id)
         self.running.add(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
-        """Does nothing: the state of the search is saved by get_state, in one piece with that of the scheduler."""
+        """Does nothing. Use get_state, together with the scheduler's: one without the other cannot be restored."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Raises NotImplementedError, see save."""
-        raise NotImplementedError("use set_state")
+        """Raises NotImplementedError. Use set_state, see `save`."""
+        raise NotImplementedError("TuneBOHB is restored by set_state, together with HyperBandForBOHB")

@@ -1,1 +1,5 @@
-"""What a search would run and need: the searcher and scheduler on simulated time, and the memory of a GPU."""
+"""Plans a search before it runs: how long it takes, and how much disk and GPU memory it needs.
+
+simulator.py runs the real searcher and scheduler in simulated time. plan.py prints the plan. memory.py forecasts the
+memory of a GPU.
+"""

@@ -236,8 +236,9 @@ def forecast(
         max_new_tokens: the most tokens that are generated for an answer.
         ranks: GPUs of the trial.
     """
-    stage, half = zero_stage(ds_config), DTYPES[precision]
-    dtype, autocast = (torch.float32, half if precision != "fp32" else None) if stage == 0 else (half, None)
+    stage, dtype, autocast = zero_stage(ds_config), DTYPES[precision], None
+    if stage == 0:  # weights in fp32; in fp16 and bf16 operations convert them, by torch.autocast
+        dtype, autocast = torch.float32, dtype if precision != "fp32" else None
     run = passes(str(model_folder), dtype, autocast, batch_size, max_length, answer_tokens, eval_tokens, max_new_tokens)
     if stage == 0:
         parts = without_zero(run, ranks)

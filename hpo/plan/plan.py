@@ -21,28 +21,33 @@ class Forecast:
     """What to expect of a search whose iterations all take the same time."""
 
     rungs: list[tuple[int, int, int, int]]  # (bracket, iteration of the rung, trials that reach it, iterations for it)
-    suggested: int  # trials suggested before there is a model
-    model_based: int  # suggestions made once there is one; BOHB still draws a third of them at random
-    checkpoints: int  # most on disk at a time
-    iterations: int  # in all
-    time: float  # of the whole search, in iterations
-    busy: list[float]  # share of the slots' time that is spent on iterations, in each tenth of the time
+    suggested: int  # suggestions before there is a model
+    model_based: int  # suggestions after that; BOHB draws a third of these at random
+    checkpoints: int  # the largest number on disk at a time
+    iterations: int  # of all trials
+    time: float  # from start to end of the search, in durations of one iteration
+    busy: list[float]  # in each tenth of the time, the share of the slots' time that is spent on iterations
 
     def disk(self, checkpoint_bytes: int) -> int:
-        """Bytes at the peak: the checkpoints and the best model, which is at most as large as one."""
+        """Bytes on disk at the peak: all checkpoints, and the best model, which is not larger than a checkpoint.
+
+        Args:
+            checkpoint_bytes: the size of one checkpoint.
+        """
         return checkpoint_bytes * (self.checkpoints + 1)
 
 
 def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
-    """Runs searcher and scheduler of a search on random losses.
+    """Runs the searcher and the scheduler of a search on random losses, in simulated time.
 
-    With many slots most suggestions are made before the first rung is complete, so few can come from the model.
+    The losses do not matter: brackets, rungs and the number of promotions do not depend on them. With many slots most
+    suggestions are made before a rung has enough results, so few can come from the model.
 
     Args:
-        space: the search space.
+        space: the search space, as Ray Tune has it.
         num_samples: trials of the search.
         max_t: iterations of a full training.
-        reduction_factor: one in so many trials is promoted.
+        reduction_factor: one of so many trials is promoted at a rung.
         slots: trials that can run at a time.
     """
     rng = random.Random(0)
@@ -64,10 +69,10 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
     for number, bracket in enumerate(scheduler.brackets, 1):
         below = 0
         for _, budget in bracket.rungs:
-            came = sum(
+            trials = sum(
                 o["budget"] == budget and scheduler.bracket_of(o["trial_id"]) is bracket for o in searcher.observations
             )
-            rungs.append((number, budget, came, came * (budget - below)))
+            rungs.append((number, budget, trials, trials * (budget - below)))
             below = budget
     tenth = simulation.now / 10
     busy = [
@@ -80,7 +85,8 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
         rungs,
         next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), num_samples),
         searcher.model_based,
-        # Besides: the best trial's. A trial that writes a checkpoint keeps the one before until two more states are saved.
+        # Besides these: the best trial's. And a trial that writes a checkpoint keeps the one before it until two more
+        # states of the search are saved.
         most + 1 + 2 * min(slots, num_samples),
         len(simulation.reports),
         simulation.now,
@@ -102,9 +108,9 @@ def plan(
         space: the search space.
         settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
         forecasts: one for each setting.
-        seconds: of one iteration, if known.
+        seconds: duration of one iteration, if known.
         checkpoint_bytes: the size of a checkpoint, if known.
-        time_limit: of one job in seconds, if there is one.
+        time_limit: of one Slurm job in seconds, if known.
     """
     if len(settings) > 1:
         return compare(settings, forecasts, seconds, checkpoint_bytes)
@@ -115,12 +121,13 @@ def plan(
     lines = [
         columns(wide),
         "",
-        f"{s['num_samples']} trials, {f.iterations} iterations: as many as {f.iterations / s['max_t']:.1f} full trainings of {s['max_t']}",
+        f"{s['num_samples']} trials, {f.iterations} iterations: "
+        f"as many as {f.iterations / s['max_t']:.1f} full trainings of {s['max_t']}",
         f"model: it needs {2 * (dimensions + 1)} results at one rung (2 (d + 1), {dimensions} hyperparameters); "
         f"on {s['slots']} slots it has them after {f.suggested} suggestions, so {f.model_based} can come from it; "
         "a third of these stays random",
-        f"time: that of {f.time:.0f} iterations one after another, slots {statistics.mean(f.busy):.0%} busy; by tenths of the time: "
-        + " ".join(f"{share:.0%}" for share in f.busy),
+        f"time: that of {f.time:.0f} iterations one after another, slots {statistics.mean(f.busy):.0%} busy; "
+        "by tenths of the time: " + " ".join(f"{share:.0%}" for share in f.busy),
     ]
     if seconds:
         hours = f.time * seconds / 3600
@@ -145,7 +152,7 @@ def plan(
 def compare(
     settings: list[dict], forecasts: list[Forecast], seconds: float | None, checkpoint_bytes: int | None
 ) -> str:
-    """A line for each of several settings; arguments as of `plan`."""
+    """A table with a line for each of several settings. The arguments are those of `plan`."""
     head = ["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy"]
     head += ["iterations' time"]
     rows = [head + ["hours", "slot-hours"] * bool(seconds) + ["disk GB"] * bool(checkpoint_bytes)]
@@ -170,16 +177,19 @@ def show(
     eval_tokens: int,
     checkpoint_bytes: int | None,
 ) -> None:
-    """Prints the plan of a search, or compares those of several settings; and which GPUs a trial fits on.
+    """Prints the plan of a search, or compares the plans of several settings. Then prints which GPUs a trial fits on.
 
     Args:
         args: the arguments of the program.
         space: the search space.
         ds_config: the DeepSpeed configuration.
-        model: its folder, if it is on this machine.
-        max_length: tokens of a sequence.
-        eval_tokens: of a batch in evaluation.
+        model: the model's folder, if it is on this machine.
+        max_length: the most tokens of a sequence.
+        eval_tokens: tokens of a batch in evaluation, padding included.
         checkpoint_bytes: the size of a checkpoint, if known.
+
+    Raises:
+        BadInput: the disk of --output_dir is too small. The plan is printed before that.
     """
     settings = arguments.plan_settings(args)
     forecasts = [forecast(space, **setting) for setting in settings]
@@ -196,11 +206,12 @@ def show(
 
 
 def memory_plan(args, space: dict, ds_config: dict, model: Path, max_length: int, eval_tokens: int) -> str:
-    """The GPUs that a trial fits on, as text; arguments as of `show`.
+    """The GPUs that a trial fits on, as text. The arguments are those of `show`.
 
-    If no precision is given it is fp16: the question is which GPU to ask for.
+    Without --precision the forecast is for fp16, also on a machine that has no GPU: the plan tells which GPU to ask
+    for.
     """
-    from hpo.plan import memory  # imports torch and transformers
+    from hpo.plan import memory  # imports torch and transformers, which the rest of the plan does not need
     from hpo.squad.data import ANSWER_ROOM
 
     precision = args.precision if "precision" in args.given else "fp16"

@@ -1,12 +1,12 @@
-"""A simulated cluster for searcher and scheduler: the same objects as in a search, without training or waiting.
+"""A simulated cluster. The searcher and the scheduler are those of a search, but nothing is trained.
 
-    simulation = Simulation(searcher, scheduler, num_samples=34, slots=4, train=lambda config, t: loss)
+    simulation = Simulation(searcher, scheduler, num_samples=34, train=lambda config, t: loss, slots=4)
     simulation.run()
     simulation.reports   # [(start, end, trial_id, iteration, loss)], in simulated seconds
 
-It does what Tune's TuneController does around a search algorithm and a scheduler, in the same order: it takes one
-suggestion ahead of time, asks the scheduler before each start, and tells the searcher of a result only when the
-decision is not STOP. It takes Ray's own classes too, so both can be compared.
+It calls searcher and scheduler in the order of Tune's TuneController: it takes one suggestion ahead of time, asks the
+scheduler before each start, and tells the searcher of a result only if the decision is not STOP. Ray's own classes
+can be simulated too, for a comparison.
 """
 
 import copy
@@ -28,7 +28,7 @@ class SimulatedTrial:
 
     def __init__(self, trial_id: str, config: dict):
         self.trial_id, self.config, self.status = trial_id, config, Trial.PENDING
-        self.iteration = 0  # last one reported
+        self.iteration = 0  # the last one that was reported
         self.last_result: dict[str, Any] = {}
 
     def get_trainable_cls(self):
@@ -40,7 +40,7 @@ class SimulatedTrial:
 
 
 class SearchAlgorithm:
-    """Stands for Tune's SearchGenerator: counts the trials."""
+    """Stands in for Tune's SearchGenerator, which counts the trials."""
 
     def __init__(self, searcher, num_samples: int):
         self.searcher, self.num_samples, self.created = searcher, num_samples, 0
@@ -54,15 +54,20 @@ class Simulation:
     """Runs a whole search.
 
     Args:
-        searcher: with metric, mode and search space.
-        scheduler: with metric and mode.
-        num_samples: trials to suggest.
-        train: the loss of a configuration after t iterations.
+        searcher: has its metric, mode and search space already.
+        scheduler: has its metric and mode already.
+        num_samples: number of trials.
+        train: returns the loss of a configuration after t iterations.
         slots: trials that can run at a time.
         max_t: a trial ends by itself after so many iterations.
-        seconds: the duration of an iteration of a configuration.
-        fault: called before each report with (trial id, iteration). "crash" fails the trial; "retry" loses its work
-            since its last pause and starts it again; None does nothing.
+        seconds: returns the simulated seconds that one iteration of a configuration takes.
+        fault: called before each report with (trial id, iteration). If it returns "crash", the trial fails. If it
+            returns "retry", the trial loses its work since its last pause and is started again. None does nothing.
+
+    Attributes:
+        reports: (start, end, trial id, iteration, loss) of each iteration; times in simulated seconds.
+        trials: all trials, in the order of their suggestion.
+        now: the simulated time, in seconds.
     """
 
     def __init__(
@@ -110,13 +115,13 @@ class Simulation:
         self._live.pop(trial.trial_id, None)
 
     def restart(self, searcher, scheduler, saved: bool) -> "Simulation":
-        """The same search, in new objects that take over the state, as with --resume.
+        """Stops the search and resumes it with new objects, which take over the state.
 
         Args:
-            searcher: a new one.
-            scheduler: a new one.
-            saved: running trials were saved before a planned stop; otherwise they lose their work since their last
-                checkpoint.
+            searcher: a new searcher, with the same settings.
+            scheduler: a new scheduler, with the same settings.
+            saved: whether running trials wrote a checkpoint before the stop. If not, they lose their work since their
+                last checkpoint.
         """
         state = json.loads(json.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
         live = [t for t in self.trials if self.scheduler.in_race(t.trial_id)]
@@ -140,9 +145,9 @@ class Simulation:
         """Runs to the end, or to a number of reports.
 
         Args:
-            max_reports: in all.
-            abrupt: ends when the scheduler has decided on the last report and nothing was done about it yet. Tune
-                stops and pauses trials in a later step.
+            max_reports: the number of reports since the search began.
+            abrupt: stop between the scheduler's decision on the last report and the action that follows from it. In
+                Tune a crash can come there too, because Tune stops and pauses trials in a later step.
 
         Raises:
             RuntimeError: nothing can run although trials are left.
@@ -197,7 +202,7 @@ class Simulation:
 
     def _report(self, end: float, _: int, start: float, trial: SimulatedTrial) -> None:
         self.now = end
-        if trial.status != Trial.RUNNING:  # was stopped meanwhile
+        if trial.status != Trial.RUNNING:  # it was stopped meanwhile
             return
         fault = self.fault(trial.trial_id, trial.iteration + 1)
         if fault == "crash":
@@ -206,7 +211,7 @@ class Simulation:
             trial.status = Trial.ERROR
             del self._live[trial.trial_id]
             return
-        if fault == "retry":  # as TuneController._try_recover
+        if fault == "retry":  # in the order in which Tune recovers a trial
             trial.status = Trial.ERROR
             trial.iteration = self._checkpoints.get(trial.trial_id, 0)
             self.scheduler.on_trial_error(self, trial)

@@ -1,7 +1,10 @@
-"""Stands in for CUDA where a GPU of the tests is a device file with nothing behind it. On PYTHONPATH, Python loads it at its start.
+"""Stands in for CUDA where a GPU of the tests is a device file with nothing behind it. On PYTHONPATH, Python loads
+it at its start.
 
-When gpu_check is imported, both of its checks are replaced: they pass, or fail with the text in GPU_CHECK_SAYS. And DeepSpeed is told that
-a CPU can train in fp16, which torch can and DeepSpeed refuses: the arithmetic is that of a GPU. (ZeRO stage 0 needs nothing of that.)
+When gpu_check is imported, both of its checks are replaced: they pass, or fail with the text in GPU_CHECK_SAYS. And
+DeepSpeed is told that
+a CPU can train in fp16, which torch can and DeepSpeed refuses: the arithmetic is that of a GPU. (ZeRO stage 0 needs
+nothing of that.)
 """
 
 import importlib.abc
@@ -24,7 +27,8 @@ def fp16(cpu_accelerator) -> None:
     cpu_accelerator.CPU_Accelerator.is_fp16_supported = lambda self: True
 
 
-CHANGES = {"hpo.cluster.gpu_check": no_checks, "deepspeed.accelerator.cpu_accelerator": fp16}  # what is done to a module when it has been imported
+# what is done to a module when it has been imported
+CHANGES = {"hpo.cluster.gpu_check": no_checks, "deepspeed.accelerator.cpu_accelerator": fp16}
 
 
 class Finder(importlib.abc.MetaPathFinder):
