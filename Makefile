@@ -1,4 +1,5 @@
 # make demo   sets up .venv, makes the demo's model and data, runs the whole search on this machine (run_name demo)
+# make pictures   the demo, then the README's pictures of it
 # make test   sets up, and runs the linter and all tests
 # make check  sets up, and runs the linter and the quick tests: no Ray, no Slurm
 # VENV=path   another environment than .venv; PYTHON=python3.11 another Python to make it with
@@ -8,12 +9,17 @@ PYTHON ?= python3
 READY = $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
 QUICK = rooms report resume slot_time figures goldens plan fuzz bohb squad inputs
 
-.PHONY: demo demo-data lint check test
+.PHONY: demo demo-data pictures lint check test
 
 demo: demo-data
 	rm -rf results/demo
 	$(VENV)/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad \
 		--max_t 16 --num_train_epochs 0.7 --max_eval_samples 200 --run_name demo
+
+pictures: demo
+	$(VENV)/bin/python -m hpo.results results/demo --png
+	cp results/demo/report-learning-curves.png docs/demo-learning-curves.png
+	cp results/demo/report-trials-on-the-slots.png docs/demo-slots.png
 
 demo-data: $(READY)
 	$(VENV)/bin/python demo/make_demo.py

@@ -107,6 +107,7 @@ def test_plans(goldens, number):
     assert plan(*PLANS[number]).splitlines() == goldens["plans"][number]
 
 
+@pytest.mark.slow
 def test_refusals(goldens, tmp_path):
     assert dict(zip(REFUSED, refusals(tmp_path), strict=True)) == goldens["refusals"]
 

@@ -236,6 +236,7 @@ def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad):
     assert not results.exists()
 
 
+@pytest.mark.slow
 def test_another_search_space_is_what_runs(tmp_path, tiny_model, tiny_squad):
     process = run_script(
         "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples",
@@ -247,6 +248,7 @@ def test_another_search_space_is_what_runs(tmp_path, tiny_model, tiny_squad):
     assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in files.read_csv(tmp_path / "x" / "trials.csv"))
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_project_runs_by_itself(tmp_path, tiny_model, tiny_squad):
     """Researchers copy a script to change it: here with another name, in another folder, and without the original's
     path.
