@@ -9,6 +9,7 @@ if __name__ == "__main__":
     with errors.exit_on_bad_input():
         ARGS = checks.check(arguments.parse("a test"))
 
+import contextlib
 import dataclasses
 import os
 import signal

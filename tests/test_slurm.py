@@ -138,11 +138,12 @@ reporting_train = train
 
 def train(config, setup, trial):
     def fail():
-        Path("{project.folder}/failed").touch()
         raise ValueError("no second rank")
 
-    if trial.group.rank == 1 and not os.path.exists("{project.folder}/failed"):
-        trial.must_stop = fail  # at its first step
+    if trial.group.rank == 1:
+        with contextlib.suppress(FileExistsError):  # in one trial only: two start at a time
+            Path("{project.folder}/failed").touch(exist_ok=False)
+            trial.must_stop = fail  # at its first step
     reporting_train(config, setup, trial)
 """
     project.hand(reporting(each) + once)

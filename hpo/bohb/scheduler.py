@@ -53,6 +53,8 @@ class HyperBandForBOHB(TrialScheduler):
         stop_last_trials: bool = True,
     ):
         super().__init__()
+        if mode not in (None, "min", "max"):
+            raise ValueError(f'mode {mode!r} is neither "min" nor "max"')
         self.brackets: list[Bracket] = []
         self.pause_all = False
         self.node_fault = False

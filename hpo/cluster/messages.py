@@ -32,8 +32,6 @@ def announce(args: argparse.Namespace, setup: Setup, run: Run, forecast: Forecas
         rows, live = run.state["log"]["trials"].values(), len(run.state["live"])
         ended, iterations = sum(row["status"] in tables.ENDED for row in rows), len(run.state["log"]["iterations"])
         print(f"going on with a search: {ended} trials have ended, {live} go on, {iterations} iterations are done")
-    if ray.__version__ != TESTED_WITH:
-        print(f"WARNING: Ray {ray.__version__} is installed; hpo/cluster/ray_private.py was tested with {TESTED_WITH}")
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     tested, trials = run.facts["questions"]["test"], args.num_samples
     print(f"run folder: {run.folder}")
@@ -47,14 +45,15 @@ def announce(args: argparse.Namespace, setup: Setup, run: Run, forecast: Forecas
         print("  on a GPU that has it (A100, H100)")
     brackets = rungs(args.max_t, args.reduction_factor)
     print(f"search: {trials} trials on {arguments.slots(args)} slots, brackets of (trials, iterations) {brackets}")
-    print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}, for {forecast.checkpoints} checkpoints and the")
-    print(f"  best model; Ray {ray.__version__}")
-    print(f"of {trials} suggestions {forecast.model_based} come after the model has enough results; a third of them")
+    print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")
+    print(f"model: {forecast.model_based} of {trials} suggestions come after it has enough results; a third of them")
     print("  stays random")
     if forecast.model_based == 0:
         band = band_size(args.max_t, args.reduction_factor)
         print(f"WARNING: this is random search; one band is {band} trials (--num_samples): take more trials, or fewer")
         print("  at a time (--max_concurrent_trials), so that the first ones end before the last ones are suggested")
+    same = "which" if ray.__version__ == TESTED_WITH else f"WARNING: not {TESTED_WITH}, which"
+    print(f"Ray {ray.__version__}: {same} hpo/cluster/ray_private.py was tested with")
     sys.stdout.flush()
 
 
