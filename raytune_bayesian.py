@@ -5,7 +5,10 @@
     .venv/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
 
 Read from top to bottom: search space and constants, EM and F1, one trial, the search, main. The package hpo/ has the
-rest: saving and resuming, Slurm, faults, tables and figures. docs/architecture.md shows its rooms.
+rest: saving and resuming, Slurm, faults, tables and figures. docs/architecture.md shows its parts.
+
+A trial trains with one choice of hyperparameters. A full training is cut into max_t iterations. Some of them are
+rungs: there the trials of a bracket are compared, the best are promoted to the next rung, and the others end.
 """
 
 from hpo import arguments, checks, errors
@@ -45,12 +48,12 @@ SEARCH_SPACE = {
 }
 # The same for all trials:
 MAX_LENGTH = 1024  # tokens of a sequence; the longest question of SQuAD, with its passage, has 835 in BLOOM's tokens
-SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on
-EVAL_TOKENS = 8192  # of a batch in evaluation, padding included: 9 sequences of 835 tokens, or 141 of 58
+SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on; the validation set is the test
+EVAL_TOKENS = 8192  # of a batch in evaluation, padding included
 MAX_GRAD_NORM = 1.0
-LR_SCHEDULE = "linear"  # from lr to 0 over the full training, whatever rung a trial stops at
-MAX_FAILURES = 3  # a trial whose worker process is lost goes on from its checkpoint, so many times
-CHECKPOINT_BYTES = 18  # a parameter, at most (ZeRO 1, 2): AdamW's state, fp32 copy, weights, tied weights twice
+LR_SCHEDULE = "linear"  # from lr to 0 over the full training, also for a trial that stops at an earlier rung
+MAX_FAILURES = 3  # a trial whose worker process is lost goes on from its last checkpoint, at most this many times
+CHECKPOINT_BYTES = 18  # per parameter, upper bound: AdamW's state, fp32 copy, weights, tied weights twice
 
 # ---------------------------------------------------------------------------------------------------------------------
 # EM and F1
@@ -87,21 +90,21 @@ class SquadMetric(evaluate.Metric):
         """Returns {"exact_match", "f1"}. Raises ValueError where there is no reference, or one without an answer."""
         if not references:
             raise ValueError("no references")
-        by_id = {p["id"]: p for p in predictions}
+        by_id = {p["id"]: p for p in predictions}  # a missing one becomes a prediction with another id, which scores 0
         aligned = [by_id.get(r["id"], {"id": f"none for {r['id']}", "prediction_text": ""}) for r in references]
         return super().compute(predictions=aligned, references=references)
 
     def _compute(self, predictions, references):
-        exact_match = f1 = 0.0
+        sum_em = sum_f1 = 0.0
         for prediction, reference in zip(predictions, references, strict=True):
             if not reference["answers"]["text"]:
                 raise ValueError(f"question {reference['id']} has no answer")
             if prediction["id"] == reference["id"]:
                 text, answers = prediction["prediction_text"], reference["answers"]["text"]
                 scores = [evaluation.score_answer(text, answer) for answer in answers]
-                exact_match += max(em for em, _ in scores)
-                f1 += max(f1 for _, f1 in scores)
-        return {"exact_match": exact_match / len(references), "f1": f1 / len(references)}
+                sum_em += max(em for em, _ in scores)
+                sum_f1 += max(f1 for _, f1 in scores)
+        return {"exact_match": sum_em / len(references), "f1": sum_f1 / len(references)}
 
 
 def answer_scores(model, tokenizer, questions: data.TokenizedSquad, max_new_tokens: int, group=ONE_RANK) -> dict:
@@ -115,19 +118,21 @@ def answer_scores(model, tokenizer, questions: data.TokenizedSquad, max_new_toke
 
 
 def train(config: dict, setup: Setup, trial) -> None:
-    """One trial: from its start, or its last checkpoint, to the end of the full training or until Tune pauses it.
+    """One trial: from its start, or its last checkpoint, until the full training ends or Tune pauses the trial.
 
-    Runs in a worker process that stays for the next trial, and with --gpus_per_trial N in N processes. An exception
-    ends the trial: hpo/errors.py decides whether it is tried again, for example elsewhere.
+    Runs in a worker process that stays for the next trial; with --gpus_per_trial N in N processes. After an exception
+    hpo/errors.py decides: out of memory, NaN or broken data fail the trial for good, as a bad result; a lost process
+    or a broken GPU lets it go on from its last checkpoint, on another node if there is one.
 
     Args:
-        config: {"train_loop_config": the hyperparameters, "rungs": the iterations at which Tune may pause the trial}.
+        config: {"train_loop_config": the hyperparameters, "rungs": added by the scheduler, the iterations at which Tune
+            may pause the trial; the last is max_t}.
         setup: what all trials share.
         trial: its ranks, its checkpoint and `report`, see TrialContext in hpo/cluster/trial.py.
     """
     group, hyperparameters = trial.group, config["train_loop_config"]
     tokenizer, model = models.load_tokenizer(setup.model), models.pretrained(setup.model)
-    precision.check_once(make_trainer, setup, group)  # before the first trial of a process: are gradients right?
+    precision.check_once(make_trainer, setup, group)  # once per process: checks the gradients of a tiny model
     transformers.set_seed(setup.seed)
     batch_size = hyperparameters["per_device_bs"] * group.size
     order = data_order(setup.train.lengths, setup.num_train_epochs, batch_size, setup.seed)
@@ -164,8 +169,8 @@ def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, f
         seed=setup.seed,
         save_strategy="no",
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step; so do blocking copies
-        accelerator_config={"non_blocking": True},
+        logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step
+        accelerator_config={"non_blocking": True},  # blocking copies make it wait too
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -188,10 +193,14 @@ class Trainer(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The mean cross entropy (nats) over the answer tokens of all ranks."""
         total, count = evaluation.answer_loss(model, inputs)
-        return total / self.group.mean(count, total.device)  # DeepSpeed averages over the ranks
+        # DeepSpeed averages the losses of the ranks: divided by the mean count it is the mean over all tokens.
+        return total / self.group.mean(count, total.device)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward, backward and optimizer step of the DeepSpeed engine `model`; walks through no modules besides."""
+        """Forward, backward and optimizer step of the DeepSpeed engine `model`.
+
+        The Trainer's own step also sets every module to training mode, each time.
+        """
         loss = self.compute_loss(model, evaluation.to_device(inputs, model.device))
         model.backward(loss)  # scales the loss
         model.step()  # unscales the gradients, clips them, and skips the step where they overflow
@@ -213,15 +222,22 @@ class Trainer(transformers.Trainer):
 class Iterations(transformers.TrainerCallback):
     """Cuts a full training into max_t iterations. Evaluates after each one, and reports to Tune.
 
-    At a rung, and at the end, the report has a checkpoint, EM and F1. With --metric exact_match or f1, EM and F1 are
-    computed after each iteration.
+        after            metrics             checkpoint
+        an iteration     eval_loss           none
+        a rung           eval_loss, EM, F1   DeepSpeed's files, to go on from
+        max_t            eval_loss, EM, F1   the model, for from_pretrained
+        a planned stop   none                DeepSpeed's files, also amid an iteration
+
+    With --metric exact_match or f1, EM and F1 are computed after each iteration.
+    A planned stop is SIGUSR1, which Slurm sends before the time limit.
     """
 
     def __init__(self, rungs: list[int], setup: Setup, trial, trainer: Trainer, tokenizer):
         self.rungs, self.setup, self.trial, self.trainer, self.tokenizer = rungs, setup, trial, trainer, tokenizer
         self.batch_size = trainer.args.per_device_train_batch_size * trial.group.size
         max_steps = math.ceil(len(trainer.train_dataset) / self.batch_size)
-        self.last_steps = [round(t * max_steps / setup.max_t) for t in range(setup.max_t + 1)]  # of each iteration
+        # The last step of each iteration. Item 0 is the start.
+        self.last_steps = [round(t * max_steps / setup.max_t) for t in range(setup.max_t + 1)]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Prepares the engine, which the Trainer has made by now."""
@@ -235,9 +251,9 @@ class Iterations(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
         """At the end of an iteration: evaluates; then reports, or has the Trainer save a checkpoint first."""
-        if self.gradients.after_step():  # DeepSpeed has skipped the step, and so the Trainer skips the schedule's
+        if self.gradients.after_step():  # DeepSpeed has skipped the step; then the Trainer skips the schedule's, too
             lr_scheduler.step()
-        args.save_only_model = state.global_step == state.max_steps  # nobody goes on from there
+        args.save_only_model = state.global_step == state.max_steps  # no trial goes on from the last checkpoint
         if state.global_step in self.last_steps[1:]:
             iteration = self.last_steps.index(state.global_step, 1)
             self.metrics = self.evaluate(iteration, model, state.global_step)
@@ -245,18 +261,19 @@ class Iterations(transformers.TrainerCallback):
                 control.should_save = True  # calls on_save
             else:
                 self.report()
-        elif self.trial.must_stop():  # amid an iteration: saves its work before a planned stop of the job
+        elif self.trial.must_stop():  # amid an iteration: saves its work; a report must have the metric, so it is NaN
             done = sum(step <= state.global_step for step in self.last_steps[1:])
             self.metrics = {"training_iteration": done, self.setup.metric: math.nan, "partial": True}
             control.should_save = True
 
     def evaluate(self, iteration: int, model, step: int) -> dict:
         """The metrics of an iteration. Raises FloatingPointError where the loss is NaN or infinite."""
-        setup, group, gradients = self.setup, self.trial.group, self.gradients.summary()  # waits for the GPU
+        setup, group = self.setup, self.trial.group
+        gradients = self.gradients.summary()  # waits for the GPU
         trained_on = self.trainer.train_dataset.indices[self.first_step * self.batch_size : step * self.batch_size]
         tokens = int(setup.train.lengths[trained_on].sum())
         metrics = {"training_iteration": iteration, "tokens_per_second": tokens / self.trial.seconds(), **gradients}
-        self.trial.begin("evaluation")
+        self.trial.begin("evaluation")  # the time from here on is evaluation's
         with precision.autocast(setup.ds_config, setup.precision, self.trainer.args.device.type):
             pad = self.tokenizer.pad_token_id
             loss = evaluation.evaluate_loss(model, setup.selection, pad, EVAL_TOKENS, group)
@@ -278,7 +295,7 @@ class Iterations(transformers.TrainerCallback):
         self.report(folder)
 
     def report(self, checkpoint: Path | None = None):
-        """Reports to Tune; does not return where Tune pauses the trial."""
+        """Reports to Tune. If Tune pauses the trial, this raises SystemExit, and TrialPaused in other ranks."""
         self.trial.report(self.metrics, checkpoint)
         self.first_step = self.trainer.state.global_step
 
@@ -297,8 +314,12 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> dict[str
 
 
 def search(args, setup: Setup, run, forecast, train):
-    """Runs all trials, or what is left of an earlier search. Returns the tables, a TrialLog."""
-    from hpo.bohb.scheduler import HyperBandForBOHB  # slow imports, which bad input does without
+    """Runs all trials, or what is left of an earlier search. Returns the tables, a TrialLog.
+
+    TuneBOHB suggests the hyperparameters of a trial. HyperBandForBOHB decides at a rung which trials are promoted. Both
+    replace Ray's classes of these names.
+    """
+    from hpo.bohb.scheduler import HyperBandForBOHB  # imported late, so that bad input is refused early
     from hpo.bohb.searcher import TuneBOHB
     from hpo.cluster.session import SearchSession
 
@@ -340,7 +361,7 @@ def search(args, setup: Setup, run, forecast, train):
 def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
     search_space.check(SEARCH_SPACE)
-    from hpo.cluster import launch, messages  # slow imports, which bad input does without
+    from hpo.cluster import launch, messages  # imported late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
@@ -365,18 +386,20 @@ def main(args, train=train) -> None:
         return print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
     messages.announce(args, setup, run, forecast, held_out)
 
-    with launch.ray_session(args, run):  # keeps the status of the run, whatever ends the search
+    # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.
+    with launch.ray_session(args, run):
         log = search(args, setup, run, forecast, train)
         result = {name: log.best_trial()[name] for name in METRICS}
         result["config"] = {"train_loop_config": log.configs[log.best]}
         write_json(run.folder / "best_result.json", result)
         best_model = run.folder / "best_model"
-        if not best_model.exists():  # else it was made before an interruption
+        if not best_model.exists():  # it may have been written before an interruption
             models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model)
-        log.delete_checkpoints_except([])
+        log.delete_checkpoints_except([])  # deletes all
         print(f"best model: {best_model}; testing it", flush=True)
         resources = {"num_cpus": args.cpus_per_trial, "num_gpus": min(1, args.gpus_per_trial)}
-        tested = ray.get(ray.remote(**resources)(test).remote(best_model, test_set, setup))
+        test_task = ray.remote(**resources)(test)
+        tested = ray.get(test_task.remote(best_model, test_set, setup))
         run.facts["test"] = {"questions": len(test_set), **tested}
     messages.print_results(args, setup, run, log, result)
 
