@@ -2,6 +2,7 @@
 
     .venv/bin/python raytune_bayesian.py                # on this machine: its GPUs, or its CPUs where it has none
     .venv/bin/python raytune_bayesian.py --prefetch     # on a login node: download model and data, and end
+    .venv/bin/python raytune_bayesian.py --plan         # how much time, disk and GPU memory the search would need
     .venv/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
 
 Read from top to bottom: search space and constants, EM and F1, one trial, the search, main. The package hpo/ has the
@@ -39,6 +40,7 @@ from hpo.squad.setup import Setup, prepare
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and constants
 
+# To add a hyperparameter: a line here, and its use in make_trainer. docs/bohb.md has an example.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),
@@ -132,7 +134,7 @@ def train(config: dict, setup: Setup, trial) -> None:
     """
     group, hyperparameters = trial.group, config["train_loop_config"]
     tokenizer, model = models.load_tokenizer(setup.model), models.pretrained(setup.model)
-    precision.check_once(make_trainer, setup, group)  # once per process: checks the gradients of a tiny model
+    precision.check_once(make_trainer, hyperparameters, setup, group)  # once per process: are gradients right?
     transformers.set_seed(setup.seed)
     batch_size = hyperparameters["per_device_bs"] * group.size
     order = data_order(setup.train.lengths, setup.num_train_epochs, batch_size, setup.seed)
@@ -236,7 +238,7 @@ class Iterations(transformers.TrainerCallback):
         self.rungs, self.setup, self.trial, self.trainer, self.tokenizer = rungs, setup, trial, trainer, tokenizer
         self.batch_size = trainer.args.per_device_train_batch_size * trial.group.size
         max_steps = math.ceil(len(trainer.train_dataset) / self.batch_size)
-        # The last step of each iteration. Item 0 is the start.
+        # The last step of each iteration. Item 0 is the start. Fewer steps than max_t were refused by `prepare`.
         self.last_steps = [round(t * max_steps / setup.max_t) for t in range(setup.max_t + 1)]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -256,17 +258,17 @@ class Iterations(transformers.TrainerCallback):
         args.save_only_model = state.global_step == state.max_steps  # no trial goes on from the last checkpoint
         if state.global_step in self.last_steps[1:]:
             iteration = self.last_steps.index(state.global_step, 1)
-            self.metrics = self.evaluate(iteration, model, state.global_step)
+            self.metrics = self.evaluate_iteration(iteration, model, state.global_step)
             if iteration in self.rungs or self.trial.must_stop():
                 control.should_save = True  # calls on_save
             else:
                 self.report()
-        elif self.trial.must_stop():  # amid an iteration: saves its work; a report must have the metric, so it is NaN
+        elif self.trial.must_stop():  # amid an iteration: saves its work. Only rungs count, so the metric may be NaN
             done = sum(step <= state.global_step for step in self.last_steps[1:])
             self.metrics = {"training_iteration": done, self.setup.metric: math.nan, "partial": True}
             control.should_save = True
 
-    def evaluate(self, iteration: int, model, step: int) -> dict:
+    def evaluate_iteration(self, iteration: int, model, step: int) -> dict:
         """The metrics of an iteration. Raises FloatingPointError where the loss is NaN or infinite."""
         setup, group = self.setup, self.trial.group
         gradients = self.gradients.summary()  # waits for the GPU
@@ -340,7 +342,7 @@ def search(args, setup: Setup, run, forecast, train):
             num_samples=args.num_samples,
             search_alg=session.search_alg,
             scheduler=scheduler,
-            reuse_actors=True,  # the next trial of a worker process needs no imports, no CUDA start, no model from disk
+            reuse_actors=True,  # a worker process keeps its imports, CUDA and the pretrained model for its next trial
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
         run_config=tune.RunConfig(

@@ -77,7 +77,7 @@ def train(stage: int, kind: str) -> None:
         f = memory.forecast(folder, setup.ds_config, kind, *sizes)
         seconds = time.time() - began
         small = common.setup_of_questions(rows, rows, stage, kind, ds_config=ds_config(stage, 10**6))
-        precision.check_once(raytune_bayesian.make_trainer, small, common.one_rank())
+        precision.check_once(raytune_bayesian.make_trainer, {}, small, common.one_rank())
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins here
         before = status("VmRSS")

@@ -253,11 +253,12 @@ def engine_of(trainer: transformers.Trainer):
             trainer.model_wrapped.destroy()
 
 
-def check_once(make_trainer, setup, group) -> None:
+def check_once(make_trainer, hyperparameters: dict, setup, group) -> None:
     """Checks once in a process that its trials train with the right gradients, see `check_gradients`.
 
     Args:
         make_trainer: of the script.
+        hyperparameters: of the trial. The check has its own learning rate, batch size and weight decay.
         setup: what all trials share.
         group: the ranks of the trial, which all call this.
     """
@@ -267,8 +268,8 @@ def check_once(make_trainer, setup, group) -> None:
     setup = dataclasses.replace(setup, ds_config=setup.ds_config | {"fp16": fp16})
 
     def trainer_of(model, data, folder):
-        hyperparameters = {"lr": 1e-5, "wd": 0.0, "per_device_bs": 2}
-        return make_trainer(model, data, hyperparameters, setup, group, folder, pad_token_id=0)
+        own = hyperparameters | {"lr": 1e-5, "wd": 0.0, "per_device_bs": 2}
+        return make_trainer(model, data, own, setup, group, folder, pad_token_id=0)
 
     def loss_of(model, data):
         total, count = evaluation.answer_loss(model, evaluation.collate(data, pad_token_id=0))
