@@ -15,16 +15,17 @@ is that of the model-based search.
 import argparse
 import logging
 import math
+import os
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 
+# isort: split
 import ray
 import ray.tune.schedulers
 import ray.tune.search.bohb
@@ -173,7 +174,7 @@ def nothing(config: dict) -> None:
     for t in range(start + 1, config["rungs"][-1] + 1):
         result = {"loss": loss(config, t), "training_iteration": t}
         if t in config["rungs"]:
-            with ray_private.saving_folder() as folder:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 (Path(folder) / "t").write_text(str(t))
                 tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
         else:
@@ -197,11 +198,10 @@ def real(trials: int, loop: str, controller: type) -> float:
     times: dict[str, list[float]] = defaultdict(list)
     time_calls(searcher, ["suggest"], times)
     time_calls(scheduler, ["on_trial_result", "choose_trial_to_run"], times)
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory(prefix="bohb-") as temp_dir:
-        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=temp_dir)
+    with tempfile.TemporaryDirectory() as folder:
         start, cpu = time.perf_counter(), time.process_time()
         results = tune.Tuner(
-            tune.with_resources(nothing, {"cpu": 1}),
+            tune.with_resources(nothing, {"cpu": len(os.sched_getaffinity(0)) / 4}),  # four at a time
             param_space=SPACE,
             tune_config=tune.TuneConfig(
                 metric="loss",
@@ -214,7 +214,6 @@ def real(trials: int, loop: str, controller: type) -> float:
             run_config=tune.RunConfig(storage_path=folder, verbose=0),
         ).fit()
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu
-        ray.shutdown()
     spent = {name: sum(values) for name, values in times.items()}
     each = ", ".join(f"{name} {total / trials * 1000:.2f} ms a trial" for name, total in spent.items())
     print(
@@ -240,10 +239,11 @@ def main() -> None:
     if args.ray:
         limit = "limit: our control loop no slower than Tune's own"
         print(f"\nreal Ray, {REAL} trials that do nothing, 4 slots, max_t 4; {limit}")
-        walls = [
-            real(REAL, "Tune's own", ray_private.TuneController.__mro__[1]),
-            real(REAL, "ours", ray_private.TuneController),
-        ]
+        with common.ray_session():
+            walls = [
+                real(REAL, "Tune's own", ray_private.TuneController.__mro__[1]),
+                real(REAL, "ours", ray_private.TuneController),
+            ]
         print(f"Tune's seconds by ours: {walls[0] / walls[1]:.2f}")
     print(f"ratio: {ratio:.2f}")
 

@@ -47,6 +47,7 @@ def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
     self._check_validation_file()
     # The folder can only be left of a process that was lost before Tune knew of its checkpoint.
     shutil.rmtree(self.checkpoint_fs_path, ignore_errors=True)
+    Path(self.checkpoint_fs_path).parent.mkdir(parents=True, exist_ok=True)
     os.rename(checkpoint.path, self.checkpoint_fs_path)
     sync(Path(self.checkpoint_fs_path).parent)
     return Checkpoint(self.checkpoint_fs_path, self.storage_filesystem)
