@@ -13,6 +13,7 @@ import raytune_bayesian
 from conftest import ROOT, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
+from hpo.squad import loading
 from slurm_cluster import copy_project
 
 
@@ -301,6 +302,15 @@ def test_help_and_wrong_flags_import_the_standard_library_only(flags, tmp_path):
     by_site = {"sitecustomize", "usercustomize", "apport_python_hook", "_distutils_hack", "_virtualenv"} | {"org"}
     others = {name for name in modules - by_site if name not in sys.stdlib_module_names and not name.startswith("__")}
     assert "argparse" in modules and others <= {"hpo", "imported package"}, others
+
+
+def test_a_data_set_is_read_once(tiny_model, tiny_squad):
+    """By the checks; the script takes what they have read."""
+    args = arguments.parse("", ["--model", str(tiny_model), "--dataset", str(tiny_squad)])
+    loading.load_examples.cache_clear()
+    checks.check(args)
+    loading.load_examples(args.dataset, args.prefetch)  # as main does
+    assert loading.load_examples.cache_info()[:2] == (1, 1)  # hits, misses
 
 
 def test_help_lists_and_explains_all_flags():
