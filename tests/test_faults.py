@@ -24,6 +24,11 @@ from slurm_cluster import wait_for
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
 
+def small_search(model: Path, squad: Path, trials: int) -> list:
+    """Arguments of a search with one trial at a time."""
+    return ["--model", model, "--dataset", squad, *SMALL, "--max_concurrent_trials", 1, "--num_samples", trials]
+
+
 def test_a_trial_that_hangs_is_started_again(tmp_path, tiny_model, tiny_squad):
     """One trial's process is stopped (SIGSTOP): it is ended, and the trial goes on from its checkpoint in another."""
     command = [sys.executable, str(ROOT / "raytune_bayesian.py"), "--model", tiny_model, "--dataset", tiny_squad,
@@ -69,21 +74,7 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
     lines = []
     try:
-        small = [
-            "--model",
-            tiny_model,
-            "--dataset",
-            tiny_squad,
-            *SMALL,
-            "--max_concurrent_trials",
-            1,
-            "--num_samples",
-            16,
-            "--output_dir",
-            disk,
-            "--run_name",
-            "x",
-        ]
+        small = small_search(tiny_model, tiny_squad, 16) + ["--output_dir", disk, "--run_name", "x"]
         process = run_script(*small)
         assert process.returncode == 2 and not list(disk.iterdir())
         assert re.fullmatch(
@@ -225,17 +216,7 @@ if __name__ == "__main__":
 """,
     )
     name = ["--output_dir", tmp_path, "--run_name", "x"]
-    arguments = [
-        "--model",
-        tiny_model,
-        "--dataset",
-        tiny_squad,
-        *SMALL,
-        "--max_concurrent_trials",
-        1,
-        "--num_samples",
-        18,
-    ]
+    arguments = small_search(tiny_model, tiny_squad, 18)
     for begin, code, mark in zip([arguments, ["--resume"], ["--resume"]], [-9, -9, 0], marks, strict=False):
         process = run_script(*begin, *name, script=script, timeout=300)
         assert process.returncode == code and mark.exists(), process.stdout + process.stderr
