@@ -12,11 +12,14 @@ A trial trains with one choice of hyperparameters. A full training is cut into m
 rungs: there the trials of a bracket are compared, the best are promoted to the next rung, and the others end.
 """
 
+import gc
+
 from hpo import arguments, checks, errors
 
 if __name__ == "__main__":  # first of all: bad input is refused before the slow imports below
     with errors.exit_on_bad_input():
         ARGS = checks.check(arguments.parse(__doc__.split("\n")[0]))
+    gc.disable()  # the imports leave no garbage, and looking for it takes a second; exit_codes enables it
 
 import math
 from pathlib import Path
@@ -30,7 +33,6 @@ from ray import tune
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hpo import search_space
-from hpo.bohb.brackets import band_size
 from hpo.files import write_json
 from hpo.results.tables import METRICS, MODES
 from hpo.squad import data, evaluation, loading, models, precision
@@ -55,7 +57,6 @@ EVAL_TOKENS = 8192  # of a batch in evaluation, padding included
 MAX_GRAD_NORM = 1.0
 LR_SCHEDULE = "linear"  # from lr to 0 over the full training, also for a trial that stops at an earlier rung
 MAX_FAILURES = 3  # a trial whose worker process is lost goes on from its last checkpoint, at most this many times
-CHECKPOINT_BYTES = 18  # per parameter, upper bound: AdamW's state, fp32 copy, weights, tied weights twice
 
 # ---------------------------------------------------------------------------------------------------------------------
 # EM and F1
@@ -315,8 +316,8 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> dict[str
 # the search
 
 
-def search(args, setup: Setup, run, forecast, train):
-    """Runs all trials, or what is left of an earlier search. Returns the tables, a TrialLog.
+def search(run, train):
+    """Runs all trials of a run, or what is left of an earlier search. Returns the tables, a TrialLog.
 
     TuneBOHB suggests the hyperparameters of a trial. HyperBandForBOHB decides at a rung which trials are promoted. Both
     replace Ray's classes of these names.
@@ -325,6 +326,7 @@ def search(args, setup: Setup, run, forecast, train):
     from hpo.bohb.searcher import TuneBOHB
     from hpo.cluster.session import SearchSession
 
+    args = run.args
     searcher = TuneBOHB(seed=args.seed, max_concurrent=args.max_concurrent_trials)
     scheduler = HyperBandForBOHB(
         time_attr="training_iteration",
@@ -332,7 +334,7 @@ def search(args, setup: Setup, run, forecast, train):
         reduction_factor=args.reduction_factor,
         stop_last_trials=False,
     )
-    session = SearchSession(args, run, searcher, scheduler, setup, forecast)
+    session = SearchSession(run, searcher, scheduler)
     tuner = tune.Tuner(
         session.trainable(train),
         param_space=SEARCH_SPACE,
@@ -367,30 +369,20 @@ def main(args, train=train) -> None:
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
-    domain, ds_config = SEARCH_SPACE["train_loop_config"]["per_device_bs"], checks.read_ds_config(args)
     if args.plan:
-        folder = loading.local_model(args.model)
-        size = folder and checkpoint_bytes(folder)
-        return plan.show(args, SEARCH_SPACE, ds_config, folder, MAX_LENGTH, EVAL_TOKENS, size)
-    folder = loading.model_folder(args.model, download=args.prefetch)
-    examples = loading.load_examples(args.dataset, args.prefetch)
+        return plan.show(args, SEARCH_SPACE, MAX_LENGTH, EVAL_TOKENS)
     if args.prefetch:
-        counts = f"{len(examples[0])} training and {len(examples[1])} validation questions"
-        return print(f"in the cache: model {folder}, {counts}")
-
-    largest = search_space.largest(domain)
-    setup, test_set, held_out = prepare(args, folder, ds_config, examples, MAX_LENGTH, SELECTION_SIZE, largest)
-    args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
-    forecast = plan.forecast(SEARCH_SPACE, args.num_samples, args.max_t, args.reduction_factor, arguments.slots(args))
-    questions = {"train": len(setup.train), "selection": len(setup.selection), "test": len(test_set)}
-    run = Run(args, SEARCH_SPACE, ds_config, questions, forecast.disk(checkpoint_bytes(folder)))
+        return loading.prefetch(args.model, args.dataset)
+    largest = search_space.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
+    setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest)
+    run = Run(args, SEARCH_SPACE, setup, len(test_set))
     if run.done:
         return print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
-    messages.announce(args, setup, run, forecast, held_out)
+    messages.announce(run)
 
     # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.
-    with launch.ray_session(args, run):
-        log = search(args, setup, run, forecast, train)
+    with launch.ray_session(run):
+        log = search(run, train)
         result = {name: log.best_trial()[name] for name in METRICS}
         result["config"] = {"train_loop_config": log.configs[log.best]}
         write_json(run.folder / "best_result.json", result)
@@ -399,16 +391,11 @@ def main(args, train=train) -> None:
             models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model)
         log.delete_checkpoints_except([])  # deletes all
         print(f"best model: {best_model}; testing it", flush=True)
-        resources = {"num_cpus": args.cpus_per_trial, "num_gpus": min(1, args.gpus_per_trial)}
+        resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}
         test_task = ray.remote(**resources)(test)
         tested = ray.get(test_task.remote(best_model, test_set, setup))
         run.facts["test"] = {"questions": len(test_set), **tested}
-    messages.print_results(args, setup, run, log, result)
-
-
-def checkpoint_bytes(model: Path) -> int:
-    """The size of a checkpoint, at most."""
-    return loading.count_parameters(model) * CHECKPOINT_BYTES + 10**6
+    messages.print_results(run, log, result)
 
 
 if __name__ == "__main__":

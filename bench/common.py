@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from hpo import arguments, checks, search_space
 from hpo.cluster.trial import TrialContext, run_rank
-from hpo.squad import loading
 
 # isort: split
 import ray
@@ -46,9 +45,8 @@ def setup_of_search(*arguments_of_search):
     from hpo.squad.setup import prepare
 
     args = checks.check(arguments.parse("", ["--report_to", "none", *map(str, arguments_of_search)]))
-    files = loading.model_folder(args.model), checks.read_ds_config(args), loading.load_examples(args.dataset)
     largest = search_space.largest(raytune_bayesian.SEARCH_SPACE["train_loop_config"]["per_device_bs"])
-    setup, _, _ = prepare(args, *files, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, largest)
+    setup, _ = prepare(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, largest)
     return setup
 
 
@@ -71,6 +69,7 @@ def setup_of_questions(train, selection, stage: int, precision: str, **more):
         selection=selection,
         max_new_tokens=8,
         ds_config=ds_config(stage),
+        held_out="articles",
         precision=precision,
         max_t=2,
         num_train_epochs=1.0,

@@ -19,7 +19,8 @@ from hpo.errors import BadInput
 from hpo.results.tables import MODES, mean_iteration_seconds
 
 ROOT = Path(__file__).parent.parent
-NOT_OF_THE_SEARCH = ("given", "resume", "prefetch", "plan", "seconds_per_iteration")  # arguments a run does not keep
+# Arguments that a run does not keep:
+NOT_OF_THE_SEARCH = ("given", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -95,7 +96,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     if args.resume and not args.plan:
         load_from_run(args)
     check_values(args)
-    if args.plan:
+    if not args.plan:
+        args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
+    else:
         if args.seconds_per_iteration is not None:
             args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
         use_cluster_env()

@@ -27,7 +27,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     try:
         if not args.prefetch:  # it runs on a login node
             check_resources(args)
-        read_ds_config(args)
+        args.ds_config = read_ds_config(args)
         if not args.plan:
             check_tracker(args.report_to)
             if not args.resume and not args.prefetch:

@@ -6,6 +6,7 @@ Imports the standard library only: the command line, worker processes and worker
 import contextlib
 import enum
 import errno
+import gc
 import importlib.metadata
 import os
 import re
@@ -144,6 +145,7 @@ def exit_on_bad_input():
         yield
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        gc.freeze()  # or the interpreter would look through all that was imported once more: a second
         sys.exit(2)
 
 

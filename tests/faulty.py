@@ -3,11 +3,14 @@
 from pathlib import Path
 
 BEGIN = """
+import gc
+
 from hpo import arguments, checks, errors
 
 if __name__ == "__main__":
     with errors.exit_on_bad_input():
         ARGS = checks.check(arguments.parse("a test"))
+    gc.disable()
 
 import contextlib
 import dataclasses

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import os
 import platform
 import sys
@@ -60,7 +61,7 @@ def start_ray(gpus_per_trial: int, temp_dir: str, trials_dir: str) -> None:
 
 
 @contextlib.contextmanager
-def ray_session(args: argparse.Namespace, run: Run):
+def ray_session(run: Run):
     """Ray, from its start to its end, however the search ends; keeps the status in run.json.
 
     When the file system of the run is full or gone, waits for it and then starts this program again with --resume.
@@ -70,7 +71,7 @@ def ray_session(args: argparse.Namespace, run: Run):
     short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # the names of Ray's sockets have at most 107 bytes
     with tempfile.TemporaryDirectory(dir=short, **private) as temp_dir, tempfile.TemporaryDirectory(**private) as tmp:
         try:
-            start_ray(args.gpus_per_trial, temp_dir, tmp)
+            start_ray(run.setup.gpus_per_trial, temp_dir, tmp)
             yield
         except BaseException as error:
             if errors.is_storage(error) or isinstance(error, OSError) and not run.folder.exists():
@@ -119,6 +120,7 @@ def restart_after_storage(error: Exception, run: Run, environment: dict[str, str
 def exit_codes(args: argparse.Namespace):
     """Ends the program as its exit code says: 2 for bad input, 1 for anything else, with how to resume."""
     script = Path(sys.argv[0]).name
+    gc.enable()  # the imports are done
     try:
         with errors.exit_on_bad_input():
             yield

@@ -1,33 +1,22 @@
 """What the log says before the search, and at its end."""
 
-import argparse
 import math
 import sys
 
 import ray
 
-from hpo import arguments
 from hpo.bohb.brackets import band_size, rungs
 from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
 from hpo.files import to_json
-from hpo.plan.plan import Forecast
 from hpo.results import report, slot_time, tables
 from hpo.results.trial_log import TrialLog
 from hpo.squad import precision
-from hpo.squad.setup import Setup
 
 
-def announce(args: argparse.Namespace, setup: Setup, run: Run, forecast: Forecast, held_out: str) -> None:
-    """Prints what is about to run.
-
-    Args:
-        args: the arguments of the run.
-        setup: what all trials share.
-        run: the run folder.
-        forecast: of the search.
-        held_out: what separates the training from the selection questions, "articles" or "passages".
-    """
+def announce(run: Run) -> None:
+    """Prints what is about to run."""
+    args, setup, forecast = run.args, run.setup, run.forecast
     if run.state:
         rows, live = run.state["log"]["trials"].values(), len(run.state["live"])
         ended, iterations = sum(row["status"] in tables.ENDED for row in rows), len(run.state["log"]["iterations"])
@@ -35,7 +24,7 @@ def announce(args: argparse.Namespace, setup: Setup, run: Run, forecast: Forecas
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     tested, trials = run.facts["questions"]["test"], args.num_samples
     print(f"run folder: {run.folder}")
-    print(f"questions: {len(setup.train)} to train on, {len(setup.selection)} of other {held_out} to select on;")
+    print(f"questions: {len(setup.train)} to train on, {len(setup.selection)} of other {setup.held_out} to select on;")
     print(f"  to test the best model on once, at the end: {whole} {tested} of the validation set")
     if not args.gpus_per_trial:
         print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
@@ -44,7 +33,7 @@ def announce(args: argparse.Namespace, setup: Setup, run: Run, forecast: Forecas
         print("WARNING: this model was trained in bf16, whose range fp16 does not have: --precision bf16 is safer,")
         print("  on a GPU that has it (A100, H100)")
     brackets = rungs(args.max_t, args.reduction_factor)
-    print(f"search: {trials} trials on {arguments.slots(args)} slots, brackets of (trials, iterations) {brackets}")
+    print(f"search: {trials} trials on {run.slots} slots, brackets of (trials, iterations) {brackets}")
     print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")
     print(f"model: {forecast.model_based} of {trials} suggestions come after it has enough results; a third of them")
     print("  stays random")
@@ -57,18 +46,17 @@ def announce(args: argparse.Namespace, setup: Setup, run: Run, forecast: Forecas
     sys.stdout.flush()
 
 
-def print_results(args: argparse.Namespace, setup: Setup, run: Run, log: TrialLog, result: dict) -> None:
+def print_results(run: Run, log: TrialLog, result: dict) -> None:
     """Draws report.html and prints the result, as the last lines of the log.
 
     Args:
-        args: the arguments of the run.
-        setup: what all trials share.
-        run: the run folder.
+        run: the run.
         log: the tables of the search.
         result: of the best trial, see best_result.json.
     """
+    setup = run.setup
     if not math.isfinite(run.facts["test"]["eval_loss"]):
-        print(f"WARNING: the test of best_model in {args.precision} gives no number: use --precision bf16 or fp32")
+        print(f"WARNING: the test of best_model in {setup.precision} gives no number: use --precision bf16 or fp32")
     try:
         report.write_page(run.folder)
         print(f"figures: {run.folder / 'report.html'}")
@@ -76,7 +64,7 @@ def print_results(args: argparse.Namespace, setup: Setup, run: Run, log: TrialLo
         again = f"{sys.executable} -m hpo.results {run.folder}"
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
     facts, iterations = run.facts, len(log.iterations)
-    print(slot_time.summary(facts["slot_minutes"], iterations, args.max_t, args.num_samples, facts["grid"]))
+    print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, run.args.num_samples, facts["grid"]))
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     tested = facts["test"]
     number = tested["questions"]
@@ -84,4 +72,4 @@ def print_results(args: argparse.Namespace, setup: Setup, run: Run, log: TrialLo
     print("  " + ", ".join(f"{name} {tested[name]:.4f}" for name in tables.METRICS))
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
-    print(tables.table(list(log.trials.values()), args.metric), flush=True)
+    print(tables.table(list(log.trials.values()), setup.metric), flush=True)

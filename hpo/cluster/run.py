@@ -12,7 +12,10 @@ from hpo import arguments, search_space
 from hpo.cluster.state import load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
+from hpo.plan.plan import forecast
 from hpo.results.run_folder import git_commit, versions
+from hpo.squad import loading
+from hpo.squad.setup import Setup
 
 LOCK_PATIENCE = 120  # seconds; after a node was lost, its lock may stay for a while
 
@@ -20,34 +23,37 @@ LOCK_PATIENCE = 120  # seconds; after a node was lost, its lock may stay for a w
 class Run:
     """A run folder, from its creation or resumption to the end of the search.
 
-    `facts` is the content of run.json, `state` the saved state of an earlier search or None.
+    `facts` is the content of run.json, `state` the saved state of an earlier search or None, `slots` the number of
+    trials that can run at a time, `needed` the bytes that the run needs at its peak.
 
     Args:
         args: the arguments of the run.
         space: the search space.
-        ds_config: the DeepSpeed configuration.
-        questions: the number of questions in "train", "selection" and "test".
-        needed: bytes that the run needs at its peak.
+        setup: what all trials share.
+        test_size: the number of questions that the best model is tested on.
 
     Raises:
         BadInput: the folder exists already, another process works on it, or it is not of the same search.
     """
 
-    def __init__(self, args: argparse.Namespace, space: dict, ds_config: dict, questions: dict[str, int], needed: int):
-        self.folder, self.needed, self.state = arguments.run_dir(args), needed, None
+    def __init__(self, args: argparse.Namespace, space: dict, setup: Setup, test_size: int):
+        self.args, self.setup, self.folder, self.state = args, setup, setup.run_dir, None
+        self.slots = arguments.slots(args)
+        self.forecast = forecast(space, args.num_samples, args.max_t, args.reduction_factor, self.slots)
+        self.needed = self.forecast.disk(loading.checkpoint_bytes(setup.model))
         self.facts = {
             "status": "running",
             "arguments": arguments.kept(args),
             "search_space": search_space.describe(space),
             "grid": search_space.grid_size(space),
-            "ds_config": ds_config,
+            "ds_config": setup.ds_config,
             "seed": args.seed,
-            "questions": questions,
+            "questions": {"train": len(setup.train), "selection": len(setup.selection), "test": test_size},
             "versions": versions(),
             "git_commit": git_commit(arguments.ROOT),
         }
         if not args.resume:
-            arguments.check_disk(self.folder.parent, needed)
+            arguments.check_disk(self.folder.parent, self.needed)
             try:
                 self.folder.mkdir(parents=True)
             except FileExistsError:

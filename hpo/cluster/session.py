@@ -1,13 +1,11 @@
 """What a search needs around Tune's own loop: callbacks, saved state, worker resources."""
 
-import argparse
 import os
 from pathlib import Path
 
 from ray import tune
 from ray.tune.experiment import Trial
 
-from hpo import arguments
 from hpo.bohb.brackets import rungs
 from hpo.cluster import preemption, trial
 from hpo.cluster.idle_nodes import IdleNodeRelease
@@ -15,7 +13,6 @@ from hpo.cluster.ray_private import ResumableSearch
 from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from hpo.cluster.watchdogs import FaultyNodes, Watchdog
-from hpo.plan.plan import Forecast
 from hpo.results import trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
@@ -28,16 +25,14 @@ class SearchSession:
     Takes over the state of an earlier search, if the run has one.
 
     Args:
-        args: the arguments of the run.
-        run: the run folder.
+        run: the run.
         searcher: a TuneBOHB.
         scheduler: a HyperBandForBOHB.
-        setup: what all trials share.
-        forecast: of the search.
     """
 
-    def __init__(self, args: argparse.Namespace, run: Run, searcher, scheduler, setup, forecast: Forecast):
-        self.run, self.searcher, self.scheduler, self.setup = run, searcher, scheduler, setup
+    def __init__(self, run: Run, searcher, scheduler):
+        args, self.setup = run.args, run.setup
+        self.run, self.searcher, self.scheduler = run, searcher, scheduler
         self.observed = 0  # results at rungs when run.json was written last
         # If the whole first rung has failed, the search ends. One trial alone does not end it.
         first_rung = min(args.num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
@@ -62,14 +57,14 @@ class SearchSession:
             self.log,
             self.slot_time,
             IdleNodeRelease(self.slot_time, idle_minutes, folder),
-            ProgressPrinter(self.log, scheduler, arguments.slots(args), forecast.iterations, forecast.time),
-            preemption.PauseOnSignal(scheduler, self.search_alg, setup.stop_file, self.log.save),
+            ProgressPrinter(self.log, scheduler, run.slots, run.forecast.iterations, run.forecast.time),
+            preemption.PauseOnSignal(scheduler, self.search_alg, self.setup.stop_file, self.log.save),
             Watchdog(args.trial_timeout, self.log.log),
             FaultyNodes(folder, self.log.log),
             *trackers.tracker(args.report_to, run.folder),
         ]
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything
-        setup.stop_file.unlink(missing_ok=True)
+        self.setup.stop_file.unlink(missing_ok=True)
 
     def trainable(self, train):
         """What Tune runs for a trial: `train` of the script, with its resources: one bundle a rank, on one node."""

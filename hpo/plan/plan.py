@@ -14,6 +14,7 @@ from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
 from hpo.plan.simulator import Simulation
+from hpo.squad import loading
 
 
 @dataclass
@@ -168,30 +169,20 @@ def compare(
     return columns(rows)
 
 
-def show(
-    args,
-    space: dict,
-    ds_config: dict,
-    model: Path | None,
-    max_length: int,
-    eval_tokens: int,
-    checkpoint_bytes: int | None,
-) -> None:
+def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     """Prints the plan of a search, or compares the plans of several settings. Then prints which GPUs a trial fits on.
 
     Args:
         args: the arguments of the program.
         space: the search space.
-        ds_config: the DeepSpeed configuration.
-        model: the model's folder, if it is on this machine.
         max_length: the most tokens of a sequence.
         eval_tokens: tokens of a batch in evaluation, padding included.
-        checkpoint_bytes: the size of a checkpoint, if known.
 
     Raises:
         BadInput: the disk of --output_dir is too small. The plan is printed before that.
     """
-    settings = arguments.plan_settings(args)
+    model, settings = loading.local_model(args.model), arguments.plan_settings(args)
+    checkpoint_bytes = model and loading.checkpoint_bytes(model)
     forecasts = [forecast(space, **setting) for setting in settings]
     seconds, limit = args.seconds_per_iteration, arguments.time_limit()
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
@@ -200,12 +191,12 @@ def show(
     if model is None:
         print("memory of a GPU: known once the model is there (--prefetch)", flush=True)
     else:
-        print(f"\n{memory_plan(args, space, ds_config, model, max_length, eval_tokens)}", flush=True)
+        print(f"\n{memory_plan(args, space, model, max_length, eval_tokens)}", flush=True)
     if checkpoint_bytes and len(forecasts) == 1:
         arguments.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(checkpoint_bytes))
 
 
-def memory_plan(args, space: dict, ds_config: dict, model: Path, max_length: int, eval_tokens: int) -> str:
+def memory_plan(args, space: dict, model: Path, max_length: int, eval_tokens: int) -> str:
     """The GPUs that a trial fits on, as text. The arguments are those of `show`.
 
     Without --precision the forecast is for fp16, also on a machine that has no GPU: the plan tells which GPU to ask
@@ -223,6 +214,6 @@ def memory_plan(args, space: dict, ds_config: dict, model: Path, max_length: int
 
     sizes = [int(search_space.smallest(domain)), int(search_space.largest(domain))]
     try:
-        return memory.plan(forecast_of, precision, ds_config, sizes, max(1, args.gpus_per_trial))
+        return memory.plan(forecast_of, precision, args.ds_config, sizes, max(1, args.gpus_per_trial))
     except Exception as error:  # FakeTensors cannot follow every model
         return f"memory of a GPU: no forecast for this model: {errors.one_line(error, 200)}"

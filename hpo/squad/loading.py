@@ -39,6 +39,11 @@ def count_parameters(folder: Path) -> int:
     return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
 
 
+def checkpoint_bytes(folder: Path) -> int:
+    """The size of a trial's checkpoint, at most: AdamW's state, fp32 copy, weights, tied weights twice."""
+    return count_parameters(folder) * 18 + 10**6
+
+
 def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool) -> Path:
     """The folder with the files of a hub repository.
 
@@ -101,6 +106,13 @@ def model_folder(model: str, download: bool = False) -> Path:
         reason = str(error).split(": ", 1)[1]
         raise BadInput(f"--model {model}: {reason}; run with --prefetch where there is a network") from None
     return folder
+
+
+def prefetch(model: str, dataset: str) -> None:
+    """Downloads model and data set into the hub's cache. Raises BadInput where they cannot be had."""
+    folder = model_folder(model, download=True)
+    train, validation = load_examples(dataset, download=True)
+    print(f"in the cache: model {folder}, {len(train)} training and {len(validation)} validation questions")
 
 
 @functools.lru_cache(maxsize=1)  # the first checks read a folder, the search takes what they have read

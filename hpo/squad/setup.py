@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hpo import errors
 from hpo.errors import BadInput
-from hpo.squad import data, models
+from hpo.squad import data, loading, models
 from hpo.squad.data import TokenizedSquad
 
 
@@ -20,6 +20,7 @@ class Setup:
     selection: TokenizedSquad  # held-out training questions that trials are compared on
     max_new_tokens: int  # of a generated answer: as many as the longest answer of the training set has, EOS included
     ds_config: dict  # as in the user's file, see hpo/checks.py
+    held_out: str  # what separates `train` from `selection`: "articles" or "passages"
     precision: str  # "fp16", "bf16" or "fp32"
     max_t: int  # a full training has so many iterations
     num_train_epochs: float  # of a full training
@@ -34,26 +35,23 @@ class Setup:
         return self.run_dir / ".stop"
 
 
-def prepare(
-    args, model: Path, ds_config: dict, examples: tuple[list, list], max_length: int, selection_size: int, batch: int
-) -> tuple[Setup, TokenizedSquad, str]:
-    """Splits the questions and tokenises them, once for all trials.
+def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Setup, TokenizedSquad]:
+    """Loads the questions, splits and tokenises them, once for all trials.
 
     Args:
         args: the arguments of the run.
-        model: its folder.
-        ds_config: the DeepSpeed configuration.
-        examples: training and validation questions.
         max_length: tokens of a sequence.
         selection_size: questions to hold out of the training set, unless --max_eval_samples says otherwise.
         batch: the largest batch size of the search space.
 
     Returns:
-        The setup; the test questions; and what separates training from selection, "articles" or "passages".
+        The setup, and the test questions.
 
     Raises:
         BadInput: this data or this model cannot be used.
     """
+    model = loading.model_folder(args.model)
+    examples = loading.load_examples(args.dataset, args.prefetch)
     try:
         tokenizer = models.load_tokenizer(model)
     except Exception as error:  # whatever a broken tokenizer raises
@@ -84,7 +82,8 @@ def prepare(
         train=train,
         selection=selection,
         max_new_tokens=train.longest_answer,
-        ds_config=ds_config,
+        ds_config=args.ds_config,
+        held_out="articles" if titles[0].isdisjoint(titles[1]) else "passages",
         **{name: getattr(args, name) for name in same},
     )
-    return setup, test, "articles" if titles[0].isdisjoint(titles[1]) else "passages"
+    return setup, test
