@@ -19,7 +19,7 @@ from hpo import arguments, checks, errors
 if __name__ == "__main__":  # first of all: bad input is refused before the slow imports below
     with errors.exit_on_bad_input():
         ARGS = checks.check(arguments.parse(__doc__.split("\n")[0]))
-    gc.disable()  # the imports leave no garbage, and looking for it takes a second; exit_codes enables it
+    gc.disable()  # saves a second: the imports leave no garbage. exit_codes, at the end, enables it again
 
 import math
 from pathlib import Path
@@ -254,7 +254,7 @@ class Iterations(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
         """At the end of an iteration: evaluates; then reports, or has the Trainer save a checkpoint first."""
-        if self.gradients.after_step():  # DeepSpeed has skipped the step; then the Trainer skips the schedule's, too
+        if self.gradients.after_step():  # DeepSpeed skipped the step, and so the Trainer did not advance the schedule
             lr_scheduler.step()
         args.save_only_model = state.global_step == state.max_steps  # no trial goes on from the last checkpoint
         if state.global_step in self.last_steps[1:]:
@@ -322,7 +322,7 @@ def search(run, train):
     TuneBOHB suggests the hyperparameters of a trial. HyperBandForBOHB decides at a rung which trials are promoted. Both
     replace Ray's classes of these names.
     """
-    from hpo.bohb.scheduler import HyperBandForBOHB  # imported late, so that bad input is refused early
+    from hpo.bohb.scheduler import HyperBandForBOHB
     from hpo.bohb.searcher import TuneBOHB
     from hpo.cluster.session import SearchSession
 
@@ -377,7 +377,8 @@ def main(args, train=train) -> None:
     setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest)
     run = Run(args, SEARCH_SPACE, setup, len(test_set))
     if run.done:
-        return print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
+        print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
+        return
     messages.announce(run)
 
     # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.

@@ -10,10 +10,11 @@ default. Warm: reuse_actors, as in raytune_bayesian.py. Resumed: in a warm proce
 until the first step is done, and until it begins, because a step of a big model takes seconds on a CPU. Each trial has
 two iterations of two optimizer steps, and writes a checkpoint after each.
 
---starts measures the time until the trials in all slots have imported what they train with. Tune's own control loop
-starts one worker process after the other; ray_private.TuneController starts them side by side. Searcher and scheduler
-are those of a search. A trial waits until all trials have their imports, as one that trains for minutes. A process
-starts as fast as it does here, or some seconds later, as where Ray's own files come over a network.
+--starts measures the time until the trials in all slots have imported what they train with. Tune's default is to start
+one worker process after the other. A search has them start side by side: by TUNE_MAX_PENDING_TRIALS_PG, and a searcher
+that suggests one trial more than there are slots. Searcher and scheduler are those of a search. A trial waits until all
+trials have their imports, as one that trains for minutes. A process starts as fast as it does here, or some seconds
+later, as where Ray's own files come over a network.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from pathlib import Path
 from unittest import mock
 
 import common
-import ray.tune.tune
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -35,12 +35,10 @@ import raytune_bayesian
 from hpo import arguments
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
-from hpo.cluster import ray_private
 
 TRIALS = 6  # the first of the warm ones is cold and does not count
 LIMIT = 10  # a warm process at least so many times faster than a fresh one
 SLOTS, STARTS, LATER = 8, 3, 5  # of --starts; seconds
-CONTROLLERS = {"Tune's own": ray_private.TuneController.__mro__[1], "ours": ray_private.TuneController}
 
 
 class Choices(FIFOScheduler):
@@ -152,8 +150,17 @@ class Later:
         return Later, (self.seconds, self.searching)
 
 
-def start(seed: int, later: float) -> float:
-    """Seconds until trials could train in all slots."""
+def start(seed: int, later: float, side_by_side: bool) -> float:
+    """Seconds until trials could train in all slots.
+
+    Args:
+        seed: of the search.
+        later: seconds that a worker process waits before it can take a trial.
+        side_by_side: whether processes start side by side, or one after another.
+    """
+    searcher = TuneBOHB(seed=seed)
+    searcher.slots = SLOTS
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(SLOTS) if side_by_side else "auto"
     before, cores = Later(later, os.getpid()), len(os.sched_getaffinity(0))
 
     def waiting(config, folder, before=before):  # `before` waits where the function is unpickled
@@ -173,7 +180,7 @@ def start(seed: int, later: float) -> float:
                 metric="loss",
                 mode="min",
                 num_samples=SLOTS,
-                search_alg=TuneBOHB(seed=seed),
+                search_alg=searcher,
                 reuse_actors=True,
                 scheduler=HyperBandForBOHB(
                     time_attr="training_iteration", max_t=1, reduction_factor=4, stop_last_trials=False
@@ -187,20 +194,19 @@ def start(seed: int, later: float) -> float:
 
 def starts() -> None:
     """Prints the table of --starts."""
-    print(f"\nseconds until trials have their imports in all of {SLOTS} slots; limit: ours is not slower")
-    print(f"{'a process starts':28}{'control loop':14}{'median':>8}{'least':>8}{'most':>8}{'times':>8}")
+    print(f"\nseconds until trials have their imports in all of {SLOTS} slots; limit: side by side is not slower")
+    print(f"{'a process starts':28}{'processes':18}{'median':>8}{'least':>8}{'most':>8}{'times':>8}")
     ratios = []
     for later in (0, LATER):
-        seconds = {name: [] for name in CONTROLLERS}
+        seconds = {"one after another": [], "side by side": []}
         for seed in range(STARTS):
-            for name, controller in CONTROLLERS.items():
-                ray.tune.tune.TuneController = controller
-                seconds[name].append(start(seed, later))
+            for name, row in seconds.items():
+                row.append(start(seed, later, name == "side by side"))
         medians = [statistics.median(row) for row in seconds.values()]
         for (name, row), median in zip(seconds.items(), medians, strict=True):
             when = f"{later:g} s later" if later else "as it does here"
             numbers = f"{median:8.1f}{min(row):8.1f}{max(row):8.1f}{medians[0] / median:8.2f}"
-            print(f"{when:28}{name:14}{numbers}", flush=True)
+            print(f"{when:28}{name:18}{numbers}", flush=True)
         ratios.append(medians[0] / medians[-1])
     print(f"\nratio: {ratios[0]:.2f}")  # of what was measured; what comes later is assumed
 

@@ -13,9 +13,9 @@ Imports go down only, from the script to errors and files; bohb, squad and resul
 
 The life of a trial: TuneBOHB suggests its hyperparameters (bohb/searcher), and HyperBandForBOHB puts it into a bracket
 (bohb/scheduler). Tune starts it in a worker process (cluster/trial), which calls `train` of the script. After each
-iteration the trial reports; at a rung with a checkpoint, EM and F1. The scheduler gives the result to the searcher's
-model and pauses the trial. When all trials of the rung have reported, the best are promoted and go on from their
-checkpoints, and the others end. All along, the state of the search is saved (cluster/session, cluster/state).
+iteration the trial reports. At a rung it also reports EM and F1, with a checkpoint. The scheduler gives the result to
+the searcher's model and pauses the trial. When all trials of the rung have reported, the best are promoted and go on
+from their checkpoints, and the others end. All along, the search saves its state (cluster/session, cluster/state).
 """
 
 import os

@@ -1,6 +1,7 @@
-"""The command line: flags, their defaults, and checks of their values. Imports the standard library only.
+"""The command line: flags, their defaults, and checks of their values.
 
-So `--help` and a wrong flag or number are answered at once, before the slow imports of the script.
+Imports the standard library only, but for one look at the GPUs of the machine. So `--help` and a wrong flag or number
+are answered at once, before the slow imports of the script.
 """
 
 import argparse
@@ -57,11 +58,12 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add = parser.add_argument
     add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
     add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json and dev*.json [.gz]")
-    add("--max_train_samples", type=int, help="train on so many questions (default: all)")
-    add("--max_eval_samples", type=int, help="select, and test, on so many questions (default: 1000, and all)")
+    add("--max_train_samples", type=int, help="train on at most this many questions (default: all)")
+    add("--max_eval_samples", type=int, help="use at most this many questions for selection (default: 1000) and for "
+        "the test (default: all)")  # fmt: skip
     add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
-    add("--max_t", type=int, default=50, help="a full training has so many iterations, each ends with an evaluation")
-    add("--reduction_factor", type=int, nargs="+", default=[4], help="one in so many trials is promoted at a rung")
+    add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
+    add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
     add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs; one process for each")
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
@@ -73,7 +75,11 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>")
     add("--report_to", choices=TRACKERS, default="tensorboard", help="experiment tracker")
-    add("--trial_timeout", type=float, help="seconds until a silent trial is restarted (default: 10 iterations)")
+    add(
+        "--trial_timeout",
+        type=float,
+        help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
+    )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
     add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
@@ -97,6 +103,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         load_from_run(args)
     check_values(args)
     if not args.plan:
+        if args.seconds_per_iteration is not None:
+            raise BadInput("--seconds_per_iteration: only with --plan")
         args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
     else:
         if args.seconds_per_iteration is not None:
@@ -186,7 +194,12 @@ def machines() -> tuple[int, int, int]:
         return tuple(int(os.environ.get(name, 1)) for name in CLUSTER_ENV)
     import torch  # slow, and only needed on a single machine
 
-    return 1, torch.cuda.device_count(), len(os.sched_getaffinity(0))
+    return 1, torch.cuda.device_count(), node_cpus()
+
+
+def node_cpus() -> int:
+    """CPUs of a node, for trials."""
+    return int(os.environ.get("CPUS_PER_NODE", 1)) if "RAY_ADDRESS" in os.environ else len(os.sched_getaffinity(0))
 
 
 def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:

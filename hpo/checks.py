@@ -41,13 +41,14 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 def check_resources(args: argparse.Namespace) -> None:
     """GPUs and CPUs of a trial. The default is one GPU, or none where there are none."""
     where = "a worker node (cluster.env)" if "RAY_ADDRESS" in os.environ else "this machine"
-    _, gpus, cpus = arguments.machines()
+    if args.cpus_per_trial > arguments.node_cpus():  # first: to look for GPUs is slow
+        raise BadInput(f"--cpus_per_trial {args.cpus_per_trial}: {where} has {arguments.node_cpus()}")
+    gpus = arguments.machines()[1]
     if args.gpus_per_trial is None:
         args.gpus_per_trial = min(1, gpus)
     args.precision = args.precision or ("fp16" if args.gpus_per_trial else "fp32")
-    for name, have in {"gpus_per_trial": gpus, "cpus_per_trial": cpus}.items():
-        if getattr(args, name) > have:
-            raise BadInput(f"--{name} {getattr(args, name)}: {where} has {have}")
+    if args.gpus_per_trial > gpus:
+        raise BadInput(f"--gpus_per_trial {args.gpus_per_trial}: {where} has {gpus}")
 
 
 def check_tracker(report_to: str) -> None:

@@ -145,7 +145,7 @@ def exit_on_bad_input():
         yield
     except BadInput as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        gc.freeze()  # or the interpreter would look through all that was imported once more: a second
+        gc.freeze()  # skips the last garbage collection of all that was imported: a second
         sys.exit(2)
 
 

@@ -56,7 +56,7 @@ QUALITY = "sys.argv += ['--methods', 'ours', 'random', '--problems', 'demo', '--
     "name, code, says",
     [
         ("startup", "bench.TURNS = 1", r"\na wrong search space .*\n\nratio: \d"),
-        ("turnaround", STARTS, r"\n1 s later +Tune's own .*\n1 s later +ours .*\n\nratio: "),
+        ("turnaround", STARTS, r"\n1 s later +one after another .*\n1 s later +side by side .*\n\nratio: "),
         ("turnaround", "bench.TRIALS = 2", r"resumed, warm .*\n\nratio: \d"),
         ("scheduling", REAL, r"\nours: 0 failed, .*\n.*\nratio: \d"),
         ("search_quality", QUALITY, r"\nrandom .*\nratio: \d"),

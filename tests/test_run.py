@@ -24,6 +24,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from conftest import ROOT, make_model, run_script
+from faulty import write_script
 from hpo import files
 from hpo.results import tables
 from hpo.squad import data as squad_data
@@ -90,7 +91,7 @@ def closing_block(text):
 
 def test_log_ends_with_result_and_table(band):
     folder, process, *_ = band
-    assert "400 to train on" not in process.stdout and "20 of other articles to select on" in process.stdout
+    assert "400 to train on" not in process.stdout and "20 of other articles to compare" in process.stdout
     result, rows = closing_block(process.stdout)
     assert list(result) == ["eval_loss", "exact_match", "f1", "config"]
     assert list(result["config"]) == ["train_loop_config"]
@@ -301,7 +302,7 @@ def test_real_squad(tmp_path, demo_model, shared_squad):
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     # the real training subset has one title only
-    assert "questions: 128 to train on, 32 of other passages to select on" in process.stdout
+    assert "questions: 128 to train on; 32 of other passages to compare" in process.stdout
     run = json.loads((tmp_path / "real" / "run.json").read_text())
     assert run["questions"] == {"train": 128, "selection": 32, "test": 32} and 0 <= run["test"]["f1"] <= 1
     assert len(closing_block(process.stdout)[1]) == 2 + 5
@@ -591,3 +592,32 @@ def test_prefetch_then_run_without_the_hub(hub, tmp_path):
 
     wrong = run_script(*names[2:], "--model", "tiny/typo", "--run_name", "y", **hub)
     assert wrong.returncode == 2 and "tiny/typo" in wrong.stderr
+
+
+def test_a_checkpoint_is_written_once(tmp_path, tiny_model, tiny_squad):
+    """Tune would copy it. Here the files that the trial has written are those that it goes on from."""
+    script = write_script(
+        tmp_path / "inodes.py",
+        """
+def train(config, setup, trial):
+    def inodes(folder):
+        return sorted(file.stat().st_ino for file in Path(folder).rglob("*") if file.is_file())
+
+    def report(metrics, checkpoint=None):
+        if checkpoint:
+            written.write_text(str(inodes(checkpoint)))
+        report_to_tune(metrics, checkpoint)
+
+    written, report_to_tune = setup.run_dir / Path(trial.folder).parent.name, trial.report  # of this trial
+    trial.report = report
+    if trial.checkpoint:
+        print(written.read_text() == str(inodes(trial.checkpoint)), file=open(setup.run_dir / "same", "a"))
+    experiment.train(config, setup, trial)
+""",
+    )
+    small = ["--model", tiny_model, "--dataset", tiny_squad, "--max_eval_samples", 20, "--num_train_epochs", 0.2]
+    search = ["--max_t", 4, "--num_samples", 4, "--reduction_factor", 2, "--output_dir", tmp_path, "--run_name", "x"]
+    process = run_script(*small, *search, script=script)
+    assert process.returncode == 0, process.stdout + process.stderr
+    # Two of four trials are promoted at the first rung, and all but the last one of the rung were paused.
+    assert set((tmp_path / "x" / "same").read_text().split()) == {"True"}

@@ -15,7 +15,7 @@ STATES = [Trial.RUNNING, Trial.PAUSED, Trial.PENDING, Trial.TERMINATED, Trial.ER
 
 def make(slots, num_samples=34, at_a_time=0, reported=True):
     log = types.SimpleNamespace(num_samples=num_samples, trials={})
-    made = slot_time.SlotTime(log, {"cpu": 1, "gpu": 1}, at_a_time)
+    made = slot_time.SlotTime(log, {"cpu": 1, "gpu": 1}, at_a_time, types.SimpleNamespace())
     made.slots, made.reported = slots, reported
     return made
 

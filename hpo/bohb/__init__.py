@@ -24,6 +24,6 @@ a checkpoint at each budget in config["rungs"].
     scheduler.py    pauses, promotes and stops trials
 
 The state of both classes is plain data (get_state, set_state), so a search can be saved as JSON and resumed by new
-objects. This package can be copied into another project: it imports nothing of hpo/ but itself, and it knows neither
-torch nor files. docs/bohb.md explains the search and its differences to Ray's classes.
+objects. This package can be copied into another project, as hpo/bohb: it imports nothing else of hpo/, and it knows
+neither torch nor files. docs/bohb.md explains the search and its differences to Ray's classes.
 """

@@ -29,6 +29,8 @@ class TuneBOHB(Searcher):
     Attributes:
         suggested: {"config", "model_based"} by trial id, of all trials.
         observations: the results that the model was given, in this order, each {"trial_id", "budget", "loss"}.
+        slots: the number of trials that the cluster has room for, where it is known. One more is suggested: it waits
+            for a slot. A suggestion that is made later knows more results.
         running: ids of the trials that hold a slot, or are about to get one.
         paused: ids of the trials that are paused at a rung.
 
@@ -48,6 +50,7 @@ class TuneBOHB(Searcher):
     ):
         super().__init__(metric=metric, mode=mode)
         self.max_concurrent = max_concurrent
+        self.slots: int | None = None
         self.suggested: dict[str, dict[str, Any]] = {}
         self.observations: list[dict[str, Any]] = []
         self.trial_to_params: dict[str, dict] = {}  # configurations of the trials that have not ended, flat
@@ -183,9 +186,12 @@ class TuneBOHB(Searcher):
             trial_id: id of the new trial.
 
         Returns:
-            The configuration, in plain Python types. None while max_concurrent trials are running.
+            The configuration, in plain Python types. None while max_concurrent trials are running, or one more
+            than there are slots.
         """
         if 0 < self.max_concurrent <= len(self.running):
+            return None
+        if self.slots is not None and len(self.running) > self.slots:
             return None
         if self._points_to_evaluate:
             config, model_based = self._points_to_evaluate.pop(0), False

@@ -20,7 +20,7 @@ def visible(precision: str = "fp16") -> None:
     """
     import torch
 
-    if torch.cuda.is_available():  # else it does not say why
+    if torch.cuda.is_available():  # is_available gives no reason; init below does
         if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise RuntimeError(f"this GPU has no bf16: {torch.cuda.get_device_name()}")
         return

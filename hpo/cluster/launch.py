@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import gc
 import os
 import platform
@@ -74,8 +75,10 @@ def ray_session(run: Run):
             start_ray(run.setup.gpus_per_trial, temp_dir, tmp)
             yield
         except BaseException as error:
-            if errors.is_storage(error) or isinstance(error, OSError) and not run.folder.exists():
+            if errors.is_storage(error):
                 storage_error = error
+            elif isinstance(error, OSError) and not run.folder.exists():
+                storage_error = OSError(errno.ESTALE, f"it is gone ({error})", str(run.folder))
             else:
                 early = isinstance(error, preemption.Preempted) or not isinstance(error, Exception)
                 run.write("interrupted" if early else "failed")
@@ -118,18 +121,23 @@ def restart_after_storage(error: Exception, run: Run, environment: dict[str, str
 
 @contextlib.contextmanager
 def exit_codes(args: argparse.Namespace):
-    """Ends the program as its exit code says: 2 for bad input, 1 for anything else, with how to resume."""
-    script = Path(sys.argv[0]).name
+    """Ends the program: with exit code 2 on bad input, 143 after SIGTERM, 1 on any other error.
+
+    If there is a run, tells how to resume it.
+    """
+    script, folder = Path(sys.argv[0]).name, arguments.run_dir(args)
     gc.enable()  # the imports are done
     try:
         with errors.exit_on_bad_input():
             yield
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, OSError) or errors.is_storage(error):
+    except (Exception, KeyboardInterrupt, preemption.Terminated) as error:
+        storage = errors.is_storage(error)
+        if storage:
             print(f"{script}: storage: {errors.one_line(error, -500)}", file=sys.stderr)
         elif isinstance(error, Exception) and not isinstance(error, preemption.Preempted):
             traceback.print_exc()
-        where = f"{args.output_dir}/{args.run_name}"
-        how = f"--resume --run_name {args.run_name} --output_dir {args.output_dir}"
-        print(f"{script}: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)
-        sys.exit(1)
+        if storage or (folder / "run.json").exists():
+            where = f"{args.output_dir}/{args.run_name}"
+            how = f"--resume --run_name {args.run_name} --output_dir {args.output_dir}"
+            print(f"{script}: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)
+        sys.exit(error.code if isinstance(error, preemption.Terminated) else 1)

@@ -24,8 +24,8 @@ def announce(run: Run) -> None:
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     tested, trials = run.facts["questions"]["test"], args.num_samples
     print(f"run folder: {run.folder}")
-    print(f"questions: {len(setup.train)} to train on, {len(setup.selection)} of other {setup.held_out} to select on;")
-    print(f"  to test the best model on once, at the end: {whole} {tested} of the validation set")
+    print(f"questions: {len(setup.train)} to train on; {len(setup.selection)} of other {setup.held_out} to compare")
+    print(f"  trials on; {whole} {tested} of the validation set to test the best model on, once at the end")
     if not args.gpus_per_trial:
         print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
     print(precision.in_words(setup.ds_config, args.precision))
@@ -41,8 +41,8 @@ def announce(run: Run) -> None:
         band = band_size(args.max_t, args.reduction_factor)
         print(f"WARNING: this is random search; one band is {band} trials (--num_samples): take more trials, or fewer")
         print("  at a time (--max_concurrent_trials), so that the first ones end before the last ones are suggested")
-    same = "which" if ray.__version__ == TESTED_WITH else f"WARNING: not {TESTED_WITH}, which"
-    print(f"Ray {ray.__version__}: {same} hpo/cluster/ray_private.py was tested with")
+    if ray.__version__ != TESTED_WITH:
+        print(f"WARNING: Ray {ray.__version__} is installed; this program was tested with Ray {TESTED_WITH}")
     sys.stdout.flush()
 
 
@@ -68,7 +68,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     tested = facts["test"]
     number = tested["questions"]
-    print(f"Test of the best model on {number} questions of the validation set, which no choice has looked at:")
+    print(f"Test of the best model on {number} questions of the validation set, which no decision has used:")
     print("  " + ", ".join(f"{name} {tested[name]:.4f}" for name in tables.METRICS))
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")

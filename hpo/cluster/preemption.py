@@ -1,7 +1,6 @@
 """Signals that announce the end of the job: SIGUSR1 before a time limit, SIGTERM when the job is cancelled."""
 
 import signal
-import sys
 from pathlib import Path
 
 from ray.tune import Callback
@@ -12,14 +11,24 @@ class Preempted(Exception):
     """All trials are saved and paused, before a planned stop of the job."""
 
 
+class Terminated(SystemExit):
+    """After SIGTERM. Exits with code 143 if nothing catches it."""
+
+    def __init__(self):
+        super().__init__(143)
+
+
 def stop_on_signals() -> None:
-    """From here on SIGUSR1 raises Preempted and SIGTERM exits with code 143: no trial runs that could be saved."""
+    """From here on SIGUSR1 raises Preempted and SIGTERM raises Terminated: no trial runs that could be saved."""
 
     def stop(*_):
         raise Preempted
 
+    def terminate(*_):
+        raise Terminated
+
     signal.signal(signal.SIGUSR1, stop)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, terminate)
 
 
 class PauseOnSignal(Callback):
@@ -53,7 +62,7 @@ class PauseOnSignal(Callback):
     def on_step_end(self, iteration, trials, **info):
         """Acts on the signals that have come."""
         if self.terminated:
-            sys.exit(143)
+            raise Terminated
         if self.preempted and not self.scheduler.pause_all:
             print("the time is nearly up: saving all running trials", flush=True)
             self.scheduler.pause_all = self.search_alg.pause_all = True

@@ -1,10 +1,10 @@
 """Every use of a private name of Ray, in one file. Tested with the Ray in TESTED_WITH; another Ray may differ.
 
-Three parts of Ray Tune are replaced when this module is imported. Each has its reason and its tests:
-
-- StorageContext.persist_current_checkpoint copies a checkpoint; here it is renamed. Tested in tests/test_trial.py.
+- StorageContext.persist_current_checkpoint copies a checkpoint. rename_checkpoints replaces it in a worker process.
+  Tested in tests/test_run.py::test_a_checkpoint_is_written_once.
 - TuneController ends the search, or loses a trial, in some cases in which a worker process is lost, and it does not
-  keep enough worker processes. Tested in tests/test_trial.py, tests/test_faults.py; measured in bench/turnaround.py.
+  keep enough worker processes. It is replaced when this module is imported. Tested in tests/test_trial.py,
+  tests/test_faults.py.
 - SearchGenerator cannot hand out trials of an earlier search. Tested in tests/test_run.py, tests/test_faults.py.
 
 docs/ray-bugs.md describes the faults for Ray's developers.
@@ -53,7 +53,10 @@ def persist_current_checkpoint(self, checkpoint: Checkpoint) -> Checkpoint:
     return Checkpoint(self.checkpoint_fs_path, self.storage_filesystem)
 
 
-ray.train._internal.storage.StorageContext.persist_current_checkpoint = persist_current_checkpoint
+def rename_checkpoints() -> None:
+    """From now on this process renames the checkpoints that it reports. Ray Tune has an option only to copy them."""
+    ray.train._internal.storage.StorageContext.persist_current_checkpoint = persist_current_checkpoint
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # trials of an earlier search
@@ -131,12 +134,10 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     it. Here the trial is started again in another process. When a node has failed a trial too often, the trial fails
     but the scheduler does not count it as a bad result.
 
-    Starting processes. Tune starts one process after another. When a warm process becomes free, it takes over the
-    trial whose process is starting, and that process is ended. Where rungs are shorter than a start, slots stay
-    empty. Here processes start side by side, one for each slot.
-
     Keeping processes. While trials wait at their rung, Tune ends all idle processes but one, and promoted trials
-    start in new ones. Here a process stays as long as a trial may need it.
+    start in new ones. Here a process stays as long as a trial may need it. When a warm process becomes free, Tune
+    gives it the trial whose process is starting, and ends that process. Where rungs are shorter than a start, slots
+    stay empty. Here a process that starts keeps its trial.
     """
 
     START = 120.0  # seconds that a process may take to start before a warm one takes its trial over
@@ -144,7 +145,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._oom_kills: dict[str, ray.ObjectRef] = {}  # of each node when it was first seen: control groups may be old
+        self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, as it joined: there may be earlier ones
         self._oom_kills_known: Counter = Counter()  # kills since then that were assigned to a lost process, by node
         self._looked_at = 0.0
         self._start_seen: dict[int, float] = {}  # when each process began to start, by the hash of its actor
@@ -201,7 +202,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         return task.remote()
 
     def _killed_for_memory(self, address: str) -> bool:
-        """Whether the kernel has killed a process on a node that no lost process explains yet. Waits at most 20 s."""
+        """Whether the kernel killed more processes on a node than are explained already. Waits at most 20 s."""
         alive = (n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeManagerAddress"] == address)
         node = next(alive, None)
         if node not in self._oom_kills:
@@ -234,8 +235,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             self._trial_task_failure(trial, RuntimeError(text))
 
     def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
-        # Most failures of the trial itself are reported as results, see trial.py. What comes here is the node's,
-        # but for these two.
+        # Most failures of the trial itself are reported as results, see trial.py. Failures that reach this method are
+        # the node's fault, except these two.
         of_trial = isinstance(exception, (NodeOutOfMemory, errors.TrialFailed))
         if of_trial:
             trial.max_failures = 0
@@ -243,7 +244,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         super()._process_trial_failure(trial, exception)
         self._scheduler_alg.node_fault = False
 
-    # -- starting processes -------------------------------------------------------------------------------------------
+    # -- keeping processes --------------------------------------------------------------------------------------------
 
     def _has_slot(self, trial: Trial) -> bool:
         return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
@@ -260,23 +261,12 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     def _seconds_starting(self, trial: Trial) -> float:
         return time.time() - self._start_seen.setdefault(hash(self._trial_to_actor[trial]), time.time())
 
-    def _maybe_update_trial_queue(self) -> None:
-        # One trial waits for a slot, so that none is suggested long before it starts. Trials that have a slot, where
-        # their process starts, do not count.
-        none_waits = all(self._has_slot(trial) for trial in self._pending_trials)
-        self.update_max_pending_trials(max(1, len(self._pending_trials) + none_waits))
-        super()._maybe_update_trial_queue()
-        # Elsewhere the number says how many trials may ask for a slot at a time: the scheduler chooses first.
-        self.update_max_pending_trials(1)
-
     def _maybe_add_actors(self) -> None:
         if getattr(self._scheduler_alg, "pause_all", False):
             return
         super()._maybe_add_actors()
         for trial in self._pending_trials & self._staged_trials:  # Tune has tried to start these
             self._maybe_reuse_cached_actor(trial)
-
-    # -- keeping processes --------------------------------------------------------------------------------------------
 
     def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
         if not self._reuse_actors:

@@ -1,4 +1,4 @@
-"""The run folder that this process works on: made or resumed, locked, and its state known."""
+"""Creates or resumes the run folder, locks it, and loads its saved state."""
 
 import argparse
 import atexit

@@ -46,7 +46,7 @@ class SearchSession:
             save_state=self.save,
         )
         resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
-        self.slot_time = SlotTime(self.log, resources, args.max_concurrent_trials)
+        self.slot_time = SlotTime(self.log, resources, args.max_concurrent_trials, searcher)
         self.search_alg = ResumableSearch(searcher, run.folder)
         if run.state:
             self.restore(run.state)
@@ -63,6 +63,10 @@ class SearchSession:
             FaultyNodes(folder, self.log.log),
             *trackers.tracker(args.report_to, run.folder),
         ]
+        # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
+        # searcher suggests one trial more than there are slots.
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples)
+        self.slot_time.count_slots()
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything
         self.setup.stop_file.unlink(missing_ok=True)
 
@@ -94,7 +98,7 @@ class SearchSession:
                 "densities": self.searcher.densities(),
             }
             self.log.write_tables()
-        if self.log.unfinished():  # Tune returns as after a good end
+        if self.log.unfinished():  # after SIGINT, Tuner.fit returns as if the search had ended
             raise KeyboardInterrupt
         self.log.save([])  # what follows can be interrupted too
         preemption.stop_on_signals()

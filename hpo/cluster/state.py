@@ -54,7 +54,7 @@ def load_state(run_dir: Path) -> dict | None:
                     "go on with the commit in run.json"
                 )
             return json.loads(body)
-        print(f"{path} is damaged; using the state before it", flush=True)
+        print(f"{path} is damaged" + "; using the state before it" * (path is not found[-1]), flush=True)
     if not found and (run_dir / "state.pkl").exists():
         path = run_dir / "state.pkl"
         raise RuntimeError(f"{path} is of an older version of this program: go on with the commit in run.json")

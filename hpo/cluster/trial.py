@@ -56,7 +56,7 @@ class TrialContext:
         if time.time() > self._asked_at + 1:
             self._asked_at = time.time()
             stop = self._stop_file.exists()
-        return self.group.any(stop)
+        return self.group.broadcast_flag(stop)
 
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
         """Reports metrics to Tune. Does not return where Tune pauses or ends the trial.
@@ -95,9 +95,10 @@ def run(config: dict, train, setup) -> None:
         train: called as train(config, setup, context) in each rank.
         setup: what all trials share, see hpo/squad/setup.py.
     """
-    from hpo.cluster import gpu_check
+    from hpo.cluster import gpu_check, ray_private
     from hpo.squad import ranks
 
+    ray_private.rename_checkpoints()
     try:
         if setup.gpus_per_trial:
             gpu_check.visible(setup.precision)
@@ -136,8 +137,8 @@ def trial_folder(setup) -> Path:
 def checkpoint_folder(setup) -> tempfile.TemporaryDirectory:
     """The folder in which a running trial writes its checkpoints.
 
-    It is beside the checkpoints that were reported, so a rename makes a checkpoint one of them. Removes what a lost
-    process of the trial has left.
+    It is in the folder of the trial's checkpoints, so Tune can take a checkpoint over by renaming it. Removes what a
+    lost process of the trial has left.
     """
     folder = trial_folder(setup)
     folder.mkdir(parents=True, exist_ok=True)

@@ -70,7 +70,7 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
     if "test" in run:
         number = run["test"]["questions"]
         tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
-        facts[f"Test of the best model, on {number} questions that no choice has looked at"] = tested
+        facts[f"Test of the best model, on {number} questions that no decision has used"] = tested
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions
         size = arguments["max_t"], arguments["num_samples"], run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)

@@ -30,12 +30,13 @@ class SlotTime(Callback):
         log: a TrialLog; its `trials` and `num_samples` are used.
         resources: {"cpu", "gpu"} of a trial.
         at_a_time: --max_concurrent_trials.
+        searcher: a TuneBOHB; is told the number of slots.
     """
 
     EVERY = 5.0  # seconds between two counts of the slots: nodes join and leave
 
-    def __init__(self, log, resources: dict[str, int], at_a_time: int):
-        self.log, self.resources, self.at_a_time = log, resources, at_a_time
+    def __init__(self, log, resources: dict[str, int], at_a_time: int, searcher):
+        self.log, self.resources, self.at_a_time, self.searcher = log, resources, at_a_time, searcher
         self.spent = dict.fromkeys(("running", *WORK, *IDLE, "given back"), 0.0)
         self.seen: set[tuple[str, int]] = set()  # iterations that were reported
         self.lost: set[str] = set()  # trials whose worker process was lost
@@ -81,14 +82,19 @@ class SlotTime(Callback):
         now = time.time()
         since, self.added_at = now - (self.added_at or now), now
         if now > self.counted_at + self.EVERY:
-            self.slots = sum(slots_of(node["Resources"], self.resources) for node in ray.nodes() if node["Alive"])
+            self.count_slots()
             self.counted_at = now
         self.add(since, trials)
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def count_slots(self) -> None:
+        """Counts the slots of the cluster."""
+        self.slots = sum(slots_of(node["Resources"], self.resources) for node in ray.nodes() if node["Alive"])
+        self.searcher.slots = self.slots
+
     def add(self, seconds: float, trials: list) -> None:
-        """Adds a time to the parts that the status of the trials tells.
+        """Counts seconds of each slot as running or idle, by the status of the trials.
 
         Args:
             seconds: the time.

@@ -42,8 +42,8 @@ class Group:
         torch.distributed.all_gather_object(values, value, group=self.messages)
         return values
 
-    def any(self, value: bool) -> bool:
-        """Whether it is true in rank 0. Does the same as `broadcast`, fast enough for every step."""
+    def broadcast_flag(self, value: bool) -> bool:
+        """Rank 0's value, in all ranks. Faster than `broadcast`: it is called at every step."""
         if self.size == 1:
             return value
         flag = torch.tensor(value)
