@@ -35,7 +35,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from hpo import search_space
 from hpo.files import write_json
 from hpo.results.tables import METRICS, MODES
-from hpo.squad import data, evaluation, loading, models, precision
+from hpo.squad import data, evaluation, loading, models, precision, scores
 from hpo.squad.group import ONE_RANK
 from hpo.squad.setup import Setup, prepare
 
@@ -66,28 +66,23 @@ class SquadMetric(evaluate.Metric):
     """Exact match and F1 as the official script of SQuAD v1.1 computes them, offline, as fractions of 1.
 
     Each is the best over all references of a question, averaged over all questions in `references`. A question
-    without a prediction scores 0. Source: https://rajpurkar.github.io/SQuAD-explorer, evaluate-v1.1.py.
+    without a prediction scores 0. Source: https://rajpurkar.github.io/SQuAD-explorer, evaluate-v1.1.py. `language` says
+    how answers are normalised, see hpo/squad/scores.py.
 
         SquadMetric().compute(predictions=[{"id": "1", "prediction_text": "the Moon"}],
                               references=[{"id": "1", "answers": {"text": ["Moon"], "answer_start": [7]}}])
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, language: str = "en", **kwargs):
         super().__init__(keep_in_memory=True, **kwargs)
+        self.language = language
 
     def _info(self):
         text = datasets.Value("string")
+        predictions = {"id": text, "prediction_text": text}
         answers = datasets.Sequence({"text": text, "answer_start": datasets.Value("int32")})
-        features = {
-            "predictions": {"id": text, "prediction_text": text},
-            "references": {"id": text, "answers": answers},
-        }
-        return evaluate.MetricInfo(
-            description="SQuAD v1.1 exact match and F1",
-            citation="",
-            inputs_description="",
-            features=datasets.Features(features),
-        )
+        features = datasets.Features({"predictions": predictions, "references": {"id": text, "answers": answers}})
+        return evaluate.MetricInfo(description="SQuAD v1.1 exact match and F1", citation="", features=features)
 
     def compute(self, *, predictions: list[dict], references: list[dict]) -> dict[str, float]:
         """Returns {"exact_match", "f1"}. Raises ValueError where there is no reference, or one without an answer."""
@@ -104,16 +99,18 @@ class SquadMetric(evaluate.Metric):
                 raise ValueError(f"question {reference['id']} has no answer")
             if prediction["id"] == reference["id"]:
                 text, answers = prediction["prediction_text"], reference["answers"]["text"]
-                scores = [evaluation.score_answer(text, answer) for answer in answers]
-                sum_em += max(em for em, _ in scores)
-                sum_f1 += max(f1 for _, f1 in scores)
+                pairs = [scores.score_answer(text, answer, self.language) for answer in answers]
+                sum_em += max(em for em, _ in pairs)
+                sum_f1 += max(f1 for _, f1 in pairs)
         return {"exact_match": sum_em / len(references), "f1": sum_f1 / len(references)}
 
 
-def answer_scores(model, tokenizer, questions: data.TokenizedSquad, max_new_tokens: int, group=ONE_RANK) -> dict:
-    """EM and F1 of the model's greedy answers: {"exact_match", "f1"}."""
+def answer_scores(model, tokenizer, questions, max_new_tokens: int, language="en", group=ONE_RANK) -> dict[str, float]:
+    """EM and F1 of the model's greedy answers; as in SQuAD 2.0 if a question has no answer, see scores.squad_v2."""
     answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, max_new_tokens, group)
-    return SquadMetric().compute(predictions=answers, references=questions.references)
+    if all(reference["answers"]["text"] for reference in questions.references):
+        return SquadMetric(language).compute(predictions=answers, references=questions.references)
+    return scores.squad_v2(answers, questions.references, language)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +281,8 @@ class Iterations(transformers.TrainerCallback):
                 raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
             metrics["eval_loss"] = loss
             if iteration in self.rungs or setup.metric != "eval_loss":
-                metrics |= answer_scores(model, self.tokenizer, setup.selection, setup.max_new_tokens, group)
+                limit, language = setup.max_new_tokens, setup.metric_language
+                metrics |= answer_scores(model, self.tokenizer, setup.selection, limit, language, group)
         self.trial.begin("checkpoints")
         model.train()
         return metrics
@@ -309,7 +307,8 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> dict[str
     tokenizer = models.load_tokenizer(folder)
     model = models.load_for_test(folder, "cuda" if torch.cuda.is_available() else "cpu")
     loss = evaluation.evaluate_loss(model, questions, tokenizer.pad_token_id, EVAL_TOKENS)
-    return {"eval_loss": loss, **answer_scores(model, tokenizer, questions, setup.max_new_tokens)}
+    em_and_f1 = answer_scores(model, tokenizer, questions, setup.max_new_tokens, setup.metric_language)
+    return {"eval_loss": loss, **em_and_f1}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

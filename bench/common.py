@@ -74,6 +74,7 @@ def setup_of_questions(train, selection, stage: int, precision: str, **more):
         max_t=2,
         num_train_epochs=1.0,
         metric="eval_loss",
+        metric_language="en",
         seed=0,
         gpus_per_trial=0,
         cpus_per_trial=1,

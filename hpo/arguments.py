@@ -18,6 +18,7 @@ from pathlib import Path
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
 from hpo.results.tables import MODES, mean_iteration_seconds
+from hpo.squad.scores import ARTICLES
 
 ROOT = Path(__file__).parent.parent
 # Arguments that a run does not keep:
@@ -69,6 +70,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
     add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
+    add("--metric_language", choices=list(ARTICLES), default="en", help="of the answers, for EM and F1: en normalises "
+        "them as SQuAD does, the others as MLQA does (default: en)")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
     add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
@@ -156,7 +159,8 @@ def load_from_run(args: argparse.Namespace) -> None:
     """
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
-        earlier = {"report_to": "tensorboard", "precision": "fp32"} | run["arguments"]  # older runs have no such flags
+        older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en"}  # they have no such flags
+        earlier = older | run["arguments"]
         dict(run["search_space"])
         for name, value in kept(args).items():
             if name == "run_name":

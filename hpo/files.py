@@ -58,11 +58,11 @@ def write_csv(path: Path, fields: list[str], rows: list[dict]) -> None:
     Args:
         path: the file.
         fields: the columns. A cell stays empty where a row does not have the field.
-        rows: the rows. Keys of the first row that are not in `fields` become columns at the end.
+        rows: the rows. Keys of a row that are not in `fields` become columns at the end.
     """
-    fields = fields + [key for key in (rows[0] if rows else {}) if key not in fields]
+    fields = list(dict.fromkeys([*fields, *(key for row in rows for key in row)]))
     text = io.StringIO()
-    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, fields, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue())

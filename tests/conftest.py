@@ -157,6 +157,7 @@ QUICK = [
     "fuzz",
     "bohb",
     "squad",
+    "scores",
     "inputs",
     "errors",
 ]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, group
+from hpo.squad import evaluation, group, scores
 from raytune_bayesian import SquadMetric
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -433,7 +433,7 @@ def test_metric_equals_torchmetrics(pairs):
     assert ours["exact_match"] == pytest.approx(theirs["exact_match"].item() / 100, abs=1e-5)
     # For two answers without a word torchmetrics gives F1 1 as SQuAD v2 does, the script of v1.1 gives 0.
     wordless = sum(
-        p is not None and not evaluation.normalize_answer(p) and any(not evaluation.normalize_answer(t) for t in r)
+        p is not None and not scores.normalize_answer(p) and any(not scores.normalize_answer(t) for t in r)
         for p, r in pairs
     )
     assert ours["f1"] + wordless / len(pairs) == pytest.approx(theirs["f1"].item() / 100, abs=1e-5)
@@ -445,9 +445,9 @@ def test_metric_on_the_whole_dev_set(shared_squad):
     examples = squad_data.read_squad(squad_data.find_squad_files(shared_squad)["validation"])
     references = [{"id": e["id"], "answers": e["answers"]} for e in examples]
     perfect = [{"id": e["id"], "prediction_text": e["answers"]["text"][-1]} for e in examples]
-    wordless = sum(not evaluation.normalize_answer(p["prediction_text"]) for p in perfect)
-    scores = SquadMetric().compute(predictions=perfect, references=references)
-    assert scores == {"exact_match": 1.0, "f1": pytest.approx(1 - wordless / 10570)} and wordless < 3
+    wordless = sum(not scores.normalize_answer(p["prediction_text"]) for p in perfect)
+    found = SquadMetric().compute(predictions=perfect, references=references)
+    assert found == {"exact_match": 1.0, "f1": pytest.approx(1 - wordless / 10570)} and wordless < 3
     assert SquadMetric().compute(predictions=perfect[: 10570 // 2], references=references)["exact_match"] == 0.5
 
 

@@ -27,6 +27,7 @@ from hpo import arguments, checks, errors
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.cluster import ray_private
+from hpo.results import tables
 from hpo.squad import data, evaluation, loading, models, ranks
 from hpo.squad.setup import prepare as prepare_setup
 from slurm_cluster import wait_for
@@ -105,6 +106,21 @@ class PauseAtRungs(FIFOScheduler):
 
     def choose_trial_to_run(self, tune_controller):
         return next((t for t in tune_controller.get_trials() if t.status in (Trial.PAUSED, Trial.PENDING)), None)
+
+
+def test_trial_reports_the_metrics_of_squad_v2(tmp_path, tiny_model, tiny_squad):
+    """At its rung, where four of the ten questions that trials are compared on have no answer."""
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
+    none = {"answers": {"text": [], "answer_start": []}}
+    references = [{**r, **none} if i < 4 else r for i, r in enumerate(setup.selection.references)]
+    setup = dataclasses.replace(setup, selection=dataclasses.replace(setup.selection, references=references))
+    (result,) = run_trials(tmp_path, trial, setup, [config(rungs=(2,))])
+    metrics = result.metrics
+    for both, one in {"exact_match": "exact", "f1": "f1"}.items():
+        expected = 0.6 * metrics[f"HasAns_{one}"] + 0.4 * metrics[f"NoAns_{one}"]
+        assert metrics[both] == pytest.approx(expected, abs=1e-12)
+    reports = [json.loads(line) for line in (Path(result.path) / "result.json").read_text().splitlines()]
+    assert [set(tables.V2_METRICS) <= set(report) for report in reports] == [False, True]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])

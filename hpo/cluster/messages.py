@@ -69,7 +69,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     tested = facts["test"]
     number = tested["questions"]
     print(f"Test of the best model on {number} questions of the validation set, which no decision has used:")
-    print("  " + ", ".join(f"{name} {tested[name]:.4f}" for name in tables.METRICS))
+    print("  " + tables.tested_in_words(tested))
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     print(tables.table(list(log.trials.values()), setup.metric), flush=True)

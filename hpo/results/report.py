@@ -21,6 +21,7 @@ from hpo.results.tables import (
     ranked,
     result_rows,
     table,
+    tested_in_words,
 )
 
 USAGE = "usage: .venv/bin/python -m hpo.results results/<run_name> [--png]   (a folder with a run.json)"
@@ -68,9 +69,8 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         values = ", ".join(f"{name} {format_value(name, best[name])}" for name in (*COLUMNS.values(), *METRICS))
         facts["Best trial so far"] = f"{best['trial_id']}: {values}"
     if "test" in run:
-        number = run["test"]["questions"]
-        tested = ", ".join(f"{name} {run['test'][name]:.4f}" for name in METRICS)
-        facts[f"Test of the best model, on {number} questions that no decision has used"] = tested
+        tested = f"Test of the best model, on {run['test']['questions']} questions that no decision has used"
+        facts[tested] = tested_in_words(run["test"])
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions
         size = arguments["max_t"], arguments["num_samples"], run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)

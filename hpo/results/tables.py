@@ -15,6 +15,9 @@ COLUMNS = {"lr": "learning_rate", "per_device_bs": "batch_size", "wd": "weight_d
 # The metrics of an evaluation, and whether less or more is better.
 MODES = {"eval_loss": "min", "exact_match": "max", "f1": "max"}
 METRICS = list(MODES)
+# Further metrics, of SQuAD 2.0 only: EM and F1 of the questions with an answer, and of those without one. They are
+# further columns of trials.csv and iterations.csv.
+V2_METRICS = ["HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"]
 # The columns of trials.csv. Hyperparameters that are not in COLUMNS follow as further columns.
 TRIAL_FIELDS = [
     "trial_id", *COLUMNS.values(), *METRICS, "training_iteration", "status", "model_based", "resumes", "gpu_minutes",
@@ -31,7 +34,12 @@ ENDED = ("stopped", "completed", "failed")
 def hyperparameter_columns(trials: list[dict]) -> list[str]:
     """The columns of trials.csv that are hyperparameters. Empty if there are no trials."""
     keys = trials[0] if trials else {}
-    return [key for key in keys if key not in TRIAL_FIELDS or key in COLUMNS.values()]
+    return [key for key in keys if key not in (*TRIAL_FIELDS, *V2_METRICS) or key in COLUMNS.values()]
+
+
+def tested_in_words(tested: dict) -> str:
+    """The metrics of the test of the best model, as run.json has them, with four decimals."""
+    return ", ".join(f"{name} {tested[name]:.4f}" for name in (*METRICS, *V2_METRICS) if name in tested)
 
 
 def mean_iteration_seconds(path: Path) -> float:
@@ -70,7 +78,7 @@ def ranked(trials: list[dict], metric: str) -> list[dict]:
 
 def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
     """The table of results as text cells, best trial first. The first row is the header."""
-    extra = [key for key in (trials[0] if trials else {}) if key not in TRIAL_FIELDS]
+    extra = [key for key in hyperparameter_columns(trials) if key not in COLUMNS.values()]
     keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS, "training_iteration"]
     names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1", "Iterations"]
     return [names, *([format_value(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]

@@ -23,7 +23,7 @@ from pathlib import Path
 from ray.tune import Callback
 
 from hpo import errors
-from hpo.results.tables import METRICS, TRAINING
+from hpo.results.tables import METRICS, TRAINING, V2_METRICS
 
 PATIENCE = 20  # seconds that the search waits for the server of a tracker
 SHARE = 0.1  # of the search's time that a tracker may take, beyond PATIENCE: the search waits meanwhile
@@ -242,7 +242,7 @@ class TrackerCallback(Callback):
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         """A trial has reported. The report has no metrics if the trial has failed or was saved amid an iteration."""
-        values = {name: result.get(name) for name in (*METRICS, *TRAINING)}
+        values = {name: result.get(name) for name in (*METRICS, *V2_METRICS, *TRAINING)}
         metrics = {name: value for name, value in values.items() if value is not None and not math.isnan(value)}
         if metrics:
             self._call("log", trial.trial_id, result["training_iteration"], metrics)

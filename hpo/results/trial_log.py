@@ -17,6 +17,7 @@ from hpo.results.tables import (
     METRICS,
     TRAINING,
     TRIAL_FIELDS,
+    V2_METRICS,
     badness,
     format_value,
     hyperparameter_columns,
@@ -190,6 +191,7 @@ class TrialLog(Callback):
     def _add_iteration(self, trial, row: dict, result: dict) -> None:
         """Adds a row to iterations.csv, and at a rung updates the row of trials.csv."""
         done, metrics = result["training_iteration"], {name: result.get(name) for name in METRICS}
+        metrics |= {name: result[name] for name in V2_METRICS if name in result}
         self.last_iteration[trial.trial_id] = done
         more = {key: result.get(key) for key in ("started_at", "ended_at", "node", *TRAINING)}
         self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **more})

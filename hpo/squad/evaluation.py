@@ -1,9 +1,6 @@
-"""Batches, loss, greedy answers and their scores. Nothing of Ray in here."""
+"""Batches, loss and greedy answers. Nothing of Ray in here."""
 
 import inspect
-import re
-import string
-from collections import Counter
 
 import numpy as np
 import torch
@@ -197,19 +194,3 @@ def _greedy(
 def _argmax(logits: torch.Tensor) -> torch.Tensor:
     """torch.argmax of each row; on a CPU by numpy's, which is faster there."""
     return torch.from_numpy(logits.float().numpy().argmax(-1)) if logits.device.type == "cpu" else logits.argmax(-1)
-
-
-def normalize_answer(text: str) -> list[str]:
-    """Lower case, without punctuation and articles, split at white space: as in the official evaluate-v1.1.py."""
-    text = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", text).split()
-
-
-def score_answer(prediction: str, reference: str) -> tuple[float, float]:
-    """(exact match, F1) of one prediction against one reference."""
-    prediction, reference = normalize_answer(prediction), normalize_answer(reference)
-    common = (Counter(prediction) & Counter(reference)).total()
-    if common == 0:  # the official script gives no F1 for two answers without a word, although they match
-        return float(prediction == reference), 0.0
-    precision, recall = common / len(prediction), common / len(reference)
-    return float(prediction == reference), 2 * precision * recall / (precision + recall)

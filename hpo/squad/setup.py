@@ -25,6 +25,7 @@ class Setup:
     max_t: int  # a full training has so many iterations
     num_train_epochs: float  # of a full training
     metric: str  # trials are compared by it
+    metric_language: str  # answers are normalised as in this language, see hpo/squad/scores.py
     seed: int
     gpus_per_trial: int
     cpus_per_trial: int
@@ -84,6 +85,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         max_new_tokens=train.longest_answer,
         ds_config=args.ds_config,
         held_out="articles" if titles[0].isdisjoint(titles[1]) else "passages",
+        metric_language=args.metric_language,
         **{name: getattr(args, name) for name in same},
     )
     return setup, test
