@@ -57,6 +57,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add = parser.add_argument
     add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
     add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json and dev*.json [.gz]")
+    add("--drop_bad_answers", action="store_true", help="leave out answers that are not at their answer_start, and "
+        "questions that have no other; the log says how many")  # fmt: skip
     add("--max_train_samples", type=int, help="train on so many questions (default: all)")
     add("--max_eval_samples", type=int, help="select, and test, on so many questions (default: 1000, and all)")
     add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
@@ -148,7 +150,12 @@ def load_from_run(args: argparse.Namespace) -> None:
     """
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
-        earlier = {"report_to": "tensorboard", "precision": "fp32"} | run["arguments"]  # older runs have no such flags
+        of_older_runs = {
+            "report_to": "tensorboard",
+            "precision": "fp32",
+            "drop_bad_answers": False,
+        }  # had no such flags
+        earlier = of_older_runs | run["arguments"]
         dict(run["search_space"])
         for name, value in kept(args).items():
             if name == "run_name":

@@ -150,7 +150,7 @@ VALUES = (
 def test_flags(pairs, more, tiny_model, tiny_squad):
     argv = ["--model", str(tiny_model), "--dataset", str(tiny_squad)]
     argv += [
-        word for pair in pairs for word in (pair if pair[0] not in ("--resume", "--prefetch") else pair[:1])
+        word for pair in pairs for word in (pair if pair[0] not in ("--resume", "--prefetch", "--drop_bad_answers") else pair[:1])
     ] + more
     try:
         checks.check(arguments.parse("", argv))

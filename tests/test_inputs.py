@@ -1,5 +1,6 @@
 """Bad input, through the command line: one line, exit code 2, within seconds, nothing created."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,16 @@ from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
 from hpo.squad import loading
 from slurm_cluster import copy_project
+
+
+@contextlib.contextmanager
+def changed_squad(original, folder, split):
+    """A copy of a data set; gives the content of a file, to change it."""
+    shutil.copytree(original, folder)
+    file = folder / f"{split}.json"
+    content = json.loads(file.read_text())
+    yield content
+    file.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +51,15 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
         json.dumps(ds_config | {"fp16": {"enabled": "auto", "loss_scale_window": "long"}})
     )
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
-    shutil.copytree(tiny_squad, folder / "moved")
-    train = json.loads((folder / "moved" / "train.json").read_text())
-    train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
-    (folder / "moved" / "train.json").write_text(json.dumps(train))
+    with changed_squad(tiny_squad, folder / "moved", "train") as train:
+        train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
+    with changed_squad(tiny_squad, folder / "v2", "dev") as dev:
+        dev["data"][1]["paragraphs"][4]["qas"][0] |= {"answers": [], "is_impossible": True}
+    with changed_squad(tiny_squad, folder / "twice", "train") as train:
+        for article in (3, 4):
+            train["data"][article]["paragraphs"][0]["qas"][0]["id"] = f"train-{article % 3}-0"
+    with changed_squad(tiny_squad, folder / "half", "train") as train:
+        train["data"][0]["paragraphs"][0]["qas"][0]["question"] += "\ud83d"
     shutil.copytree(tiny_squad, folder / "no_dev")
     (folder / "no_dev" / "dev.json").unlink()
     shutil.copytree(tiny_squad, folder / "cut")
@@ -107,7 +123,20 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD v1.1 JSON file"),
     "answer not at answer_start": (
         ["--dataset", "@/moved"],
-        r"train.json: question train-3-2: answer .* is not at answer_start",
+        r"moved/train.json: 1 of 800 answers cannot be used: question train-3-2: answer 'a \w+ hat' is not at "
+        r"answer_start \d+; correct them, or leave them out with --drop_bad_answers$",
+    ),
+    "data set in the form of SQuAD v2": (
+        ["--dataset", "@/v2"],
+        r"v2/dev.json: question dev-1-4: unanswerable: it has no answer, and SQuAD v2's form is not supported yet$",
+    ),
+    "data set with an id twice": (
+        ["--dataset", "@/twice"],
+        r"twice/train.json: question ids are not unique: 2 repeated, first question train-0-0$",
+    ),
+    "data set with half a character": (
+        ["--dataset", "@/half"],
+        r"half/train.json: question train-0-0: '\\ud83d' is half a character \(a lone surrogate\): correct the text$",
     ),
     "data set is a file": (["--dataset", "@/file"], r"--dataset .*file: neither a folder nor the name of a repository"),
     "model folder without config": (["--model", "@/empty"], r"--model .*empty: no config.json"),
@@ -309,7 +338,7 @@ def test_a_data_set_is_read_once(tiny_model, tiny_squad):
     args = arguments.parse("", ["--model", str(tiny_model), "--dataset", str(tiny_squad)])
     loading.load_examples.cache_clear()
     checks.check(args)
-    loading.load_examples(args.dataset, args.prefetch)  # as main does
+    loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)  # as main does
     assert loading.load_examples.cache_info()[:2] == (1, 1)  # hits, misses
 
 
