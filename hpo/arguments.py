@@ -150,11 +150,8 @@ def load_from_run(args: argparse.Namespace) -> None:
     """
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
-        of_older_runs = {
-            "report_to": "tensorboard",
-            "precision": "fp32",
-            "drop_bad_answers": False,
-        }  # had no such flags
+        # Older runs have no such flags.
+        of_older_runs = {"report_to": "tensorboard", "precision": "fp32", "drop_bad_answers": False}
         earlier = of_older_runs | run["arguments"]
         dict(run["search_space"])
         for name, value in kept(args).items():

@@ -1,21 +1,28 @@
 """Bad input, through the command line: one line, exit code 2, within seconds, nothing created."""
 
 import contextlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
+import huggingface_hub
+import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 
 import raytune_bayesian
-from conftest import ROOT, run_script
+from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
-from hpo.squad import loading
+from hpo.squad import data, loading
 from slurm_cluster import copy_project
+from test_run import Hub
 
 
 @contextlib.contextmanager
@@ -340,6 +347,110 @@ def test_a_data_set_is_read_once(tiny_model, tiny_squad):
     checks.check(args)
     loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)  # as main does
     assert loading.load_examples.cache_info()[:2] == (1, 1)  # hits, misses
+
+
+@pytest.mark.slow
+def test_bad_answers_can_be_dropped_and_the_log_says_how_many(broken, tiny_model, tiny_squad, tmp_path):
+    """The whole search, and its resumption, which takes the flag from the run."""
+    with changed_squad(broken / "moved", tmp_path / "squad", "dev") as dev:
+        for passage in dev["data"][0]["paragraphs"][:3]:
+            for answer in passage["qas"][0]["answers"]:
+                answer["answer_start"] = 10**6
+    run = ["--output_dir", tmp_path, "--run_name", "x"]
+    small = ["--max_t", 1, "--num_train_epochs", 0.1, "--num_samples", 1, "--max_eval_samples", 57]
+    of_run = ["--model", tiny_model, "--dataset", tmp_path / "squad", *small]
+    process = run_script(*run, *of_run, "--drop_bad_answers")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert "--drop_bad_answers: of the training set 1 answers and 0 of 400 questions are left out" in lines
+    assert "--drop_bad_answers: of the validation set 6 answers and 3 of 60 questions are left out" in lines
+    tested = "Test of the best model on 57 of the 60 questions of the validation set (3 of them are left out)"
+    assert f"{tested}, which no choice has looked at:" in lines
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["arguments"]["drop_bad_answers"] is True
+
+    again = run_script(*run, "--resume")
+    assert (again.returncode, again.stderr) == (0, "") and "is done already" in again.stdout
+
+
+def test_a_run_of_an_older_version_drops_no_answers(tmp_path):
+    of_run = arguments.kept(arguments.parse("", ["--precision", "fp32"]))
+    del of_run["drop_bad_answers"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"arguments": of_run, "search_space": {}}))
+    resume = ["--resume", "--run_name", "x", "--output_dir", str(tmp_path)]
+    assert arguments.parse("", resume).drop_bad_answers is False
+    with pytest.raises(errors.BadInput) as error:
+        arguments.parse("", [*resume, "--drop_bad_answers"])
+    assert str(error.value) == ("--resume: other arguments than the run's: --drop_bad_answers True (the run has False)")
+
+
+@pytest.fixture()
+def hub(tmp_path):
+    """A hub on this machine with a model in both kinds of weights; yields its folder, and the environment."""
+    model = make_model(tmp_path / "hub" / "models" / "tiny" / "bloom")
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    torch.save(weights, model / "pytorch_model.bin")
+    Hub.root, Hub.requests = tmp_path / "hub", []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    yield model, environment | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kinds", [["model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"], []])
+def test_weights_of_either_kind_are_fetched_and_never_both(kinds, hub, tiny_squad):
+    folder, environment = hub
+    for kind in {"model.safetensors", "pytorch_model.bin"} - set(kinds):
+        (folder / kind).unlink()
+    prefetch = "import sys; from hpo.squad import loading; loading.prefetch(*sys.argv[1:], False)"
+    done = subprocess.run(
+        [sys.executable, "-c", prefetch, "tiny/bloom", tiny_squad],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **environment},
+    )
+    fetched = {path.rpartition("/")[2] for path in Hub.requests}
+    assert fetched & {"model.safetensors", "pytorch_model.bin"} == set(kinds[:1])
+    if kinds:
+        assert done.returncode == 0 and "400 training and 60 validation questions" in done.stdout, done.stderr
+    else:
+        error = done.stderr.splitlines()[-1].removeprefix("hpo.errors.BadInput: ")
+        assert error == "--model tiny/bloom: no weights (*.safetensors or pytorch_model*.bin) in this folder"
+
+
+def test_a_hub_set_in_the_cache_is_read_or_refused_with_its_splits(monkeypatch, tiny_squad, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "datasets--tiny--squad"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    train = data.read_squad(tiny_squad / "train.json")
+    rows = [{name: e[name] for name in ("id", "context", "question", "answers")} for e in train]
+    (folder / "snapshots" / ("0" * 40) / "data").mkdir(parents=True)
+
+    def write(split, rows):
+        path = folder / "snapshots" / ("0" * 40) / "data" / f"{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    write("train", rows)
+    write("test", rows)
+    loading.load_examples.cache_clear()
+    with pytest.raises(errors.BadInput) as error:
+        loading.load_examples("tiny/squad")
+    assert str(error.value) == (
+        "--dataset tiny/squad: train and validation splits are needed, and it has: test, train; pass a folder with "
+        "train.json and dev.json as --dataset, or run with --prefetch if the cache has only a part of it"
+    )
+
+    moved = {"text": rows[0]["answers"]["text"], "answer_start": [0, 0]}
+    write("validation", [rows[0] | {"answers": moved}, *rows[1:]])
+    with pytest.raises(errors.BadInput, match="tiny/squad, validation: 2 of 800 answers cannot be used: "):
+        loading.load_examples("tiny/squad")
+    read = loading.load_examples("tiny/squad", False, True)
+    assert read[:2] == ([e | {"title": ""} for e in train], [e | {"title": ""} for e in train[1:]])
+    assert read[2]["validation"] == {"answers": 2, "questions": 1, "read": 400}
 
 
 def test_help_lists_and_explains_all_flags():

@@ -89,7 +89,8 @@ def read_parquet(files: list[Path], name: str, split: str, dropped: Counter | No
             raise ValueError(f"{name}: {path.name} cannot be read: {errors.one_line(error)}") from None
         for column in ("context", "question", "answers"):
             if column not in columns:
-                raise ValueError(f"{name}: {path.name} has no column {column!r} (it has {', '.join(columns)})")
+                has = errors.one_line(", ".join(columns))
+                raise ValueError(f"{name}: {path.name} has no column {column!r} (it has {has})")
     return check_questions(questions, f"{name}, {split}", split, dropped)
 
 
