@@ -558,6 +558,7 @@ def test_files_are_checked(tmp_path):
         "not json": "not a SQuAD v1.1 JSON file",
         "[]": "not a SQuAD v1.1 JSON file",
         '{"data": []}': "no question",
+        "[" * 10**5: "not a SQuAD v1.1 JSON file .RecursionError",
         json.dumps(article(text="two", answer_start=3)): "question 7: answer 'two' is not at answer_start 3",
         json.dumps(article(text="two", answer_start=-3)): "not at answer_start",
         json.dumps(article(text="two", answer_start=True)): "answer 'two' is not at answer_start True",
@@ -570,3 +571,12 @@ def test_files_are_checked(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             squad_data.read_squad(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_gzip_files_are_refused(tmp_path):
+    path = tmp_path / "train.json.gz"
+    content = bytearray(gzip.compress(b"0123456789" * 9))
+    content[10:14] = b"\xff" * 4  # the first block has a type that does not exist
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="train.json.gz: not a SQuAD v1.1 JSON file .error: Error -3"):
+        squad_data.read_squad(path)
