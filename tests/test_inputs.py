@@ -362,8 +362,8 @@ def test_bad_answers_can_be_dropped_and_the_log_says_how_many(broken, tiny_model
     process = run_script(*run, *of_run, "--drop_bad_answers")
     assert process.returncode == 0, process.stderr
     lines = process.stdout.splitlines()
-    assert "--drop_bad_answers: of the training set 1 answers and 0 of 400 questions are left out" in lines
-    assert "--drop_bad_answers: of the validation set 6 answers and 3 of 60 questions are left out" in lines
+    assert "bad answers left out of the training set: 1, and with them 0 of its 400 questions" in lines
+    assert "bad answers left out of the validation set: 6, and with them 3 of its 60 questions" in lines
     tested = "Test of the best model on 57 of the 60 questions of the validation set (3 of them are left out)"
     assert f"{tested}, which no choice has looked at:" in lines
     assert json.loads((tmp_path / "x" / "run.json").read_text())["arguments"]["drop_bad_answers"] is True
@@ -404,7 +404,8 @@ def test_weights_of_either_kind_are_fetched_and_never_both(kinds, hub, tiny_squa
     folder, environment = hub
     for kind in {"model.safetensors", "pytorch_model.bin"} - set(kinds):
         (folder / kind).unlink()
-    prefetch = "import sys; from hpo.squad import loading; loading.prefetch(*sys.argv[1:], False)"
+    prefetch = "import sys; from hpo.squad import loading; loading.prefetch(*sys.argv[1:], False); "
+    prefetch += "print('a plan finds', loading.local_model(sys.argv[1]))"
     done = subprocess.run(
         [sys.executable, "-c", prefetch, "tiny/bloom", tiny_squad],
         capture_output=True,
@@ -416,6 +417,7 @@ def test_weights_of_either_kind_are_fetched_and_never_both(kinds, hub, tiny_squa
     assert fetched & {"model.safetensors", "pytorch_model.bin"} == set(kinds[:1])
     if kinds:
         assert done.returncode == 0 and "400 training and 60 validation questions" in done.stdout, done.stderr
+        assert re.search(rf"a plan finds /.*{Hub.COMMIT}\n$", done.stdout)  # although not all files were fetched
     else:
         error = done.stderr.splitlines()[-1].removeprefix("hpo.errors.BadInput: ")
         assert error == "--model tiny/bloom: no weights (*.safetensors or pytorch_model*.bin) in this folder"

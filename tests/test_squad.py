@@ -95,19 +95,27 @@ def test_bad_answers_are_refused_or_dropped(tmp_path):
         squad_data.read_squad(squad_json(tmp_path, bad), Counter())
 
 
-PARQUET = "{}-00000-of-00001.parquet"
 INSTEAD = "pass a folder with train.json and dev.json as --dataset"
 
 
-@pytest.mark.parametrize("folder, names", [("data", ["train", "validation"]), ("plain_text", ["train", "dev", "test"])])
-def test_splits_of_a_hub_set(tmp_path, folder, names):
-    (tmp_path / folder).mkdir()
-    for name in [*names, "train_small"]:
-        (tmp_path / folder / PARQUET.format(name)).touch()
-    (tmp_path / folder / PARQUET.format("train").replace("00000", "00001")).touch()
-    files = loading.hub_files("set", tmp_path)
-    assert [p.name for p in files["train"]] == [f"train-0000{i}-of-00001.parquet" for i in (0, 1)]
-    assert [p.name for p in files["validation"]] == [PARQUET.format(names[1])]
+@pytest.mark.parametrize(
+    "train, validation, others",
+    [
+        ("data/train-{}.parquet", "data/validation-{}.parquet", ["data/test-0.parquet", "data/train_small-0.parquet"]),
+        ("plain_text/train-{}.parquet", "plain_text/dev-{}.parquet", ["plain_text/test-0.parquet"]),
+        ("train_{}.parquet", "validation_{}.parquet", ["validation_matched_0.parquet", "other/test-0.parquet"]),
+        ("data/train/{}.parquet", "data/validation/{}.parquet", []),
+        ("train/train-{}.parquet", "validation/validation-{}.parquet", []),
+    ],
+)
+def test_splits_of_a_hub_set(tmp_path, train, validation, others):
+    numbers = ["00000-of-00002", "00001-of-00002"]
+    wanted = {"train": [train.format(n) for n in numbers], "validation": [validation.format(n) for n in numbers]}
+    for file in [*wanted["train"], *wanted["validation"], *others]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    files = loading.hub_files("set", tmp_path, True)
+    assert {split: [str(p.relative_to(tmp_path)) for p in files[split]] for split in wanted} == wanted
 
 
 @pytest.mark.parametrize(
@@ -115,10 +123,9 @@ def test_splits_of_a_hub_set(tmp_path, folder, names):
     [
         (
             ["data/train-0.parquet", "data/test-0.parquet"],
-            f"set: train and validation splits are needed, and it has: test, train; {INSTEAD}, "
-            "or run with --prefetch if the cache has only a part of it",
+            f"set: train and validation splits are needed, and it has: test, train; {INSTEAD}",
         ),
-        (["squad.json"], "set: train and validation splits are needed, and it has: none in parquet files; "),
+        (["squad.json"], f"set: train and validation splits are needed, and it has: none in parquet files; {INSTEAD}"),
         (
             ["de/train-0.parquet", "de/validation-0.parquet", "en/train-0.parquet", "en/validation-0.parquet"],
             f"set: has several configurations (de, en): {INSTEAD}",
@@ -130,8 +137,12 @@ def test_hub_sets_that_cannot_be_used(tmp_path, files, message):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     with pytest.raises(ValueError) as error:
-        loading.hub_files("set", tmp_path)
-    assert str(error.value).startswith(message)
+        loading.hub_files("set", tmp_path, True)
+    assert str(error.value) == message
+    hint = ", or run with --prefetch if the cache has only a part of it" * message.startswith("set: train")
+    with pytest.raises(ValueError) as error:
+        loading.hub_files("set", tmp_path, False)
+    assert str(error.value) == message + hint
 
 
 def make_example(i, title="t", context="c a", answer="a"):

@@ -27,8 +27,8 @@ def announce(run: Run) -> None:
     print(f"questions: {len(setup.train)} to train on, {len(setup.selection)} of other {setup.held_out} to select on;")
     print(f"  to test the best model on once, at the end: {whole} {tested} of the validation set")
     for split, left_out in setup.dropped.items():
-        print("--drop_bad_answers: of the {} set".format("training" if split == "train" else split), end=" ")
-        print("{answers} answers and {questions} of {read} questions are left out".format_map(left_out))
+        print("bad answers left out of the {} set:".format("training" if split == "train" else split), end=" ")
+        print("{answers}, and with them {questions} of its {read} questions".format_map(left_out))
     if not args.gpus_per_trial:
         print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
     print(precision.in_words(setup.ds_config, args.precision))

@@ -10,6 +10,8 @@ from pathlib import Path
 from hpo import errors
 from hpo.errors import BadInput
 
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # configuration, weights, tokenizer
+
 
 def check_model_folder(path: Path) -> None:
     """Raises BadInput unless a folder holds what save_pretrained writes, tokenizer included."""
@@ -95,7 +97,7 @@ def local_model(model: str) -> Path | None:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True))
     except (OSError, ValueError):
         return None
 
@@ -104,7 +106,7 @@ def model_folder(model: str, download: bool = False) -> Path:
     """The folder with configuration, weights and tokenizer of a model; raises BadInput where there is none."""
     if Path(model).is_dir():
         return Path(model).absolute()
-    folder = hub_snapshot(model, "model", ["*.json", "*.safetensors", "*.model", "*.txt"], download)
+    folder = hub_snapshot(model, "model", MODEL_FILES, download)
     try:
         check_model_folder(folder)
     except BadInput as error:
@@ -149,25 +151,32 @@ def load_examples(
             files = data.find_squad_files(Path(dataset))
             loaded = [data.read_squad(files[split], dropped.get(split)) for split in splits]
         else:
-            files = hub_files(dataset, hub_snapshot(dataset, "dataset", ["*.parquet"], download))
+            files = hub_files(dataset, hub_snapshot(dataset, "dataset", ["*.parquet"], download), download)
             loaded = [data.read_parquet(files[split], dataset, split, dropped.get(split)) for split in splits]
     except ValueError as error:
         raise BadInput(f"--dataset {error}") from None
     return *loaded, dropped
 
 
-def hub_files(dataset: str, folder: Path) -> dict[str, list[Path]]:
+def hub_files(dataset: str, folder: Path, downloaded: bool) -> dict[str, list[Path]]:
     """The parquet files of a data set: {"train": its files, "validation": its files}.
 
-    A file's name begins with its split, as in train-00000-of-00001.parquet; its folder is its configuration.
+    The folder of a file is its configuration. Its name begins with its split, as in train-00000-of-00001.parquet, or
+    its split is a folder in that of the configuration, as in train/0000.parquet.
+
+    Args:
+        dataset: its name.
+        folder: of the repository.
+        downloaded: all files are there, else the cache may have only a part of them.
 
     Raises:
         ValueError: a split is missing, or there are several configurations.
     """
     configs: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.rglob("*.parquet")):
-        split = re.match(r"[^\W\d]*", path.name)[0].strip("_")
-        configs.setdefault(str(path.parent.relative_to(folder)), {}).setdefault(split, []).append(path)
+        split = re.match(r"[^\W\d]*", path.name)[0].strip("_") or path.parent.name
+        config = path.parent.parent if path.parent.name == split else path.parent
+        configs.setdefault(str(config.relative_to(folder)), {}).setdefault(split, []).append(path)
     for splits in configs.values():
         if "dev" in splits:  # as in the names of SQuAD's JSON files
             splits.setdefault("validation", splits["dev"])
@@ -178,8 +187,6 @@ def hub_files(dataset: str, folder: Path) -> dict[str, list[Path]]:
     splits = configs[of_search[0]] if of_search else {split: [] for names in configs.values() for split in names}
     if not {"train", "validation"} <= splits.keys():
         has = ", ".join(sorted(splits)) or "none in parquet files"
-        raise ValueError(
-            f"{dataset}: train and validation splits are needed, and it has: {has}; {instead}, "
-            "or run with --prefetch if the cache has only a part of it"
-        )
+        hint = "" if downloaded else ", or run with --prefetch if the cache has only a part of it"
+        raise ValueError(f"{dataset}: train and validation splits are needed, and it has: {has}; {instead}{hint}")
     return splits
