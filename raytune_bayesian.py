@@ -371,7 +371,7 @@ def main(args, train=train) -> None:
     if args.plan:
         return plan.show(args, SEARCH_SPACE, MAX_LENGTH, EVAL_TOKENS)
     if args.prefetch:
-        return loading.prefetch(args.model, args.dataset)
+        return loading.prefetch(args.model, args.dataset, args.drop_bad_answers)
     largest = search_space.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
     setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest)
     run = Run(args, SEARCH_SPACE, setup, len(test_set))

@@ -59,6 +59,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add = parser.add_argument
     add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
     add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json and dev*.json [.gz]")
+    add("--drop_bad_answers", action="store_true", help="leave out answers that are not at their answer_start, and "
+        "questions that have no other; the log says how many")  # fmt: skip
     add("--max_train_samples", type=int, help="train on at most this many questions (default: all)")
     add("--max_eval_samples", type=int, help="use at most this many questions for selection (default: 1000) and for "
         "the test (default: all)")  # fmt: skip
@@ -159,7 +161,8 @@ def load_from_run(args: argparse.Namespace) -> None:
     """
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
-        older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en"}  # they have no such flags
+        # Older runs have no such flags.
+        older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
         earlier = older | run["arguments"]
         dict(run["search_space"])
         for name, value in kept(args).items():

@@ -80,7 +80,8 @@ def check_names(args: argparse.Namespace) -> None:
     if Path(args.model).is_dir():
         loading.check_model_folder(Path(args.model))
     if Path(args.dataset).is_dir():
-        loading.load_examples(args.dataset, args.prefetch)  # as the script calls it, which then finds it in the cache
+        # as the script calls it, which then finds it in the cache
+        loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)
 
 
 def read_ds_config(args: argparse.Namespace) -> dict:

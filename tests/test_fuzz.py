@@ -8,8 +8,10 @@ import copy
 import io
 import json
 import tempfile
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -25,6 +27,7 @@ JSON = st.recursive(
     max_leaves=8,
 )
 FUZZ = settings(deadline=None, max_examples=300, suppress_health_check=list(HealthCheck))
+FEWER = settings(FUZZ, max_examples=100)  # parquet files take longer
 
 
 def places(value, path=()):
@@ -65,15 +68,106 @@ DOCUMENT = {
 }
 
 
-@given(st.sampled_from(list(places(DOCUMENT))), JSON)
+def read_or_refused(read, *arguments):
+    """Whatever the files hold: good examples, or one line."""
+    try:
+        examples = read(*arguments)
+    except ValueError as error:
+        one_line(error)
+        return
+    assert examples and len({e["id"] for e in examples}) == len(examples)
+    for e in examples:
+        assert isinstance(e["title"], str) and e["question"].encode() is not None
+        for text, start in zip(e["answers"]["text"], e["answers"]["answer_start"], strict=True):
+            assert text.strip() and e["context"][start : start + len(text)] == text
+
+
+DROPPED = st.sampled_from([lambda: None, Counter])  # without and with --drop_bad_answers
+
+
+@given(st.lists(st.tuples(st.sampled_from(list(places(DOCUMENT))), JSON), min_size=1, max_size=2), DROPPED)
 @FUZZ
-def test_squad_documents(path, new):
-    with a_file("train.json", json.dumps(changed(DOCUMENT, path, new))) as file:
+def test_squad_documents(changes, dropped):
+    document = DOCUMENT
+    for path, new in changes:
+        with contextlib.suppress(LookupError, TypeError):  # the first change has removed this place
+            document = changed(document, path, new)
+    with a_file("train.json", json.dumps(document)) as file:
+        read_or_refused(data.read_squad, file, dropped())
+
+
+ROW = {"id": "1", "title": "t", "context": "one two", "question": "Who?",
+       "answers": {"text": ["two"], "answer_start": [4]}}  # fmt: skip
+
+
+@given(st.sampled_from(list(places(ROW))), JSON, DROPPED)
+@FEWER
+def test_squad_columns(path, new, dropped):
+    """All rows have another value in one place, as types are those of a column."""
+    row = changed(ROW, path, new)
+    with a_file("train.parquet", b"") as file:
         try:
-            for example in data.read_squad(file):
-                assert example["answers"]["text"]
-        except ValueError as error:
-            one_line(error)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
+        except (pyarrow.ArrowException, AttributeError, UnicodeEncodeError):  # parquet has no such value
+            return
+        read_or_refused(data.read_parquet, [file], "set", "train", dropped())
+
+
+@given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=9), st.integers(1, 9999))
+@FEWER
+def test_parquet_bytes(flips, length):
+    with a_file("train.parquet", b"") as file:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([ROW, ROW | {"id": "2"}]), file)
+        content = bytearray(file.read_bytes())
+        for place, byte in flips:
+            content[place % len(content)] = byte
+        file.write_bytes(content[:length])
+        read_or_refused(data.read_parquet, [file], "set", "train")
+
+
+@st.composite
+def squad_sets(draw):
+    """A data set without fault: the articles of a JSON file, and the rows of a parquet file."""
+    text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+    id_of = draw(st.sampled_from([lambda i: i, lambda i: f"q{i}", lambda i: None]))
+    has_title, lists = draw(st.booleans()), draw(st.booleans())
+    articles, rows = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        article = {"paragraphs": []} | ({"title": draw(st.none() | text)} if has_title else {})
+        for _ in range(draw(st.integers(1, 2))):
+            words = draw(st.lists(text.filter(str.strip), min_size=1, max_size=4))
+            context = " ".join(words)
+            qas = []
+            for _ in range(draw(st.integers(1, 2))):
+                answers = []
+                for _ in range(draw(st.integers(1, 3))):
+                    first = draw(st.integers(0, len(words) - 1))
+                    last = draw(st.integers(first, len(words) - 1))
+                    space = draw(st.sampled_from([" ", "  ", "\n", "\xa0"]))
+                    start = sum(len(word) + 1 for word in words[:first])
+                    answers.append({"text": space.join(words[first : last + 1]), "answer_start": start})
+                qa = {"id": id_of(len(rows)), "question": draw(text), "answers": answers}
+                qas.append({name: value for name, value in qa.items() if value is not None})
+                of_lists = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
+                row = {"context": context, **qas[-1], "answers": of_lists if lists else answers}
+                rows.append(row | ({"title": article["title"]} if has_title else {}))
+            article["paragraphs"].append({"context": context, "qas": qas})
+        articles.append(article)
+    return articles, rows
+
+
+@given(squad_sets())
+@FEWER
+def test_json_and_parquet_give_the_same_examples(squad_set):
+    articles, rows = squad_set
+    with a_file("train.json", json.dumps({"data": articles})) as file:
+        examples = data.read_squad(file)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file.with_suffix(".parquet"))
+        assert data.read_parquet([file.with_suffix(".parquet")], "set", "train") == examples
+    assert [e["context"] for e in examples] == [row["context"] for row in rows]
+    for e in examples:
+        for text, start in zip(e["answers"]["text"], e["answers"]["answer_start"], strict=True):
+            assert e["context"][start:].startswith(text)
 
 
 @given(st.binary(max_size=60), st.sampled_from(["train.json", "train.json.gz"]))
@@ -150,7 +244,9 @@ VALUES = (
 def test_flags(pairs, more, tiny_model, tiny_squad):
     argv = ["--model", str(tiny_model), "--dataset", str(tiny_squad)]
     argv += [
-        word for pair in pairs for word in (pair if pair[0] not in ("--resume", "--prefetch") else pair[:1])
+        word
+        for pair in pairs
+        for word in (pair if pair[0] not in ("--resume", "--prefetch", "--drop_bad_answers") else pair[:1])
     ] + more
     try:
         checks.check(arguments.parse("", argv))

@@ -1,20 +1,38 @@
 """Bad input, through the command line: one line, exit code 2, within seconds, nothing created."""
 
+import contextlib
+import http.server
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
+import huggingface_hub
+import pyarrow.parquet
 import pytest
+import safetensors.torch
+import torch
 
 import raytune_bayesian
-from conftest import ROOT, run_script
+from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
-from hpo.squad import loading
+from hpo.squad import data, loading
 from slurm_cluster import copy_project
+from test_run import Hub
+
+
+@contextlib.contextmanager
+def changed_squad(original, folder, split):
+    """A copy of a data set; gives the content of a file, to change it."""
+    shutil.copytree(original, folder)
+    file = folder / f"{split}.json"
+    content = json.loads(file.read_text())
+    yield content
+    file.write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +58,15 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
         json.dumps(ds_config | {"fp16": {"enabled": "auto", "loss_scale_window": "long"}})
     )
     (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
-    shutil.copytree(tiny_squad, folder / "moved")
-    train = json.loads((folder / "moved" / "train.json").read_text())
-    train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
-    (folder / "moved" / "train.json").write_text(json.dumps(train))
+    with changed_squad(tiny_squad, folder / "moved", "train") as train:
+        train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
+    with changed_squad(tiny_squad, folder / "v2", "dev") as dev:
+        dev["data"][1]["paragraphs"][4]["qas"][0] |= {"answers": [], "is_impossible": True}
+    with changed_squad(tiny_squad, folder / "twice", "train") as train:
+        for article in (3, 4):
+            train["data"][article]["paragraphs"][0]["qas"][0]["id"] = f"train-{article % 3}-0"
+    with changed_squad(tiny_squad, folder / "half", "train") as train:
+        train["data"][0]["paragraphs"][0]["qas"][0]["question"] += "\ud83d"
     shutil.copytree(tiny_squad, folder / "no_dev")
     (folder / "no_dev" / "dev.json").unlink()
     shutil.copytree(tiny_squad, folder / "cut")
@@ -107,7 +130,20 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD v1.1 JSON file"),
     "answer not at answer_start": (
         ["--dataset", "@/moved"],
-        r"train.json: question train-3-2: answer .* is not at answer_start",
+        r"moved/train.json: 1 of 800 answers cannot be used: question train-3-2: answer 'a \w+ hat' is not at "
+        r"answer_start \d+; correct them, or leave them out with --drop_bad_answers$",
+    ),
+    "data set in the form of SQuAD v2": (
+        ["--dataset", "@/v2"],
+        r"v2/dev.json: question dev-1-4: unanswerable: it has no answer, and SQuAD v2's form is not supported yet$",
+    ),
+    "data set with an id twice": (
+        ["--dataset", "@/twice"],
+        r"twice/train.json: question ids are not unique: 2 repeated, first question train-0-0$",
+    ),
+    "data set with half a character": (
+        ["--dataset", "@/half"],
+        r"half/train.json: question train-0-0: '\\ud83d' is half a character \(a lone surrogate\): correct the text$",
     ),
     "data set is a file": (["--dataset", "@/file"], r"--dataset .*file: neither a folder nor the name of a repository"),
     "model folder without config": (["--model", "@/empty"], r"--model .*empty: no config.json"),
@@ -309,8 +345,114 @@ def test_a_data_set_is_read_once(tiny_model, tiny_squad):
     args = arguments.parse("", ["--model", str(tiny_model), "--dataset", str(tiny_squad)])
     loading.load_examples.cache_clear()
     checks.check(args)
-    loading.load_examples(args.dataset, args.prefetch)  # as main does
+    loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)  # as main does
     assert loading.load_examples.cache_info()[:2] == (1, 1)  # hits, misses
+
+
+@pytest.mark.slow
+def test_bad_answers_can_be_dropped_and_the_log_says_how_many(broken, tiny_model, tiny_squad, tmp_path):
+    """The whole search, and its resumption, which takes the flag from the run."""
+    with changed_squad(broken / "moved", tmp_path / "squad", "dev") as dev:
+        for passage in dev["data"][0]["paragraphs"][:3]:
+            for answer in passage["qas"][0]["answers"]:
+                answer["answer_start"] = 10**6
+    run = ["--output_dir", tmp_path, "--run_name", "x"]
+    small = ["--max_t", 1, "--num_train_epochs", 0.1, "--num_samples", 1, "--max_eval_samples", 57]
+    of_run = ["--model", tiny_model, "--dataset", tmp_path / "squad", *small]
+    process = run_script(*run, *of_run, "--drop_bad_answers")
+    assert process.returncode == 0, process.stderr
+    lines = process.stdout.splitlines()
+    assert "bad answers left out of the training set: 1, and with them 0 of its 400 questions" in lines
+    assert "bad answers left out of the validation set: 6, and with them 3 of its 60 questions" in lines
+    tested = "Test of the best model on 57 of the 60 questions of the validation set (3 of them are left out)"
+    assert f"{tested}, which no choice has looked at:" in lines
+    assert json.loads((tmp_path / "x" / "run.json").read_text())["arguments"]["drop_bad_answers"] is True
+
+    again = run_script(*run, "--resume")
+    assert (again.returncode, again.stderr) == (0, "") and "is done already" in again.stdout
+
+
+def test_a_run_of_an_older_version_drops_no_answers(tmp_path):
+    of_run = arguments.kept(arguments.parse("", ["--precision", "fp32"]))
+    del of_run["drop_bad_answers"]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.json").write_text(json.dumps({"arguments": of_run, "search_space": {}}))
+    resume = ["--resume", "--run_name", "x", "--output_dir", str(tmp_path)]
+    assert arguments.parse("", resume).drop_bad_answers is False
+    with pytest.raises(errors.BadInput) as error:
+        arguments.parse("", [*resume, "--drop_bad_answers"])
+    assert str(error.value) == ("--resume: other arguments than the run's: --drop_bad_answers True (the run has False)")
+
+
+@pytest.fixture()
+def hub(tmp_path):
+    """A hub on this machine with a model in both kinds of weights; yields its folder, and the environment."""
+    model = make_model(tmp_path / "hub" / "models" / "tiny" / "bloom")
+    weights = safetensors.torch.load_file(model / "model.safetensors")
+    torch.save(weights, model / "pytorch_model.bin")
+    Hub.root, Hub.requests = tmp_path / "hub", []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    yield model, environment | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("kinds", [["model.safetensors", "pytorch_model.bin"], ["pytorch_model.bin"], []])
+def test_weights_of_either_kind_are_fetched_and_never_both(kinds, hub, tiny_squad):
+    folder, environment = hub
+    for kind in {"model.safetensors", "pytorch_model.bin"} - set(kinds):
+        (folder / kind).unlink()
+    prefetch = "import sys; from hpo.squad import loading; loading.prefetch(*sys.argv[1:], False); "
+    prefetch += "print('a plan finds', loading.local_model(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", prefetch, "tiny/bloom", tiny_squad],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, **environment},
+    )
+    fetched = {path.rpartition("/")[2] for path in Hub.requests}
+    assert fetched & {"model.safetensors", "pytorch_model.bin"} == set(kinds[:1])
+    if kinds:
+        assert done.returncode == 0 and "400 training and 60 validation questions" in done.stdout, done.stderr
+        assert re.search(rf"a plan finds /.*{Hub.COMMIT}\n$", done.stdout)  # although not all files were fetched
+    else:
+        error = done.stderr.splitlines()[-1].removeprefix("hpo.errors.BadInput: ")
+        assert error == "--model tiny/bloom: no weights (*.safetensors or pytorch_model*.bin) in this folder"
+
+
+def test_a_hub_set_in_the_cache_is_read_or_refused_with_its_splits(monkeypatch, tiny_squad, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "datasets--tiny--squad"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    train = data.read_squad(tiny_squad / "train.json")
+    rows = [{name: e[name] for name in ("id", "context", "question", "answers")} for e in train]
+    (folder / "snapshots" / ("0" * 40) / "data").mkdir(parents=True)
+
+    def write(split, rows):
+        path = folder / "snapshots" / ("0" * 40) / "data" / f"{split}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+    write("train", rows)
+    write("test", rows)
+    loading.load_examples.cache_clear()
+    with pytest.raises(errors.BadInput) as error:
+        loading.load_examples("tiny/squad")
+    assert str(error.value) == (
+        "--dataset tiny/squad: train and validation splits are needed, and it has: test, train; pass a folder with "
+        "train.json and dev.json as --dataset, or run with --prefetch if the cache has only a part of it"
+    )
+
+    moved = {"text": rows[0]["answers"]["text"], "answer_start": [0, 0]}
+    write("validation", [rows[0] | {"answers": moved}, *rows[1:]])
+    with pytest.raises(errors.BadInput, match="tiny/squad, validation: 2 of 800 answers cannot be used: "):
+        loading.load_examples("tiny/squad")
+    read = loading.load_examples("tiny/squad", False, True)
+    assert read[:2] == ([e | {"title": ""} for e in train], [e | {"title": ""} for e in train[1:]])
+    assert read[2]["validation"] == {"answers": 2, "questions": 1, "read": 400}
 
 
 def test_help_lists_and_explains_all_flags():

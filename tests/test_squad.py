@@ -7,7 +7,9 @@ import json
 import math
 import string
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, group, scores
+from hpo.squad import evaluation, group, loading, scores
 from raytune_bayesian import SquadMetric
 
 # -- loading ----------------------------------------------------------------------------------------------------------
@@ -34,6 +36,113 @@ def test_reads_plain_and_gzipped_files(tiny_squad, tmp_path):
     files = squad_data.find_squad_files(tmp_path)
     assert squad_data.read_squad(files["train"]) == plain and len(plain) == 400
     assert len(squad_data.read_squad(files["validation"])) == 60
+
+
+def squad_json(folder, *answers, name="train", **fields) -> Path:
+    """Writes a set with one passage and one question for each answer; gives the file."""
+    context = "In 1984 the  old\xa0town\nhad 7 gates."
+    qas = [{"id": f"q{i}", "question": "?", "answers": [a]} | fields for i, a in enumerate(answers)]
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}))
+    return path
+
+
+@pytest.mark.parametrize("title, read", [(None, ""), (1984, "1984"), (["a"], "['a']")])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_titles_of_any_kind_and_byte_order_marks_are_read(tmp_path, title, read, encoding):
+    path = squad_json(tmp_path, {"text": "1984", "answer_start": 3})
+    path.write_text(path.read_text().replace('"t"', json.dumps(title)), encoding=encoding)
+    assert [e["title"] for e in squad_data.read_squad(path)] == [read]
+
+
+@pytest.mark.parametrize("name, ids", [("train", ["train#0", "train#1"]), ("dev", ["validation#0", "validation#1"])])
+def test_a_question_without_an_id_gets_one(tmp_path, name, ids):
+    answer = {"text": "1984", "answer_start": 3}
+    assert [e["id"] for e in squad_data.read_squad(squad_json(tmp_path, answer, answer, name=name, id=None))] == ids
+
+
+def test_numbers_as_texts_and_other_white_space_are_read(tmp_path):
+    answers = [
+        {"text": "1984", "answer_start": "3"},
+        {"text": 1984, "answer_start": 3.0},
+        {"text": "the old town", "answer_start": 8},
+        {"text": " old\ttown  had ", "answer_start": 13},
+        {"text": "gates .", "answer_start": 28},
+    ]
+    found = [e["answers"] for e in squad_data.read_squad(squad_json(tmp_path, *answers))]
+    assert found == [
+        {"text": [text], "answer_start": [start]}
+        for text, start in [("1984", 3), ("1984", 3), ("the  old\xa0town", 8), ("old\xa0town\nhad", 13), ("gates.", 28)]
+    ]
+
+
+def test_bad_answers_are_refused_or_dropped(tmp_path):
+    good, bad = {"text": "7", "answer_start": 26}, {"text": "old", "answer_start": 26}
+    path = squad_json(tmp_path, bad, good, bad, bad, bad)
+    with pytest.raises(ValueError) as error:
+        squad_data.read_squad(path)
+    first = "; ".join(f"question {i}: answer 'old' is not at answer_start 26" for i in ("q0", "q2", "q3"))
+    hint = "correct them, or leave them out with --drop_bad_answers"
+    assert str(error.value) == f"{path}: 4 of 5 answers cannot be used: {first}; {hint}"
+
+    dropped = Counter()
+    assert [e["id"] for e in squad_data.read_squad(path, dropped)] == ["q1"]
+    assert dropped == {"answers": 4, "questions": 4, "read": 5}
+    some, dropped = squad_json(tmp_path, good, answers=[bad, good]), Counter()
+    assert squad_data.read_squad(some, dropped)[0]["answers"] == {"text": ["7"], "answer_start": [26]}
+    assert dropped == {"answers": 1, "questions": 0, "read": 1}
+    with pytest.raises(ValueError, match="train.json: holds no question with a good answer$"):
+        squad_data.read_squad(squad_json(tmp_path, bad), Counter())
+
+
+INSTEAD = "pass a folder with train.json and dev.json as --dataset"
+
+
+@pytest.mark.parametrize(
+    "train, validation, others",
+    [
+        ("data/train-{}.parquet", "data/validation-{}.parquet", ["data/test-0.parquet", "data/train_small-0.parquet"]),
+        ("plain_text/train-{}.parquet", "plain_text/dev-{}.parquet", ["plain_text/test-0.parquet"]),
+        ("train_{}.parquet", "validation_{}.parquet", ["validation_matched_0.parquet", "other/test-0.parquet"]),
+        ("data/train/{}.parquet", "data/validation/{}.parquet", []),
+        ("train/train-{}.parquet", "validation/validation-{}.parquet", []),
+    ],
+)
+def test_splits_of_a_hub_set(tmp_path, train, validation, others):
+    numbers = ["00000-of-00002", "00001-of-00002"]
+    wanted = {"train": [train.format(n) for n in numbers], "validation": [validation.format(n) for n in numbers]}
+    for file in [*wanted["train"], *wanted["validation"], *others]:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    files = loading.hub_files("set", tmp_path, True)
+    assert {split: [str(p.relative_to(tmp_path)) for p in files[split]] for split in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            ["data/train-0.parquet", "data/test-0.parquet"],
+            f"set: train and validation splits are needed, and it has: test, train; {INSTEAD}",
+        ),
+        (["squad.json"], f"set: train and validation splits are needed, and it has: none in parquet files; {INSTEAD}"),
+        (
+            ["de/train-0.parquet", "de/validation-0.parquet", "en/train-0.parquet", "en/validation-0.parquet"],
+            f"set: has several configurations (de, en): {INSTEAD}",
+        ),
+    ],
+)
+def test_hub_sets_that_cannot_be_used(tmp_path, files, message):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(ValueError) as error:
+        loading.hub_files("set", tmp_path, True)
+    assert str(error.value) == message
+    hint = ", or run with --prefetch if the cache has only a part of it" * message.startswith("set: train")
+    with pytest.raises(ValueError) as error:
+        loading.hub_files("set", tmp_path, False)
+    assert str(error.value) == message + hint
 
 
 def make_example(i, title="t", context="c a", answer="a"):
@@ -460,12 +569,25 @@ def test_files_are_checked(tmp_path):
         "not json": "not a SQuAD v1.1 JSON file",
         "[]": "not a SQuAD v1.1 JSON file",
         '{"data": []}': "no question",
+        "[" * 10**5: "not a SQuAD v1.1 JSON file .RecursionError",
         json.dumps(article(text="two", answer_start=3)): "question 7: answer 'two' is not at answer_start 3",
         json.dumps(article(text="two", answer_start=-3)): "not at answer_start",
-        json.dumps(article(text="two")): "not a SQuAD",
+        json.dumps(article(text="two", answer_start=True)): "answer 'two' is not at answer_start True",
+        json.dumps(article(text=" ", answer_start=3)): "answer ' ' is not at answer_start 3",
+        json.dumps(article(text="two")): "question 7: not a SQuAD v1.1 list of answers, with text and answer_start: ",
+        json.dumps(article(text="", answer_start=-1)): "question 7: unanswerable: .* SQuAD v2's form is not supported",
     }.items():
         path = tmp_path / "train.json"
         path.write_text(content)
         with pytest.raises(ValueError, match=message) as error:
             squad_data.read_squad(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_damaged_gzip_files_are_refused(tmp_path):
+    path = tmp_path / "train.json.gz"
+    content = bytearray(gzip.compress(b"0123456789" * 9))
+    content[10:14] = b"\xff" * 4  # the first block has a type that does not exist
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="train.json.gz: not a SQuAD v1.1 JSON file .error: Error -3"):
+        squad_data.read_squad(path)

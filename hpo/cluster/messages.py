@@ -26,6 +26,9 @@ def announce(run: Run) -> None:
     print(f"run folder: {run.folder}")
     print(f"questions: {len(setup.train)} to train on; {len(setup.selection)} of other {setup.held_out} to compare")
     print(f"  trials on; {whole} {tested} of the validation set to test the best model on, once at the end")
+    for split, left_out in setup.dropped.items():
+        print("bad answers left out of the {} set:".format("training" if split == "train" else split), end=" ")
+        print("{answers}, and with them {questions} of its {read} questions".format_map(left_out))
     if not args.gpus_per_trial:
         print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
     print(precision.in_words(setup.ds_config, args.precision))
@@ -68,7 +71,12 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     tested = facts["test"]
     number = tested["questions"]
-    print(f"Test of the best model on {number} questions of the validation set, which no decision has used:")
+    of = "questions of the validation set"
+    if setup.dropped:
+        of = "of the {read} questions of the validation set ({questions} of them are left out)".format_map(
+            setup.dropped["validation"]
+        )
+    print(f"Test of the best model on {number} {of}, which no decision has used:")
     print("  " + tables.tested_in_words(tested))
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")

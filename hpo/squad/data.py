@@ -9,11 +9,14 @@ An example is {"id", "title", "context", "question", "answers": {"text": [...], 
 import gzip
 import json
 import random
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from hpo import errors
 
 ANSWER_ROOM = 48  # tokens kept free for the answer in evaluation: a prompt's length must not depend on the answer
 
@@ -37,53 +40,192 @@ def find_squad_files(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_squad(path: Path) -> list[dict]:
+def read_squad(path: Path, dropped: Counter | None = None) -> list[dict]:
     """The questions of a SQuAD v1.1 JSON file, gzip'd or not, in its order.
 
+    Args:
+        path: of the file. It is a training set if its name begins with "train", else a validation set.
+        dropped: see `check_questions`.
+
     Raises:
-        ValueError: not such a file, an answer that is not at its answer_start, a question without an answer, or no
-            question at all; the message names file and question.
+        ValueError: not such a file, or what `check_questions` raises; the message names the file.
     """
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            articles = json.load(file)["data"]
-        examples = [
-            {
-                "id": str(qa["id"]),
-                "title": article.get("title", ""),
-                "context": paragraph["context"],
-                "question": qa["question"],
-                "answers": {
-                    "text": [answer["text"] for answer in qa["answers"]],
-                    "answer_start": [answer["answer_start"] for answer in qa["answers"]],
-                },
-            }
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            articles = json.loads(file.read())["data"]  # from bytes: json knows byte order marks
+        questions = [
+            {**qa, "title": article.get("title"), "context": paragraph.get("context")}
             for article in articles
             for paragraph in article["paragraphs"]
             for qa in paragraph["qas"]
         ]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, zlib.error, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not a SQuAD v1.1 JSON file ({type(error).__name__}: {error})") from None
-    check_examples(examples, str(path))
+    return check_questions(questions, str(path), "train" if path.name.startswith("train") else "validation", dropped)
+
+
+def read_parquet(files: list[Path], name: str, split: str, dropped: Counter | None = None) -> list[dict]:
+    """The questions of one split of a data set on the hub, in the order of its parquet files.
+
+    Args:
+        files: of the split.
+        name: of the data set, for messages.
+        split: "train" or "validation".
+        dropped: see `check_questions`.
+
+    Raises:
+        ValueError: a file cannot be read or lacks a column, or what `check_questions` raises.
+    """
+    import pyarrow.parquet  # a folder with JSON files does not need it
+
+    questions = []
+    for path in files:
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                columns = file.schema_arrow.names
+                rows = file.read([c for c in columns if c in ("id", "title", "context", "question", "answers")])
+                questions += rows.to_pylist()
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+            raise ValueError(f"{name}: {path.name} cannot be read: {errors.one_line(error)}") from None
+        for column in ("context", "question", "answers"):
+            if column not in columns:
+                has = errors.one_line(", ".join(columns))
+                raise ValueError(f"{name}: {path.name} has no column {column!r} (it has {has})")
+    return check_questions(questions, f"{name}, {split}", split, dropped)
+
+
+def check_questions(questions: list[dict], where: str, split: str, dropped: Counter | None = None) -> list[dict]:
+    """Makes examples, as this module has them, of the questions of a file.
+
+    A question without an id gets one from its split and its place in it, counted from 0: "train#7". An answer is bad
+    if it is not at its answer_start. If it differs there in white space only, the context's own text replaces it.
+
+    Args:
+        questions: {"id", "title", "context", "question", "answers"}; answers are a list of {"text", "answer_start"},
+            or {"text": [...], "answer_start": [...]}.
+        where: the file or the split, for messages.
+        split: "train" or "validation".
+        dropped: None to refuse bad answers. A Counter to leave them out, with the questions that have no other
+            answer; "answers" and "questions" count them, "read" counts all questions.
+
+    Raises:
+        ValueError: a question could teach or score something wrong, or there is none.
+    """
+    examples, bad, answer_count = [], [], 0
+    for place, question in enumerate(questions):
+        name = question.get("id")
+        name = f"{split}#{place}" if name in (None, "") else str(name)
+        try:
+            _check_texts(name, question.get("context"), question.get("question"))
+            answers = _answers(question.get("answers"))
+        except ValueError as error:
+            raise ValueError(f"{where}: {_named(name)}: {error}") from None
+        context, title = question["context"], question.get("title")
+        texts, starts = [], []
+        for answer in answers:
+            begin, end = _locate(*answer, context)
+            if begin < end:
+                texts.append(context[begin:end])
+                starts.append(begin)
+            else:
+                bad.append((name, *answer))
+        answer_count += len(answers)
+        if texts:
+            example = {
+                "id": name,
+                "title": "" if title is None else str(title),
+                "context": context,
+                "question": question["question"],
+                "answers": {"text": texts, "answer_start": starts},
+            }
+            examples.append(example)
+    if bad and dropped is None:
+        first = "; ".join(
+            f"{_named(name)}: answer {_short(answer)} is not at answer_start {_short(start)}"
+            for name, answer, start in bad[:3]
+        )
+        raise ValueError(
+            f"{where}: {len(bad)} of {answer_count} answers cannot be used: {first}; "
+            "correct them, or leave them out with --drop_bad_answers"
+        )
+    if dropped is not None:
+        dropped.update(answers=len(bad), questions=len(questions) - len(examples), read=len(questions))
+    if not examples:
+        raise ValueError(f"{where}: holds no question" + " with a good answer" * bool(questions))
+    if len({e["id"] for e in examples}) < len(examples):
+        repeated = [name for name, count in Counter(e["id"] for e in examples).items() if count > 1]
+        raise ValueError(f"{where}: question ids are not unique: {len(repeated)} repeated, first {_named(repeated[0])}")
     return examples
 
 
-def check_examples(examples: list[dict], where: str) -> None:
-    """Raises ValueError where an example could teach or score something wrong."""
-    if not examples:
-        raise ValueError(f"{where}: holds no question")
-    if len({e["id"] for e in examples}) < len(examples):
-        raise ValueError(f"{where}: question ids are not unique")
-    for e in examples:
-        context, question, answers = e["context"], e["question"], e["answers"]
-        if not isinstance(context, str) or not isinstance(question, str):
-            raise ValueError(f"{where}: question {e['id']}: context or question is not a text")
-        if not answers["text"]:
-            raise ValueError(f"{where}: question {e['id']} has no answer (SQuAD v2 is not supported)")
-        for text, start in zip(answers["text"], answers["answer_start"], strict=False):
-            good = isinstance(text, str) and text.strip() and isinstance(start, int) and start >= 0
-            if not good or context[start : start + len(text)] != text:
-                raise ValueError(f"{where}: question {e['id']}: answer {text!r} is not at answer_start {start!r}")
+def _check_texts(*texts) -> None:
+    """Raises ValueError unless these are texts that UTF-8 has."""
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("context or question is not a text")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{half} is half a character (a lone surrogate): correct the text") from None
+
+
+def _answers(answers) -> list[tuple]:
+    """The (text, answer_start) of a question's answers, in any of their forms.
+
+    Raises:
+        ValueError: they have another form, or the question is unanswerable, which SQuAD v2 allows.
+    """
+    if answers is None:
+        answers = []
+    if isinstance(answers, dict):
+        texts, starts = answers.get("text") or [], answers.get("answer_start") or []
+        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+            answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    try:
+        pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
+    except (TypeError, KeyError):
+        raise ValueError(f"not a SQuAD v1.1 list of answers, with text and answer_start: {_short(answers)}") from None
+    _check_texts(*(text for text, _ in pairs if isinstance(text, str)))
+    if all(text == "" for text, _ in pairs):
+        raise ValueError("unanswerable: it has no answer, and SQuAD v2's form is not supported yet")
+    return pairs
+
+
+def _locate(text, start, context: str) -> tuple[int, int]:
+    """The characters [begin, end) of a context that are an answer, white space left aside; (0, 0) if it is bad."""
+    text = str(text) if type(text) is int else text
+    try:
+        start = float(start) if isinstance(start, str) else start
+    except ValueError:
+        return 0, 0
+    if isinstance(start, float) and start.is_integer():
+        start = int(start)
+    if not isinstance(text, str) or not text.strip() or type(start) is not int or start < 0:
+        return 0, 0
+    if context.startswith(text, start):
+        return start, start + len(text)
+    begin = start
+    while text[0].isspace() and context[begin : begin + 1].isspace():
+        begin += 1
+    end = begin
+    for character in "".join(text.split()):
+        while end > begin and context[end : end + 1].isspace():
+            end += 1
+        if context[end : end + 1] != character:
+            return 0, 0
+        end += 1
+    return begin, end
+
+
+def _named(name: str) -> str:
+    """A question in a message. A lone surrogate could not be printed."""
+    return "question " + errors.one_line(name, 60).encode("utf-8", "backslashreplace").decode()
+
+
+def _short(value) -> str:
+    """A value as Python writes it, at most 60 characters: for messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:59] + "…"
 
 
 def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:

@@ -3,10 +3,14 @@
 import functools
 import json
 import math
+import re
+from collections import Counter
 from pathlib import Path
 
 from hpo import errors
 from hpo.errors import BadInput
+
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # configuration, weights, tokenizer
 
 
 def check_model_folder(path: Path) -> None:
@@ -16,7 +20,7 @@ def check_model_folder(path: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         raise BadInput(f"--model {path}: no config.json with a model_type in this folder") from None
     if not [*path.glob("*.safetensors"), *path.glob("pytorch_model*.bin")]:
-        raise BadInput(f"--model {path}: no weights (*.safetensors) in this folder")
+        raise BadInput(f"--model {path}: no weights (*.safetensors or pytorch_model*.bin) in this folder")
     if not (path / "tokenizer_config.json").exists():
         raise BadInput(f"--model {path}: no tokenizer_config.json in this folder")
     try:
@@ -62,19 +66,22 @@ def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool)
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    what = {"repo_id": name, "repo_type": repo_type, "allow_patterns": patterns}
+    what = {"repo_id": name, "repo_type": repo_type}
     if not download:
         try:
-            return Path(huggingface_hub.snapshot_download(**what, local_files_only=True))
+            return Path(huggingface_hub.snapshot_download(**what, allow_patterns=patterns, local_files_only=True))
         except LocalEntryNotFoundError:
             pass
     try:
-        return Path(huggingface_hub.snapshot_download(**what))
+        folder = Path(huggingface_hub.snapshot_download(**what, allow_patterns=patterns))
+        if repo_type == "model" and not [*folder.glob("*.safetensors")]:  # an older model; most of them have both
+            huggingface_hub.snapshot_download(**what, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = errors.one_line(error, 200)
+        hint = "" if download else "; run with --prefetch where there is a network"
         raise BadInput(
-            f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it; "
-            f"run with --prefetch where there is a network ({reason})"
+            f"--{repo_type} {name}: neither a folder nor in the cache, and the hub does not give it{hint} ({reason})"
         ) from None
 
 
@@ -90,7 +97,7 @@ def local_model(model: str) -> Path | None:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=MODEL_FILES, local_files_only=True))
     except (OSError, ValueError):
         return None
 
@@ -99,46 +106,87 @@ def model_folder(model: str, download: bool = False) -> Path:
     """The folder with configuration, weights and tokenizer of a model; raises BadInput where there is none."""
     if Path(model).is_dir():
         return Path(model).absolute()
-    folder = hub_snapshot(model, "model", ["*.json", "*.safetensors", "*.model", "*.txt"], download)
+    folder = hub_snapshot(model, "model", MODEL_FILES, download)
     try:
         check_model_folder(folder)
     except BadInput as error:
         reason = str(error).split(": ", 1)[1]
-        raise BadInput(f"--model {model}: {reason}; run with --prefetch where there is a network") from None
+        hint = "" if download else "; run with --prefetch where there is a network"
+        raise BadInput(f"--model {model}: {reason}{hint}") from None
     return folder
 
 
-def prefetch(model: str, dataset: str) -> None:
+def prefetch(model: str, dataset: str, drop_bad_answers: bool) -> None:
     """Downloads model and data set into the hub's cache. Raises BadInput where they cannot be had."""
     folder = model_folder(model, download=True)
-    train, validation = load_examples(dataset, download=True)
+    train, validation, _ = load_examples(dataset, True, drop_bad_answers)
     print(f"in the cache: model {folder}, {len(train)} training and {len(validation)} validation questions")
 
 
 @functools.lru_cache(maxsize=1)  # the first checks read a folder, the search takes what they have read
-def load_examples(dataset: str, download: bool = False) -> tuple[list[dict], list[dict]]:
+def load_examples(
+    dataset: str, download: bool = False, drop_bad_answers: bool = False
+) -> tuple[list[dict], list[dict], dict[str, Counter]]:
     """The training and the validation questions of a data set, see hpo/squad/data.py for their form.
 
     Args:
         dataset: a folder with SQuAD's JSON files, or a repository of the hub with parquet files.
         download: complete the cache from the network.
+        drop_bad_answers: leave out answers that are not at their answer_start, instead of refusing the data set.
+
+    Returns:
+        Training questions, validation questions, and for "train" and "validation" what was left out, as
+        `data.check_questions` counts it; {} without drop_bad_answers.
 
     Raises:
         BadInput: there is no such data set, or something is wrong with it.
     """
     from hpo.squad import data
 
+    splits, dropped = ("train", "validation"), {}
+    if drop_bad_answers:
+        dropped = {split: Counter() for split in splits}
     try:
         if Path(dataset).is_dir():
             files = data.find_squad_files(Path(dataset))
-            return data.read_squad(files["train"]), data.read_squad(files["validation"])
-        import datasets
-
-        folder = hub_snapshot(dataset, "dataset", ["*.parquet"], download)
-        files = {split: sorted(map(str, folder.rglob(f"{split}*.parquet"))) for split in ("train", "validation")}
-        loaded = {split: list(rows) for split, rows in datasets.load_dataset("parquet", data_files=files).items()}
-        for split, examples in loaded.items():
-            data.check_examples(examples, f"{dataset}, {split}")
-        return loaded["train"], loaded["validation"]
+            loaded = [data.read_squad(files[split], dropped.get(split)) for split in splits]
+        else:
+            files = hub_files(dataset, hub_snapshot(dataset, "dataset", ["*.parquet"], download), download)
+            loaded = [data.read_parquet(files[split], dataset, split, dropped.get(split)) for split in splits]
     except ValueError as error:
         raise BadInput(f"--dataset {error}") from None
+    return *loaded, dropped
+
+
+def hub_files(dataset: str, folder: Path, downloaded: bool) -> dict[str, list[Path]]:
+    """The parquet files of a data set: {"train": its files, "validation": its files}.
+
+    The folder of a file is its configuration. Its name begins with its split, as in train-00000-of-00001.parquet, or
+    its split is a folder in that of the configuration, as in train/0000.parquet.
+
+    Args:
+        dataset: its name.
+        folder: of the repository.
+        downloaded: all files are there, else the cache may have only a part of them.
+
+    Raises:
+        ValueError: a split is missing, or there are several configurations.
+    """
+    configs: dict[str, dict[str, list[Path]]] = {}
+    for path in sorted(folder.rglob("*.parquet")):
+        split = re.match(r"[^\W\d]*", path.name)[0].strip("_") or path.parent.name
+        config = path.parent.parent if path.parent.name == split else path.parent
+        configs.setdefault(str(config.relative_to(folder)), {}).setdefault(split, []).append(path)
+    for splits in configs.values():
+        if "dev" in splits:  # as in the names of SQuAD's JSON files
+            splits.setdefault("validation", splits["dev"])
+    instead = "pass a folder with train.json and dev.json as --dataset"
+    of_search = [name for name, splits in configs.items() if {"train", "validation"} & splits.keys()]
+    if len(of_search) > 1:
+        raise ValueError(f"{dataset}: has several configurations ({', '.join(of_search)}): {instead}")
+    splits = configs[of_search[0]] if of_search else {split: [] for names in configs.values() for split in names}
+    if not {"train", "validation"} <= splits.keys():
+        has = ", ".join(sorted(splits)) or "none in parquet files"
+        hint = "" if downloaded else ", or run with --prefetch if the cache has only a part of it"
+        raise ValueError(f"{dataset}: train and validation splits are needed, and it has: {has}; {instead}{hint}")
+    return splits

@@ -1,7 +1,8 @@
 """What all trials of a search share."""
 
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpo import errors
@@ -29,6 +30,7 @@ class Setup:
     seed: int
     gpus_per_trial: int
     cpus_per_trial: int
+    dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
 
     @property
     def stop_file(self) -> Path:
@@ -52,7 +54,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         BadInput: this data or this model cannot be used.
     """
     model = loading.model_folder(args.model)
-    examples = loading.load_examples(args.dataset, args.prefetch)
+    *examples, dropped = loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)
     try:
         tokenizer = models.load_tokenizer(model)
     except Exception as error:  # whatever a broken tokenizer raises
@@ -86,6 +88,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         ds_config=args.ds_config,
         held_out="articles" if titles[0].isdisjoint(titles[1]) else "passages",
         metric_language=args.metric_language,
+        dropped=dropped,
         **{name: getattr(args, name) for name in same},
     )
     return setup, test
