@@ -365,7 +365,7 @@ def test_bad_answers_can_be_dropped_and_the_log_says_how_many(broken, tiny_model
     assert "bad answers left out of the training set: 1, and with them 0 of its 400 questions" in lines
     assert "bad answers left out of the validation set: 6, and with them 3 of its 60 questions" in lines
     tested = "Test of the best model on 57 of the 60 questions of the validation set (3 of them are left out)"
-    assert f"{tested}, which no choice has looked at:" in lines
+    assert f"{tested}, which no decision has used:" in lines
     assert json.loads((tmp_path / "x" / "run.json").read_text())["arguments"]["drop_bad_answers"] is True
 
     again = run_script(*run, "--resume")

@@ -271,7 +271,7 @@ def test_trackers_get_the_metrics_of_squad_v2():
 def test_test_line_has_the_metrics_of_squad_v2():
     tested = {"questions": 9, "eval_loss": 1.5, "exact_match": 0.5, "f1": 0.625}
     run = {"status": "done", "arguments": {"num_samples": 3, "metric": "f1"}}
-    name = "Test of the best model, on 9 questions that no choice has looked at"
+    name = "Test of the best model, on 9 questions that no decision has used"
     line = "eval_loss 1.5000, exact_match 0.5000, f1 0.6250"
     assert report.facts_of(run | {"test": tested}, [], [])[name] == line
     line += ", HasAns_exact 0.2500, HasAns_f1 0.5000, NoAns_exact 0.7500, NoAns_f1 0.8125"
