@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+from ray import tune
+from ray.tune.search.sample import Categorical, Float
+from transformers import TrainingArguments
 
 import raytune_bayesian
 from conftest import ROOT, run_script
@@ -197,23 +200,181 @@ def test_one_line_after_the_slow_imports(broken, tiny_model, tiny_squad):
     assert re.search(CASES[name][1], process.stderr)
 
 
-def test_search_space_is_checked(monkeypatch):
-    from ray import tune
+def space_with(**changes):
+    return {"train_loop_config": raytune_bayesian.SEARCH_SPACE["train_loop_config"] | changes}
 
-    good = raytune_bayesian.SEARCH_SPACE["train_loop_config"]
-    search_space.check({"train_loop_config": good})
-    for change, message in [
-        ({"lr": tune.loguniform(2e-4, 5e-6)}, "lr: lower 0.0002 is not below upper 5e-06"),
-        ({"lr": tune.uniform(1e-4, 1e-4)}, "lr: lower 0.0001 is not below"),
-        ({"wd": tune.choice([])}, "wd has nothing to choose from"),
-        ({"wd": tune.grid_search([0.0, 0.01])}, "wd: BOHB draws from a domain"),
-        ({"lr": tune.quniform(0.1, 0.9, 0.1)}, "lr: BOHB cannot keep to the steps"),
-        ({"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "nothing to search"),
+
+def check_space(train=raytune_bayesian.train, ds_config=None, **changes):
+    search_space.check(space_with(**changes), train, ds_config or {})
+
+
+GRID = "BOHB draws from a domain such as tune.choice or tune.loguniform"
+NORMAL = "BOHB needs bounds, and a normal distribution has none: use tune.uniform or tune.loguniform"
+NESTED = "a domain inside a dictionary or a list: make it a hyperparameter of its own"
+FRACTIONS = "it draws fractions: use tune.choice, tune.randint or tune.qrandint"
+FIXED = "write a fixed value instead"
+JSON = "cannot be written as JSON: use numbers, texts, lists or dictionaries"
+SAMPLE = "BOHB cannot learn from tune.sample_from: use a range or tune.choice"
+SCHEDULE = "add lr_scheduler_type, whose arguments these are"
+
+
+def read(name):
+    return f'use hyperparameters["{name}"] in make_trainer, or remove it'
+
+
+REFUSED = {  # a hyperparameter, and what is said of it
+    "bounds": ("lr", tune.loguniform(2e-4, 5e-6), "lower 0.0002 is not below upper 5e-06"),
+    "no range": ("lr", tune.uniform(1e-4, 1e-4), "lower 0.0001 is not below upper 0.0001"),
+    "infinite": ("lr", Float(0.0, None), "the bounds (0.0, inf) are not finite numbers"),
+    "texts as bounds": ("lr", Float("1", "2"), "the bounds (1, 2) are not finite numbers"),
+    "one integer": ("warmup_steps", tune.randint(1, 2), f"one value only in Uniform(1, 2): {FIXED}"),
+    "no step": ("per_device_bs", tune.qrandint(1, 3, 5), f"no value in Uniform(1, 3) in steps of 5: {FIXED}"),
+    "one step": ("per_device_bs", tune.qrandint(1, 7, 5), f"one value only in Uniform(1, 7) in steps of 5: {FIXED}"),
+    "negative step": ("lr", tune.quniform(0.0, 1.0, -0.1), "the step -0.1 is not a number above 0"),
+    "half a step": ("per_device_bs", tune.qrandint(1, 5, 0.5), "the step 0.5 is not a whole number above 0"),
+    "tiny step": ("lr", tune.quniform(0.0, 1.0, 1e-20), "the step 1e-20 is too small for the bounds (0.0, 1.0)"),
+    "no choice": ("wd", tune.choice([]), "there is nothing to choose from"),
+    "a choice twice": ("wd", tune.choice([0.0, 0]), "a value is there twice in [0.0, 0]"),
+    "a grid": ("wd", tune.grid_search([0.0, 0.01]), GRID),
+    "a grid of Tune's class": ("wd", Categorical([0.0, 0.01]).grid(), GRID),
+    "a domain in a list": ("wd", [tune.uniform(0, 1)], NESTED),
+    "a domain in a dictionary": ("lr_scheduler_kwargs", {"a": tune.uniform(0, 1)}, NESTED),
+    "sample_from": ("lr", tune.sample_from(lambda: 1e-4), SAMPLE),
+    "randn": ("lr", tune.randn(1e-4, 1e-5), NORMAL),
+    "qrandn": ("lr", tune.qrandn(1e-4, 1e-5, 1e-6), NORMAL),
+    "a text": ("lr", tune.choice(["1e-4", "1e-5"]), "'1e-4' is not a number from 0 on"),
+    "a negative lr": ("lr", tune.uniform(-1e-4, 1e-4), "-0.0001 is not a number from 0 on"),
+    "a fixed text": ("lr", "1e-4", "'1e-4' is not a number from 0 on"),
+    "NaN": ("wd", tune.choice([0.0, float("nan")]), "nan is not a number from 0 on"),
+    "a negative wd": ("wd", -0.1, "-0.1 is not a number from 0 on"),
+    "fractions of a batch": ("per_device_bs", tune.uniform(1, 2), FRACTIONS),
+    "quantized fractions": ("per_device_bs", tune.quniform(1, 4, 1), "1.0 is not a whole number from 1 on"),
+    "texts as batch sizes": ("per_device_bs", tune.choice(["1", "2"]), "'1' is not a whole number from 1 on"),
+    "no batch": ("per_device_bs", tune.choice([0, 1]), "0 is not a whole number from 1 on"),
+    "a negative batch": ("per_device_bs", tune.randint(-1, 4), "-1 is not a whole number from 1 on"),
+    "True as a batch": ("per_device_bs", True, "True is not a whole number from 1 on"),
+    "beta": ("adam_beta2", tune.uniform(0.9, 1.0), "1.0 is not a number from 0 to below 1"),
+    "no clipping": ("max_grad_norm", tune.choice([0.0, 1.0]), "0.0 is not a number above 0"),
+    "not JSON": ("exact_match_weight", tune.choice([{1}, {2}]), f"{{1}} {JSON}"),
+    "a field of another name": ("learning_rate", tune.uniform(0, 1), "use lr"),
+    "an argument of the search": ("num_train_epochs", tune.choice([1, 2]), "use --num_train_epochs"),
+    "an old field": ("warmup_ratio", tune.uniform(0, 0.2), "use warmup_steps: below 1, it is a share of all steps"),
+    "not a name": ("a/b", tune.uniform(0, 1), "a name has letters, digits and '_' only, and begins with a letter"),
+    "a column of the tables": ("status", tune.uniform(0, 1), "the tables have another column of this name"),
+    "a field without effect": (
+        "label_smoothing_factor",
+        tune.uniform(0, 0.2),
+        f"this field of TrainingArguments is not passed on: {read('label_smoothing_factor')}",
+    ),
+    "not read": ("dropout", tune.uniform(0, 0.2), f"the training does not read it: {read('dropout')}"),
+    "kwargs without a schedule": ("lr_scheduler_kwargs", {"num_cycles": 2}, SCHEDULE),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_hyperparameter_that_cannot_be_searched(case):
+    name, domain, says = REFUSED[case]
+    with pytest.raises(errors.BadInput) as error:
+        check_space(**{name: domain})
+    assert str(error.value) == f"search space: {name}: {says}"
+
+
+def test_a_search_space_as_a_whole():
+    check_space()
+    fixed = {"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}
+    for space, says in [
+        ({"train_loop_config": fixed}, "there is nothing to search"),
+        ({"train_loop_config": {"lr": 1e-4, "per_device_bs": 1}}, "wd is missing from train_loop_config"),
+        (space_with() | {"x": tune.uniform(0, 1)}, "it is a dictionary, train_loop_config, and nothing beside it"),
+        ({"train_loop_config": tune.choice([fixed])}, "it is a dictionary, train_loop_config, and nothing beside it"),
     ]:
-        with pytest.raises(errors.BadInput, match=re.escape(message)):
-            search_space.check({"train_loop_config": {**good, **change}})
-    with pytest.raises(errors.BadInput, match="wd is missing"):
-        search_space.check({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
+        with pytest.raises(errors.BadInput) as error:
+            search_space.check(space, raytune_bayesian.train, {})
+        assert str(error.value) == f"search space: {says}"
+    check_space(max_grad_norm=tune.uniform(0.1, 1), ds_config={"gradient_clipping": "auto"})
+    with pytest.raises(errors.BadInput, match='max_grad_norm: set gradient_clipping to "auto" in the file of'):
+        check_space(max_grad_norm=tune.uniform(0.1, 1), ds_config={"gradient_clipping": 0.5})
+
+
+def test_no_field_of_the_trainer_is_searched_without_effect():
+    """With another field of TrainingArguments than those of PASSED_ON, the search does not start."""
+    for field in set(TrainingArguments.__dataclass_fields__) - set(search_space.PASSED_ON):
+        with pytest.raises(errors.BadInput, match=f"search space: {field}: "):
+            check_space(**{field: tune.choice([1, 2])})
+
+
+def test_schedules_are_tried_out():
+    """With the smallest learning rate of the search space, and all arguments."""
+    for kind in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"):
+        check_space(lr_scheduler_type=kind, warmup_steps=tune.uniform(0, 0.1))
+    cosine = tune.choice(["cosine_with_restarts"])
+    check_space(lr_scheduler_type=cosine, lr_scheduler_kwargs=tune.choice([{"num_cycles": 1}, {"num_cycles": 2}]))
+    check_space(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 2})
+    for changes, says in [
+        ({"lr_scheduler_type": tune.choice(["linear", "step"])}, "lr_scheduler_type: 'step' is none of constant, "),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: 'reduce_lr_on_plateau' is none of"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "warmup_steps: the schedule 'constant' does not use it"),
+        (
+            {"lr_scheduler_type": tune.choice(["polynomial"]), "lr_scheduler_kwargs": {"lr_end": 1}},
+            "lr_scheduler_type 'polynomial' with lr_scheduler_kwargs {'lr_end': 1}: lr_end (1) must be smaller than",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type 'warmup_stable_decay' with lr_scheduler_kwargs {}: ",
+        ),
+    ]:
+        with pytest.raises(errors.BadInput, match=re.escape(f"search space: {says}")):
+            check_space(**changes)
+
+
+def test_a_hyperparameter_that_the_user_reads(tmp_path, monkeypatch):
+    """In any function or method of the script, or of a module that it imports; a text outside is no use of it."""
+    (tmp_path / "my_loss.py").write_text('def smooth(hyperparameters):\n    return hyperparameters["smoothing"]\n')
+    (tmp_path / "my_search.py").write_text("""
+import functools
+import my_loss
+import raytune_bayesian
+NAMES = ["unread"]
+class Trainer(raytune_bayesian.Trainer):
+    @functools.cache
+    def compute_loss(self):
+        return self.hyperparameters.get("temperature")
+def train(config, setup, trial):
+    return [config["train_loop_config"][name] for name in ("depth", "width")]
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_search
+
+    for name in ("smoothing", "temperature", "depth", "width"):
+        check_space(my_search.train, **{name: tune.uniform(0, 1)})
+    with pytest.raises(errors.BadInput, match="unread: the training does not read it"):
+        check_space(my_search.train, unread=tune.uniform(0, 1))
+
+
+def test_values_of_a_domain():
+    """The plan and the checks of memory and steps use the ends, the report the size of a grid."""
+    for domain, ends, count, says in [
+        (tune.choice([4, 1, 2]), (1, 4), 3, "choice[4, 1, 2]"),
+        (tune.randint(1, 5), (1, 4), 4, "Uniform(1, 5)"),
+        (tune.lograndint(1, 50), (1, 49), 10, "LogUniform(1, 50)"),
+        (tune.qrandint(1, 9, 4), (4, 8), 2, "Uniform(1, 9) in steps of 4"),
+        (tune.qrandint(1, 4, 1), (1, 3), 3, "Uniform(1, 4) in steps of 1"),
+        (tune.qlograndint(2, 64, 2), (2, 64), 10, "LogUniform(2, 64) in steps of 2"),
+        (tune.quniform(0.1, 0.3, 0.1), (0.1, 0.3), 3, "Uniform(0.1, 0.3) in steps of 0.1"),
+        (Float(0.0, 0.5).quantized(0.25), (0.0, 0.5), 3, "Uniform(0.0, 0.5) in steps of 0.25"),
+        (tune.uniform(0.0, 1.0), (0.0, 1.0), 10, "Uniform(0.0, 1.0)"),
+    ]:
+        assert (search_space.smallest(domain), search_space.largest(domain)) == ends
+        space = {"train_loop_config": {"x": domain, "fixed": 3}}
+        assert search_space.grid_size(space) == count
+        assert search_space.describe(space) == {"x": says, "fixed": "3"}
+        search_space.check_same(space, search_space.describe(space))
+    with pytest.raises(
+        errors.BadInput, match="x is Uniform.* in steps of 1 now, and Uniform.* in steps of 2 in the run"
+    ):
+        search_space.check_same(
+            {"train_loop_config": {"x": tune.qrandint(0, 4, 1)}}, {"x": "Uniform(0, 4) in steps of 2"}
+        )
 
 
 def with_learning_rates(folder, least, most):
