@@ -546,7 +546,7 @@ def test_space_of_tune_or_of_configspace():
     assert suggested[0] == suggested[1] == pair(OURS)[0].suggest("a")
 
 
-# -- quantized ranges -------------------------------------------------------------------------------------------------
+# -- 14: quantized ranges ---------------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -570,7 +570,7 @@ def quantized(draw):
 @given(quantized(), st.integers(0, 10**6))
 @example((tune.quniform(0.1, 0.3, 0.1), 0.1, 1, 3), 0)  # 3 * 0.1 is above 0.3
 @settings(deadline=None, max_examples=100)
-def test_quantized_values_are_those_of_tune(drawn, seed):
+def test_14_quantized_values_are_those_of_tune(drawn, seed):
     """Random and model-based ones: a multiple of q that Tune draws, too, within the bounds, in plain Python."""
     domain, q, first, last = drawn
     kind, allowed = type(domain.sample()), [k * q for k in range(first, last + 1)]
@@ -594,7 +594,7 @@ def test_quantized_values_are_those_of_tune(drawn, seed):
 @unchecked
 @given(quantized(), st.integers(0, 10**6))
 @settings(deadline=None, max_examples=30)
-def test_the_model_gets_the_quantized_value_that_ran(drawn, seed):
+def test_14_the_model_gets_the_quantized_value_that_ran(drawn, seed):
     """Also after the search was saved and resumed, and so do the figures, which compute values from coordinates."""
     space = {"train_loop_config": {"x": drawn[0], "y": tune.choice([0, 1])}}
     search_alg, _ = pair(OURS, seed, space=space)
@@ -619,7 +619,7 @@ def test_the_model_gets_the_quantized_value_that_ran(drawn, seed):
     assert back == pytest.approx(ran, rel=1e-6, abs=1e-6 * drawn[1])
 
 
-def test_ray_forgets_the_steps():
+def test_14_steps_are_kept():
     space = {"train_loop_config": {"x": tune.quniform(0.0, 1.0, 0.25)}}
     values = {
         c: [pair(c, i, space=space)[0].suggest("a")["train_loop_config"]["x"] for i in range(9)] for c in (RAYS, OURS)
@@ -628,7 +628,7 @@ def test_ray_forgets_the_steps():
     assert {0.0, 0.25, 0.5, 0.75, 1.0}.issuperset(values[OURS])
 
 
-def test_first_points_of_a_quantized_range_are_those_given():
+def test_14_first_points_of_a_quantized_range_are_those_given():
     space = {"train_loop_config": {"x": tune.quniform(0.0, 1.0, 0.1)}}
     search_alg = pair(OURS, space=space, points_to_evaluate=[{"train_loop_config/x": 0.3}])[0]
     assert search_alg.suggest("a") == {"train_loop_config": {"x": 0.1 * 3}}

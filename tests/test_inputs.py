@@ -303,6 +303,49 @@ def test_no_field_of_the_trainer_is_searched_without_effect():
             check_space(**{field: tune.choice([1, 2])})
 
 
+@pytest.mark.slow
+def test_each_field_that_is_passed_on_has_an_effect():
+    """The weights after a training differ from those without it, and from those with any other field."""
+    command = [sys.executable, ROOT / "tests" / "effects.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for weights in json.loads(done.stdout.splitlines()[-1]).values():
+        assert weights.pop("none") == weights["none, again"]
+        assert len(set(weights.values())) == len(weights) and set(search_space.PASSED_ON) <= set(weights)
+
+
+@pytest.mark.slow
+def test_hyperparameters_that_are_added_are_searched(tmp_path, tiny_model, tiny_squad):
+    """A line in the search space is enough, and a quantized range keeps its steps."""
+    script = write_script(
+        tmp_path / "my_search.py",
+        """
+from ray import tune
+
+experiment.SEARCH_SPACE["train_loop_config"] |= {
+    "warmup_steps": tune.quniform(0.0, 0.3, 0.1),
+    "per_device_bs": tune.qrandint(2, 4, 2),
+    "lr_scheduler_type": tune.choice(["linear", "cosine"]),
+}
+train = experiment.train
+""",
+    )
+    done = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples",
+        5, "--num_samples", 4, "--output_dir", tmp_path, "--run_name", "x", script=script,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
+    assert [t["status"] for t in trials if t["status"] not in ("completed", "stopped")] == [] and len(trials) == 4
+    for trial in trials:
+        assert trial["warmup_steps"] in (0.0, 0.1, 0.2, 0.3) and trial["batch_size"] in (2, 4)
+        assert trial["lr_scheduler_type"] in ("linear", "cosine")
+    run = json.loads((tmp_path / "x" / "run.json").read_text())
+    assert (
+        run["search_space"]["warmup_steps"] == "Uniform(0.0, 0.3) in steps of 0.1" and run["grid"] == 10 * 2 * 2 * 4 * 2
+    )
+
+
 def test_schedules_are_tried_out():
     """With the smallest learning rate of the search space, and all arguments."""
     for kind in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"):
@@ -390,9 +433,11 @@ train = experiment.train
     )
 
 
-def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad):
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=str)
+def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad, plan):
     script, results = with_learning_rates(tmp_path, 2e-4, 5e-6), tmp_path / "results"
-    process = run_script("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, script=script)
+    process = run_script("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, *plan, script=script)
+    assert process.stdout == ""
     assert process.returncode == 2, process.stderr
     assert process.stderr == "my_search.py: error: search space: lr: lower 0.0002 is not below upper 5e-06\n"
     assert not results.exists()
