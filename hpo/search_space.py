@@ -16,7 +16,7 @@ from ray.tune.search.variant_generator import parse_spec_vars
 
 from hpo.bohb import steps
 from hpo.errors import BadInput, one_line
-from hpo.results.tables import COLUMNS, ITERATION_FIELDS, TRIAL_FIELDS
+from hpo.results.tables import ITERATION_FIELDS, TRIAL_FIELDS
 
 
 def is_number(value) -> bool:
@@ -102,7 +102,7 @@ def fault_of(name: str, domain) -> str | None:
         return f"use {INSTEAD[name]}"
     if not isinstance(name, str) or not name.isidentifier():
         return "a name has letters, digits and '_' only, and begins with a letter"
-    if name in {*TRIAL_FIELDS, *ITERATION_FIELDS} - COLUMNS.keys():
+    if name in (*TRIAL_FIELDS, *ITERATION_FIELDS):
         return "the tables have another column of this name"
     if not isinstance(domain, Domain):
         if isinstance(domain, dict) and "grid_search" in domain:

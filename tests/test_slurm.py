@@ -717,6 +717,7 @@ def test_preflight_ray_not_importable(project, tiny):
 def test_preflight_ray_on_the_worker(project, tiny, version):
     other = other_ray(project.folder / "other", version)
     with open(project.folder / "cluster.env", "a") as file:
+        file.write('[ -n "$BASHRCSOURCED" ]\nexport LD="$LD_FOR_TARGET"\n')  # as of conda: neither job ends there
         file.write(f"[[ $SLURM_JOB_NAME != ray_worker* ]] || VENV={other}\n")
     sentence = "ray is 2.0.0 here and 2.60.0 on the head" if version else "other/bin/python cannot import ray"
     refused(project, project.submit(*tiny), sentence)
