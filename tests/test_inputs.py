@@ -1,13 +1,17 @@
 """Bad input, through the command line: one line, exit code 2, within seconds, nothing created."""
 
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from ray import tune
 from ray.tune.search.sample import Categorical, Float
 from transformers import TrainingArguments
@@ -16,6 +20,7 @@ import raytune_bayesian
 from conftest import ROOT, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
+from hpo.bohb.searcher import TuneBOHB
 from hpo.squad import loading
 from slurm_cluster import copy_project
 
@@ -277,6 +282,54 @@ def test_a_hyperparameter_that_cannot_be_searched(case):
     with pytest.raises(errors.BadInput) as error:
         check_space(**{name: domain})
     assert str(error.value) == f"search space: {name}: {says}"
+
+
+GOOD = [1, 2, 4, 8, 0.5, 0.25]
+ODD = [*GOOD, 0, -1, 1e-5, math.nan, math.inf, True, None, "1"]
+RANGES = [
+    tune.uniform, tune.quniform, tune.loguniform, tune.qloguniform, tune.randint, tune.qrandint, tune.lograndint,
+    tune.qlograndint, tune.randn, tune.qrandn, Float,
+]  # fmt: skip
+
+
+@st.composite
+def any_domain(draw):
+    """What a user may write, as far as Tune's own functions take it."""
+    kind, value = draw(st.sampled_from([*RANGES, tune.choice, tune.grid_search, "fixed"])), st.sampled_from(ODD)
+    if kind == "fixed":
+        return draw(st.one_of(value, st.lists(value), st.dictionaries(st.text(), value)))
+    if kind not in RANGES:
+        return kind(draw(st.lists(draw(st.sampled_from([st.sampled_from(GOOD), value, st.lists(value)])), max_size=4)))
+    bounds = sorted(draw(st.lists(st.sampled_from(GOOD), min_size=2, max_size=2)))
+    bounds = draw(st.sampled_from([bounds, bounds, [draw(value), draw(value)]]))
+    values = [*bounds, draw(st.sampled_from([1, 0.25, draw(value)]))] if kind.__name__.startswith("q") else bounds
+    try:
+        return kind(*values)
+    except Exception:  # Tune says in the user's own line what is wrong
+        assume(False)
+
+
+@mock.patch.object(TuneBOHB, "_check_model", lambda self: None)  # it takes most of the time, and has its own test
+@given(st.sampled_from([*search_space.REQUIRED, "warmup_steps", "adam_beta1"]), any_domain())
+@example("per_device_bs", tune.qrandint(1, 9, 4))
+@example("lr", tune.quniform(0.1, 0.3, 0.1))
+@settings(deadline=None, max_examples=400)
+def test_any_hyperparameter_can_be_searched_or_is_refused(name, domain):
+    changes = {name: domain}
+    try:
+        check_space(**changes)
+    except errors.BadInput as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    space = space_with(**changes)["train_loop_config"]
+    search_alg = TuneBOHB({"train_loop_config": space}, seed=0)
+    assert search_space.grid_size({"train_loop_config": space}) >= 1
+    for i in range(5):
+        suggested = space | search_alg.suggest(str(i))["train_loop_config"]
+        for name, value in suggested.items():
+            valid, _ = (search_space.REQUIRED | search_space.PASSED_ON)[name]
+            assert valid(value) and type(value) in (int, float)
+            assert search_space.smallest(space[name]) <= value <= search_space.largest(space[name])
 
 
 def test_a_search_space_as_a_whole():
