@@ -42,7 +42,7 @@ from hpo.squad.setup import Setup, prepare
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and constants
 
-# To add a hyperparameter: a line here, and its use in make_trainer. docs/bohb.md has an example.
+# To add a hyperparameter: a line here, and mostly its use in make_trainer. docs/bohb.md has examples.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),
@@ -155,13 +155,13 @@ def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
 def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, folder: str, pad_token_id: int):
     """The Trainer of one trial. It makes a DeepSpeed engine, and writes its checkpoints to `folder`."""
     clip = setup.ds_config.get("gradient_clipping", "auto")
+    defaults = {"lr_scheduler_type": LR_SCHEDULE, "max_grad_norm": MAX_GRAD_NORM if clip == "auto" else clip}
     training_arguments = transformers.TrainingArguments(
         output_dir=folder,
         learning_rate=hyperparameters["lr"],
         weight_decay=hyperparameters["wd"],
         per_device_train_batch_size=hyperparameters["per_device_bs"],
-        lr_scheduler_type=LR_SCHEDULE,
-        max_grad_norm=MAX_GRAD_NORM if clip == "auto" else clip,
+        **defaults | search_space.training_arguments(hyperparameters),
         num_train_epochs=1,  # `questions` has all epochs, in their order
         train_sampling_strategy="sequential",
         **precision.training_arguments(setup.ds_config, setup.precision),  # DeepSpeed, fp16 or bf16
@@ -363,7 +363,7 @@ def search(run, train):
 
 def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
-    search_space.check(SEARCH_SPACE)
+    search_space.check(SEARCH_SPACE, train, args.ds_config)
     from hpo.cluster import launch, messages  # imported late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan

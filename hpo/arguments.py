@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -223,14 +224,22 @@ def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
 
 
 def use_cluster_env() -> None:
-    """For a plan on a machine with Slurm: the nodes are those of cluster.env. Raises BadInput where it is wrong."""
+    """For a plan on a machine with Slurm: the nodes are those of cluster.env. Raises BadInput where it is wrong.
+
+    A command that fails there is told on stderr, as in the log of a job.
+    """
     if not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
         return
-    script = "set -a; source ./cluster.env > /dev/null; env -0"
+    says = 'echo "cluster.env: line $LINENO: $BASH_COMMAND failed with exit code $failed" >&3'
+    trap = f"trap 'failed=$?; [[ ${{BASH_SOURCE[0]}} != ./cluster.env ]] || {says}' ERR"
+    script = f"bash -n ./cluster.env || exit; exec 3>&2; {trap}; set -a; source ./cluster.env &> /dev/null; env -0"
     try:
         done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         raise BadInput(f"{ROOT}/cluster.env: not done after 60 s") from None
+    if done.stderr and not done.stdout:
+        raise BadInput(done.stderr.splitlines()[0])
+    print(done.stderr, end="", file=sys.stderr)
     found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
     for name in CLUSTER_ENV:
         if not re.fullmatch(r"\d+", found.get(name, "")):

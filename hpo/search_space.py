@@ -1,39 +1,296 @@
 """Questions about a search space of Ray Tune."""
 
+import ast
+import inspect
+import json
 import math
+import sys
+import sysconfig
+from itertools import product
+from numbers import Integral, Real
+from types import ModuleType
 
-from ray.tune.search.sample import Categorical, Domain, Quantized
+import numpy as np
+from ray.tune.search.sample import Categorical, Domain, Function, Integer, Normal, Quantized
+from ray.tune.search.variant_generator import parse_spec_vars
 
-from hpo.errors import BadInput
+from hpo.bohb import steps
+from hpo.errors import BadInput, one_line
+from hpo.results.tables import ITERATION_FIELDS, TRIAL_FIELDS
 
 
-def check(space: dict) -> None:
-    """Raises BadInput where nothing can be drawn from a domain, or `train` would miss a hyperparameter."""
-    searched = space.get("train_loop_config", {})
-    for name in ("lr", "per_device_bs", "wd"):
+def is_number(value) -> bool:
+    """Whether a value is a finite number, and not True or False."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_whole(value) -> bool:
+    """Whether a value is an int, and not True or False."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+# What the values of a hyperparameter must be: torch or the Trainer refuse others, in each trial.
+FROM_0 = (lambda v: is_number(v) and v >= 0, "a number from 0 on")
+ABOVE_0 = (lambda v: is_number(v) and v > 0, "a number above 0")
+BELOW_1 = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+REQUIRED = {"lr": FROM_0, "per_device_bs": (lambda v: is_whole(v) and v >= 1, "a whole number from 1 on"), "wd": FROM_0}
+# Fields of transformers.TrainingArguments that `training_arguments` passes on. No other field that is worth a search
+# has an effect: the script, its Trainer or DeepSpeed decide. Each of these has a test that shows its effect.
+PASSED_ON = {
+    "warmup_steps": FROM_0,  # below 1: a share of all steps
+    "lr_scheduler_type": (lambda v: isinstance(v, str), "the name of a schedule"),
+    "lr_scheduler_kwargs": (lambda v: isinstance(v, dict), "a dictionary"),
+    "max_grad_norm": ABOVE_0,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": ABOVE_0,
+}
+INSTEAD = {  # names that a user may try, and what has the effect
+    "learning_rate": "lr",
+    "weight_decay": "wd",
+    "batch_size": "per_device_bs",
+    "per_device_train_batch_size": "per_device_bs",
+    "gradient_accumulation_steps": "per_device_bs",
+    "warmup_ratio": "warmup_steps: below 1, it is a share of all steps",
+    "gradient_clipping": "max_grad_norm",
+    "betas": "adam_beta1 and adam_beta2",
+    "epochs": "--num_train_epochs",
+    "max_steps": "--num_train_epochs",
+    "data_seed": "--seed",
+    "fp16": "--precision",
+    "bf16": "--precision",
+    **{name: f"--{name}" for name in ("num_train_epochs", "seed", "deepspeed", "output_dir", "run_name", "report_to")},
+}
+
+
+def check(space: dict, train, ds_config: dict) -> None:
+    """Raises BadInput where a trial would fail, or a hyperparameter would have no effect.
+
+    Args:
+        space: the search space, {"train_loop_config": domains and fixed values by name}.
+        train: what each trial runs.
+        ds_config: the DeepSpeed configuration.
+    """
+    searched = space.get("train_loop_config")
+    if not isinstance(searched, dict) or len(space) > 1:
+        raise BadInput("search space: it is a dictionary, train_loop_config, and nothing beside it")
+    for name in REQUIRED:
         if name not in searched:
             raise BadInput(f"search space: {name} is missing from train_loop_config")
     for name, domain in searched.items():
-        if isinstance(domain, dict):  # tune.grid_search
-            raise BadInput(f"search space: {name}: BOHB draws from a domain such as tune.choice or tune.loguniform")
-        if isinstance(getattr(domain, "sampler", None), Quantized):
-            raise BadInput(f"search space: {name}: BOHB cannot keep to the steps of a quantized domain")
-        if isinstance(domain, Categorical) and not domain.categories:
-            raise BadInput(f"search space: {name} has nothing to choose from")
-        if hasattr(domain, "lower") and not domain.lower < domain.upper:
-            raise BadInput(f"search space: {name}: lower {domain.lower} is not below upper {domain.upper}")
+        fault = fault_of(name, domain)
+        if fault:
+            raise BadInput(f"search space: {name}: {fault}")
     if not any(isinstance(domain, Domain) for domain in searched.values()):
         raise BadInput("search space: there is nothing to search")
+    check_read(searched, train)
+    if "max_grad_norm" in searched and ds_config.get("gradient_clipping", "auto") != "auto":
+        raise BadInput('search space: max_grad_norm: set gradient_clipping to "auto" in the file of --deepspeed')
+    check_schedule(searched)
+
+    from hpo.bohb.searcher import convert  # imported late, so that most faults are told early
+
+    try:
+        convert(space)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise BadInput(f"search space: BOHB cannot use it: {one_line(error)}") from None
+
+
+def fault_of(name: str, domain) -> str | None:
+    """What is wrong with a hyperparameter, in words; None where nothing is."""
+    if name in INSTEAD:
+        return f"use {INSTEAD[name]}"
+    if not isinstance(name, str) or not name.isidentifier():
+        return "a name has letters, digits and '_' only, and begins with a letter"
+    if name in (*TRIAL_FIELDS, *ITERATION_FIELDS):
+        return "the tables have another column of this name"
+    if not isinstance(domain, Domain):
+        if isinstance(domain, dict) and "grid_search" in domain:
+            return "BOHB draws from a domain such as tune.choice or tune.loguniform"
+        if any(parse_spec_vars({name: domain})[1:]):
+            return "a domain inside a dictionary or a list: make it a hyperparameter of its own"
+    elif isinstance(domain, Categorical):
+        if domain.is_grid():
+            return "BOHB draws from a domain such as tune.choice or tune.loguniform"
+        if not domain.categories:
+            return "there is nothing to choose from"
+    else:
+        fault = fault_of_range(domain)
+        if fault:
+            return fault
+    wanted = (REQUIRED | PASSED_ON).get(name)
+    for value in values(domain):
+        if wanted and not wanted[0](value):
+            return f"{value!r} is not {wanted[1]}"
+        try:
+            json.dumps(value.item() if isinstance(value, np.generic) else value, allow_nan=False)
+        except (TypeError, ValueError):
+            return f"{value!r} cannot be written as JSON: use numbers, texts, lists or dictionaries"
+    if isinstance(domain, Categorical):
+        if any(value in domain.categories[:i] for i, value in enumerate(domain.categories)):  # True is 1, too
+            return f"a value is there twice in {domain.domain_str}"
+    elif wanted is REQUIRED["per_device_bs"] and not isinstance(domain, Integer | Integral):
+        return "it draws fractions: use tune.choice, tune.randint or tune.qrandint"
+    return None
+
+
+def fault_of_range(domain: Domain) -> str | None:
+    """What is wrong with a range, in words; None where nothing is."""
+    if isinstance(domain, Function):
+        return "BOHB cannot learn from tune.sample_from: use a range or tune.choice"
+    sampler, ends = domain.get_sampler(), (domain.lower, domain.upper)
+    if isinstance(getattr(sampler, "sampler", sampler), Normal):
+        if not all(map(is_number, ends)) or isinstance(sampler, Quantized):
+            return "BOHB needs bounds, and a normal distribution has none: use tune.uniform or tune.loguniform"
+    if not all(map(is_whole if isinstance(domain, Integer) else is_number, ends)):
+        return f"the bounds {domain.domain_str} are not {'whole' if isinstance(domain, Integer) else 'finite'} numbers"
+    if not domain.lower < domain.upper:
+        return f"lower {domain.lower} is not below upper {domain.upper}"
+    if isinstance(sampler, Quantized):
+        q = sampler.q
+        if not is_number(q) or q <= 0 or (isinstance(domain, Integer) and not is_whole(q)):
+            return f"the step {q} is not a {'whole ' if isinstance(domain, Integer) else ''}number above 0"
+        first, last = steps.first_and_last(domain)
+        if last - first >= 2**53:
+            return f"the step {q} is too small for the bounds {domain.domain_str}"
+    count = number_of_values(domain)
+    if count < 2:
+        return f"{['no value', 'one value only'][max(count, 0)]} in {text(domain)}: write a fixed value instead"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what the training does with it
+
+
+def training_arguments(hyperparameters: dict) -> dict:
+    """The hyperparameters of a trial that are fields of transformers.TrainingArguments, by name."""
+    return {name: value for name, value in hyperparameters.items() if name in PASSED_ON}
+
+
+def check_read(searched: dict, train) -> None:
+    """Raises BadInput for a hyperparameter that is not passed on, and that the code of the user does not read."""
+    from transformers import TrainingArguments  # the script has imported it already
+
+    others = [name for name in searched if name not in REQUIRED | PASSED_ON]
+    unread = set(others) - texts_in_functions(train) if others else ()
+    for name in others:
+        if name in unread:
+            field = name in TrainingArguments.__dataclass_fields__
+            what = "this field of TrainingArguments is not passed on" if field else "the training does not read it"
+            raise BadInput(f'search space: {name}: {what}: use hyperparameters["{name}"] in make_trainer, or remove it')
+
+
+def texts_in_functions(train) -> set[str]:
+    """The string constants in all functions of the module of `train`, and of the user's modules that it imports.
+
+    The search space itself is not in a function. hpo reads no hyperparameters but the required ones.
+    """
+    modules, texts = [sys.modules[train.__module__]], set()
+    for module in modules:  # which grows
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                constants = (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant))
+                texts |= {value for value in constants if isinstance(value, str)}
+        for value in vars(module).values():
+            name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+            other = sys.modules.get(name) if isinstance(name, str) else None
+            if other and other not in modules and is_of_user(other):
+                modules.append(other)
+    return texts
+
+
+def is_of_user(module: ModuleType) -> bool:
+    """Whether a module is neither of this package nor installed."""
+    file = getattr(module, "__file__", None) or ""
+    installed = file.startswith(sysconfig.get_path("stdlib")) or "-packages/" in file
+    return file.endswith(".py") and not installed and module.__name__.partition(".")[0] != "hpo"
+
+
+def check_schedule(searched: dict) -> None:
+    """Raises BadInput where a schedule of the learning rate cannot be made, or ignores what is searched."""
+    if "lr_scheduler_type" not in searched:
+        if "lr_scheduler_kwargs" in searched:
+            raise BadInput("search space: lr_scheduler_kwargs: add lr_scheduler_type, whose arguments these are")
+        return
+    import torch
+    from transformers import SchedulerType, get_scheduler
+
+    types = values(searched["lr_scheduler_type"])
+    known = {kind.value for kind in SchedulerType} - {"reduce_lr_on_plateau", "greedy"}  # they need a metric each step
+    for kind in types:
+        if kind not in known:
+            raise BadInput(f"search space: lr_scheduler_type: {kind!r} is none of {', '.join(sorted(known))}")
+    for name, ignored_by in {
+        "warmup_steps": {"constant"},
+        "lr_scheduler_kwargs": {"constant", "constant_with_warmup"},
+    }.items():
+        if name in searched and ignored_by.issuperset(types):
+            raise BadInput(f"search space: {name}: the schedule {types[0]!r} does not use it")
+    for kind, kwargs in product(types, values(searched.get("lr_scheduler_kwargs", {}))):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=float(smallest(searched["lr"])))
+        try:
+            schedule = get_scheduler(kind, optimizer, 2, 10, scheduler_specific_kwargs=kwargs)
+            for _ in range(10):
+                optimizer.step()
+                schedule.step()
+        except Exception as error:
+            of = f"lr_scheduler_type {kind!r} with lr_scheduler_kwargs {kwargs}"
+            raise BadInput(f"search space: {of}: {one_line(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the values of a domain
+
+
+def values(domain) -> list:
+    """All choices of a domain, the two ends of a range, or the value itself where it is fixed."""
+    if isinstance(domain, Categorical):
+        return domain.categories
+    if steps.is_quantized(domain):
+        return [steps.value(domain, index) for index in steps.first_and_last(domain)]
+    if isinstance(domain, Domain):
+        return [domain.lower, domain.upper - isinstance(domain, Integer)]  # Tune leaves the upper integer out
+    return [domain]
+
+
+def largest(domain) -> float:
+    """The largest value of a domain, or the value itself where it is fixed."""
+    return max(values(domain))
+
+
+def smallest(domain) -> float:
+    """The smallest value of a domain, or the value itself where it is fixed."""
+    return min(values(domain))
+
+
+def number_of_values(domain: Domain) -> float:
+    """How many values a domain has; math.inf for a range of floats."""
+    if isinstance(domain, Categorical):
+        return len(domain.categories)
+    if steps.is_quantized(domain):
+        first, last = steps.first_and_last(domain)
+        return last - first + 1
+    return domain.upper - domain.lower if isinstance(domain, Integer) else math.inf
+
+
+def grid_size(space: dict) -> int:
+    """The number of trials of a full grid: all choices, ten values of each range, or all where it has fewer."""
+    domains = [domain for domain in space["train_loop_config"].values() if isinstance(domain, Domain)]
+    return math.prod(min(number_of_values(d), math.inf if isinstance(d, Categorical) else 10) for d in domains)
+
+
+def text(domain) -> str:
+    """A domain, or a fixed value, as text."""
+    if isinstance(domain, Categorical):
+        return f"choice{domain.domain_str}"
+    if steps.is_quantized(domain):
+        return f"{domain.sampler.sampler}{domain.domain_str} in steps of {domain.sampler.q}"
+    return f"{domain.sampler or ''}{domain.domain_str}" if isinstance(domain, Domain) else repr(domain)
 
 
 def describe(space: dict) -> dict[str, str]:
     """The search space as text, by hyperparameter."""
-
-    def text(domain) -> str:
-        if isinstance(domain, Categorical):
-            return f"choice{domain.domain_str}"
-        return f"{domain.sampler or ''}{domain.domain_str}" if isinstance(domain, Domain) else repr(domain)
-
     return {name: text(domain) for name, domain in space["train_loop_config"].items()}
 
 
@@ -43,19 +300,3 @@ def check_same(space: dict, earlier: dict[str, str]) -> None:
     for name in now | earlier:
         if now.get(name) != earlier.get(name):
             raise BadInput(f"--resume: search space: {name} is {now.get(name)} now, and {earlier.get(name)} in the run")
-
-
-def grid_size(space: dict) -> int:
-    """The number of trials of a full grid: all choices, ten values of each range."""
-    domains = [domain for domain in space["train_loop_config"].values() if isinstance(domain, Domain)]
-    return math.prod(len(domain.categories) if isinstance(domain, Categorical) else 10 for domain in domains)
-
-
-def largest(domain) -> float:
-    """The largest value of a domain, or the value itself where it is fixed."""
-    return max(getattr(domain, "categories", None) or [getattr(domain, "upper", domain)])
-
-
-def smallest(domain) -> float:
-    """The smallest value of a domain, or the value itself where it is fixed."""
-    return min(getattr(domain, "categories", None) or [getattr(domain, "lower", domain)])

@@ -546,6 +546,94 @@ def test_space_of_tune_or_of_configspace():
     assert suggested[0] == suggested[1] == pair(OURS)[0].suggest("a")
 
 
+# -- 14: quantized ranges ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def quantized(draw):
+    """A quantized range of Tune with two values or more, its step, and the indices of its first and last value."""
+    log = draw(st.booleans())
+    first = draw(st.integers(1 if log else -50, 50))
+    last = first + draw(st.integers(1, 60))
+    if draw(st.booleans()):
+        q = draw(st.sampled_from([0.1, 0.25, 1e-5, 0.3, 2.0, 1 / 3]))
+        lower, upper = (draw(st.sampled_from([k * q, float(f"{k * q:.12g}")])) for k in (first, last))
+        return (tune.qloguniform if log else tune.quniform)(lower, upper, q), q, first, last
+    q = draw(st.integers(1, 9))  # bounds between two steps; with q = 1 the upper one is left out
+    lower, upper = first * q - draw(st.integers(0, q - 1)), last * q + (draw(st.integers(0, q - 1)) if q > 1 else 1)
+    if log:
+        lower = max(lower, 1)
+    return (tune.qlograndint if log else tune.qrandint)(lower, upper, q), q, first, last
+
+
+@unchecked
+@given(quantized(), st.integers(0, 10**6))
+@example((tune.quniform(0.1, 0.3, 0.1), 0.1, 1, 3), 0)  # 3 * 0.1 is above 0.3
+@settings(deadline=None, max_examples=100)
+def test_14_quantized_values_are_those_of_tune(drawn, seed):
+    """Random and model-based ones: a multiple of q that Tune draws, too, within the bounds, in plain Python."""
+    domain, q, first, last = drawn
+    kind, allowed = type(domain.sample()), [k * q for k in range(first, last + 1)]
+
+    def step(value):
+        (k,) = (i for i, other in enumerate(allowed) if math.isclose(value, other, abs_tol=1e-9 * q))
+        return k
+
+    steps_of_tune = {step(value) for value in domain.sample(size=2000, random_state=seed)}
+    assert len(allowed) > 20 or kind is float or steps_of_tune == set(range(len(allowed)))
+    search_alg, _ = pair(OURS, seed, space={"train_loop_config": {"x": domain, "y": tune.choice([0, 1])}})
+    search_alg.bohber.random_fraction = 0
+    for i in range(20):
+        value = search_alg.suggest(str(i))["train_loop_config"]["x"]
+        assert type(value) is kind and domain.lower <= value <= domain.upper
+        step(value)
+        search_alg.on_rung_result(str(i), 3, abs(value - domain.upper))
+    assert search_alg.model_based > 10
+
+
+@unchecked
+@given(quantized(), st.integers(0, 10**6))
+@settings(deadline=None, max_examples=30)
+def test_14_the_model_gets_the_quantized_value_that_ran(drawn, seed):
+    """Also after the search was saved and resumed, and so do the figures, which compute values from coordinates."""
+    space = {"train_loop_config": {"x": drawn[0], "y": tune.choice([0, 1])}}
+    search_alg, _ = pair(OURS, seed, space=space)
+    for i in range(20):
+        if i == 10:
+            state = json.loads(json.dumps(search_alg.get_state()))
+            search_alg, _ = pair(OURS, seed, space=space)
+            search_alg.set_state(state, live=set(map(str, range(10))))
+        search_alg.suggest(str(i))
+        if i >= 5:  # of trials before the restart, too
+            search_alg.on_rung_result(str(i - 5), 3, float(i))
+    ran = [search_alg.suggested[str(i)]["config"]["train_loop_config"]["x"] for i in range(15)]
+    densities = json.loads(json.dumps(search_alg.densities()))
+    x, described = list(densities["hyperparameters"]).index("x"), densities["hyperparameters"]["x"]
+    lower, upper = described["lower"], described["upper"]
+    coordinates = [point[x] for kind in ("good", "bad") for point in densities[kind]["points"]]
+    seen = [lower * (upper / lower) ** c if described["log"] else lower + c * (upper - lower) for c in coordinates]
+    for value in seen:
+        assert any(math.isclose(value, other, rel_tol=1e-6, abs_tol=1e-6 * drawn[1]) for other in ran), (value, ran)
+    all_points = [array[x] for array in search_alg.bohber.configs[3]]
+    back = [lower * (upper / lower) ** c if described["log"] else lower + c * (upper - lower) for c in all_points]
+    assert back == pytest.approx(ran, rel=1e-6, abs=1e-6 * drawn[1])
+
+
+def test_14_steps_are_kept():
+    space = {"train_loop_config": {"x": tune.quniform(0.0, 1.0, 0.25)}}
+    values = {
+        c: [pair(c, i, space=space)[0].suggest("a")["train_loop_config"]["x"] for i in range(9)] for c in (RAYS, OURS)
+    }
+    assert not {0.0, 0.25, 0.5, 0.75, 1.0}.issuperset(values[RAYS]) and len(set(values[OURS])) > 2
+    assert {0.0, 0.25, 0.5, 0.75, 1.0}.issuperset(values[OURS])
+
+
+def test_14_first_points_of_a_quantized_range_are_those_given():
+    space = {"train_loop_config": {"x": tune.quniform(0.0, 1.0, 0.1)}}
+    search_alg = pair(OURS, space=space, points_to_evaluate=[{"train_loop_config/x": 0.3}])[0]
+    assert search_alg.suggest("a") == {"train_loop_config": {"x": 0.1 * 3}}
+
+
 # -- invariants of a whole search -------------------------------------------------------------------------------------
 
 

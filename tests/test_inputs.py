@@ -3,23 +3,31 @@
 import contextlib
 import http.server
 import json
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import huggingface_hub
 import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from ray import tune
+from ray.tune.search.sample import Categorical, Float
+from transformers import TrainingArguments
 
 import raytune_bayesian
 from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
+from hpo.bohb.searcher import TuneBOHB
 from hpo.squad import data, loading
 from slurm_cluster import copy_project
 from test_run import Hub
@@ -233,23 +241,272 @@ def test_one_line_after_the_slow_imports(broken, tiny_model, tiny_squad):
     assert re.search(CASES[name][1], process.stderr)
 
 
-def test_search_space_is_checked(monkeypatch):
-    from ray import tune
+def space_with(**changes):
+    return {"train_loop_config": raytune_bayesian.SEARCH_SPACE["train_loop_config"] | changes}
 
-    good = raytune_bayesian.SEARCH_SPACE["train_loop_config"]
-    search_space.check({"train_loop_config": good})
-    for change, message in [
-        ({"lr": tune.loguniform(2e-4, 5e-6)}, "lr: lower 0.0002 is not below upper 5e-06"),
-        ({"lr": tune.uniform(1e-4, 1e-4)}, "lr: lower 0.0001 is not below"),
-        ({"wd": tune.choice([])}, "wd has nothing to choose from"),
-        ({"wd": tune.grid_search([0.0, 0.01])}, "wd: BOHB draws from a domain"),
-        ({"lr": tune.quniform(0.1, 0.9, 0.1)}, "lr: BOHB cannot keep to the steps"),
-        ({"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}, "nothing to search"),
+
+def check_space(train=raytune_bayesian.train, ds_config=None, **changes):
+    search_space.check(space_with(**changes), train, ds_config or {})
+
+
+GRID = "BOHB draws from a domain such as tune.choice or tune.loguniform"
+NORMAL = "BOHB needs bounds, and a normal distribution has none: use tune.uniform or tune.loguniform"
+NESTED = "a domain inside a dictionary or a list: make it a hyperparameter of its own"
+FRACTIONS = "it draws fractions: use tune.choice, tune.randint or tune.qrandint"
+FIXED = "write a fixed value instead"
+JSON = "cannot be written as JSON: use numbers, texts, lists or dictionaries"
+SAMPLE = "BOHB cannot learn from tune.sample_from: use a range or tune.choice"
+SCHEDULE = "add lr_scheduler_type, whose arguments these are"
+
+
+def read(name):
+    return f'use hyperparameters["{name}"] in make_trainer, or remove it'
+
+
+REFUSED = {  # a hyperparameter, and what is said of it
+    "bounds": ("lr", tune.loguniform(2e-4, 5e-6), "lower 0.0002 is not below upper 5e-06"),
+    "no range": ("lr", tune.uniform(1e-4, 1e-4), "lower 0.0001 is not below upper 0.0001"),
+    "infinite": ("lr", Float(0.0, None), "the bounds (0.0, inf) are not finite numbers"),
+    "texts as bounds": ("lr", Float("1", "2"), "the bounds (1, 2) are not finite numbers"),
+    "one integer": ("warmup_steps", tune.randint(1, 2), f"one value only in Uniform(1, 2): {FIXED}"),
+    "no step": ("per_device_bs", tune.qrandint(1, 3, 5), f"no value in Uniform(1, 3) in steps of 5: {FIXED}"),
+    "one step": ("per_device_bs", tune.qrandint(1, 7, 5), f"one value only in Uniform(1, 7) in steps of 5: {FIXED}"),
+    "negative step": ("lr", tune.quniform(0.0, 1.0, -0.1), "the step -0.1 is not a number above 0"),
+    "half a step": ("per_device_bs", tune.qrandint(1, 5, 0.5), "the step 0.5 is not a whole number above 0"),
+    "tiny step": ("lr", tune.quniform(0.0, 1.0, 1e-20), "the step 1e-20 is too small for the bounds (0.0, 1.0)"),
+    "no choice": ("wd", tune.choice([]), "there is nothing to choose from"),
+    "a choice twice": ("wd", tune.choice([0.0, 0]), "a value is there twice in [0.0, 0]"),
+    "a grid": ("wd", tune.grid_search([0.0, 0.01]), GRID),
+    "a grid of Tune's class": ("wd", Categorical([0.0, 0.01]).grid(), GRID),
+    "a domain in a list": ("wd", [tune.uniform(0, 1)], NESTED),
+    "a domain in a dictionary": ("lr_scheduler_kwargs", {"a": tune.uniform(0, 1)}, NESTED),
+    "sample_from": ("lr", tune.sample_from(lambda: 1e-4), SAMPLE),
+    "randn": ("lr", tune.randn(1e-4, 1e-5), NORMAL),
+    "qrandn": ("lr", tune.qrandn(1e-4, 1e-5, 1e-6), NORMAL),
+    "a text": ("lr", tune.choice(["1e-4", "1e-5"]), "'1e-4' is not a number from 0 on"),
+    "a negative lr": ("lr", tune.uniform(-1e-4, 1e-4), "-0.0001 is not a number from 0 on"),
+    "a fixed text": ("lr", "1e-4", "'1e-4' is not a number from 0 on"),
+    "NaN": ("wd", tune.choice([0.0, float("nan")]), "nan is not a number from 0 on"),
+    "a negative wd": ("wd", -0.1, "-0.1 is not a number from 0 on"),
+    "fractions of a batch": ("per_device_bs", tune.uniform(1, 2), FRACTIONS),
+    "quantized fractions": ("per_device_bs", tune.quniform(1, 4, 1), "1.0 is not a whole number from 1 on"),
+    "texts as batch sizes": ("per_device_bs", tune.choice(["1", "2"]), "'1' is not a whole number from 1 on"),
+    "no batch": ("per_device_bs", tune.choice([0, 1]), "0 is not a whole number from 1 on"),
+    "a negative batch": ("per_device_bs", tune.randint(-1, 4), "-1 is not a whole number from 1 on"),
+    "True as a batch": ("per_device_bs", True, "True is not a whole number from 1 on"),
+    "beta": ("adam_beta2", tune.uniform(0.9, 1.0), "1.0 is not a number from 0 to below 1"),
+    "no clipping": ("max_grad_norm", tune.choice([0.0, 1.0]), "0.0 is not a number above 0"),
+    "not JSON": ("exact_match_weight", tune.choice([{1}, {2}]), f"{{1}} {JSON}"),
+    "a field of another name": ("learning_rate", tune.uniform(0, 1), "use lr"),
+    "an argument of the search": ("num_train_epochs", tune.choice([1, 2]), "use --num_train_epochs"),
+    "an old field": ("warmup_ratio", tune.uniform(0, 0.2), "use warmup_steps: below 1, it is a share of all steps"),
+    "not a name": ("a/b", tune.uniform(0, 1), "a name has letters, digits and '_' only, and begins with a letter"),
+    "a column of the tables": ("status", tune.uniform(0, 1), "the tables have another column of this name"),
+    "a field without effect": (
+        "label_smoothing_factor",
+        tune.uniform(0, 0.2),
+        f"this field of TrainingArguments is not passed on: {read('label_smoothing_factor')}",
+    ),
+    "not read": ("dropout", tune.uniform(0, 0.2), f"the training does not read it: {read('dropout')}"),
+    "kwargs without a schedule": ("lr_scheduler_kwargs", {"num_cycles": 2}, SCHEDULE),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_hyperparameter_that_cannot_be_searched(case):
+    name, domain, says = REFUSED[case]
+    with pytest.raises(errors.BadInput) as error:
+        check_space(**{name: domain})
+    assert str(error.value) == f"search space: {name}: {says}"
+
+
+GOOD = [1, 2, 4, 8, 0.5, 0.25]
+ODD = [*GOOD, 0, -1, 1e-5, math.nan, math.inf, True, None, "1"]
+RANGES = [
+    tune.uniform, tune.quniform, tune.loguniform, tune.qloguniform, tune.randint, tune.qrandint, tune.lograndint,
+    tune.qlograndint, tune.randn, tune.qrandn, Float,
+]  # fmt: skip
+
+
+@st.composite
+def any_domain(draw):
+    """What a user may write, as far as Tune's own functions take it."""
+    kind, value = draw(st.sampled_from([*RANGES, tune.choice, tune.grid_search, "fixed"])), st.sampled_from(ODD)
+    if kind == "fixed":
+        return draw(st.one_of(value, st.lists(value), st.dictionaries(st.text(), value)))
+    if kind not in RANGES:
+        return kind(draw(st.lists(draw(st.sampled_from([st.sampled_from(GOOD), value, st.lists(value)])), max_size=4)))
+    bounds = sorted(draw(st.lists(st.sampled_from(GOOD), min_size=2, max_size=2)))
+    bounds = draw(st.sampled_from([bounds, bounds, [draw(value), draw(value)]]))
+    values = [*bounds, draw(st.sampled_from([1, 0.25, draw(value)]))] if kind.__name__.startswith("q") else bounds
+    try:
+        return kind(*values)
+    except Exception:  # Tune says in the user's own line what is wrong
+        assume(False)
+
+
+@mock.patch.object(TuneBOHB, "_check_model", lambda self: None)  # it takes most of the time, and has its own test
+@given(st.sampled_from([*search_space.REQUIRED, "warmup_steps", "adam_beta1"]), any_domain())
+@example("per_device_bs", tune.qrandint(1, 9, 4))
+@example("lr", tune.quniform(0.1, 0.3, 0.1))
+@settings(deadline=None, max_examples=400)
+def test_any_hyperparameter_can_be_searched_or_is_refused(name, domain):
+    changes = {name: domain}
+    try:
+        check_space(**changes)
+    except errors.BadInput as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    space = space_with(**changes)["train_loop_config"]
+    search_alg = TuneBOHB({"train_loop_config": space}, seed=0)
+    assert search_space.grid_size({"train_loop_config": space}) >= 1
+    for i in range(5):
+        suggested = space | search_alg.suggest(str(i))["train_loop_config"]
+        for name, value in suggested.items():
+            valid, _ = (search_space.REQUIRED | search_space.PASSED_ON)[name]
+            assert valid(value) and type(value) in (int, float)
+            assert search_space.smallest(space[name]) <= value <= search_space.largest(space[name])
+
+
+def test_a_search_space_as_a_whole():
+    check_space()
+    fixed = {"lr": 1e-4, "per_device_bs": 1, "wd": 0.0}
+    for space, says in [
+        ({"train_loop_config": fixed}, "there is nothing to search"),
+        ({"train_loop_config": {"lr": 1e-4, "per_device_bs": 1}}, "wd is missing from train_loop_config"),
+        (space_with() | {"x": tune.uniform(0, 1)}, "it is a dictionary, train_loop_config, and nothing beside it"),
+        ({"train_loop_config": tune.choice([fixed])}, "it is a dictionary, train_loop_config, and nothing beside it"),
     ]:
-        with pytest.raises(errors.BadInput, match=re.escape(message)):
-            search_space.check({"train_loop_config": {**good, **change}})
-    with pytest.raises(errors.BadInput, match="wd is missing"):
-        search_space.check({"train_loop_config": {"lr": good["lr"], "per_device_bs": good["per_device_bs"]}})
+        with pytest.raises(errors.BadInput) as error:
+            search_space.check(space, raytune_bayesian.train, {})
+        assert str(error.value) == f"search space: {says}"
+    check_space(max_grad_norm=tune.uniform(0.1, 1), ds_config={"gradient_clipping": "auto"})
+    with pytest.raises(errors.BadInput, match='max_grad_norm: set gradient_clipping to "auto" in the file of'):
+        check_space(max_grad_norm=tune.uniform(0.1, 1), ds_config={"gradient_clipping": 0.5})
+
+
+def test_no_field_of_the_trainer_is_searched_without_effect():
+    """With another field of TrainingArguments than those of PASSED_ON, the search does not start."""
+    for field in set(TrainingArguments.__dataclass_fields__) - set(search_space.PASSED_ON):
+        with pytest.raises(errors.BadInput, match=f"search space: {field}: "):
+            check_space(**{field: tune.choice([1, 2])})
+
+
+@pytest.mark.slow
+def test_each_field_that_is_passed_on_has_an_effect():
+    """The weights after a training differ from those without it, and from those with any other field."""
+    command = [sys.executable, ROOT / "tests" / "effects.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for weights in json.loads(done.stdout.splitlines()[-1]).values():
+        assert weights.pop("none") == weights["none, again"]
+        assert len(set(weights.values())) == len(weights) and set(search_space.PASSED_ON) <= set(weights)
+
+
+@pytest.mark.slow
+def test_hyperparameters_that_are_added_are_searched(tmp_path, tiny_model, tiny_squad):
+    """A line in the search space is enough, and a quantized range keeps its steps."""
+    script = write_script(
+        tmp_path / "my_search.py",
+        """
+from ray import tune
+
+experiment.SEARCH_SPACE["train_loop_config"] |= {
+    "warmup_steps": tune.quniform(0.0, 0.3, 0.1),
+    "per_device_bs": tune.qrandint(2, 4, 2),
+    "lr_scheduler_type": tune.choice(["linear", "cosine"]),
+}
+train = experiment.train
+""",
+    )
+    done = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples",
+        5, "--num_samples", 4, "--output_dir", tmp_path, "--run_name", "x", script=script,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
+    assert [t["status"] for t in trials if t["status"] not in ("completed", "stopped")] == [] and len(trials) == 4
+    for trial in trials:
+        assert trial["warmup_steps"] in (0.0, 0.1, 0.2, 0.3) and trial["batch_size"] in (2, 4)
+        assert trial["lr_scheduler_type"] in ("linear", "cosine")
+    run = json.loads((tmp_path / "x" / "run.json").read_text())
+    assert (
+        run["search_space"]["warmup_steps"] == "Uniform(0.0, 0.3) in steps of 0.1" and run["grid"] == 10 * 2 * 2 * 4 * 2
+    )
+
+
+def test_schedules_are_tried_out():
+    """With the smallest learning rate of the search space, and all arguments."""
+    for kind in ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup", "inverse_sqrt"):
+        check_space(lr_scheduler_type=kind, warmup_steps=tune.uniform(0, 0.1))
+    cosine = tune.choice(["cosine_with_restarts"])
+    check_space(lr_scheduler_type=cosine, lr_scheduler_kwargs=tune.choice([{"num_cycles": 1}, {"num_cycles": 2}]))
+    check_space(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 2})
+    for changes, says in [
+        ({"lr_scheduler_type": tune.choice(["linear", "step"])}, "lr_scheduler_type: 'step' is none of constant, "),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "lr_scheduler_type: 'reduce_lr_on_plateau' is none of"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1}, "warmup_steps: the schedule 'constant' does not use it"),
+        (
+            {"lr_scheduler_type": tune.choice(["polynomial"]), "lr_scheduler_kwargs": {"lr_end": 1}},
+            "lr_scheduler_type 'polynomial' with lr_scheduler_kwargs {'lr_end': 1}: lr_end (1) must be smaller than",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "lr_scheduler_type 'warmup_stable_decay' with lr_scheduler_kwargs {}: ",
+        ),
+    ]:
+        with pytest.raises(errors.BadInput, match=re.escape(f"search space: {says}")):
+            check_space(**changes)
+
+
+def test_a_hyperparameter_that_the_user_reads(tmp_path, monkeypatch):
+    """In any function or method of the script, or of a module that it imports; a text outside is no use of it."""
+    (tmp_path / "my_loss.py").write_text('def smooth(hyperparameters):\n    return hyperparameters["smoothing"]\n')
+    (tmp_path / "my_search.py").write_text("""
+import functools
+import my_loss
+import raytune_bayesian
+NAMES = ["unread"]
+class Trainer(raytune_bayesian.Trainer):
+    @functools.cache
+    def compute_loss(self):
+        return self.hyperparameters.get("temperature")
+def train(config, setup, trial):
+    return [config["train_loop_config"][name] for name in ("depth", "width")]
+""")
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_search
+
+    for name in ("smoothing", "temperature", "depth", "width"):
+        check_space(my_search.train, **{name: tune.uniform(0, 1)})
+    with pytest.raises(errors.BadInput, match="unread: the training does not read it"):
+        check_space(my_search.train, unread=tune.uniform(0, 1))
+
+
+def test_values_of_a_domain():
+    """The plan and the checks of memory and steps use the ends, the report the size of a grid."""
+    for domain, ends, count, says in [
+        (tune.choice([4, 1, 2]), (1, 4), 3, "choice[4, 1, 2]"),
+        (tune.randint(1, 5), (1, 4), 4, "Uniform(1, 5)"),
+        (tune.lograndint(1, 50), (1, 49), 10, "LogUniform(1, 50)"),
+        (tune.qrandint(1, 9, 4), (4, 8), 2, "Uniform(1, 9) in steps of 4"),
+        (tune.qrandint(1, 4, 1), (1, 3), 3, "Uniform(1, 4) in steps of 1"),
+        (tune.qlograndint(2, 64, 2), (2, 64), 10, "LogUniform(2, 64) in steps of 2"),
+        (tune.quniform(0.1, 0.3, 0.1), (0.1, 0.3), 3, "Uniform(0.1, 0.3) in steps of 0.1"),
+        (Float(0.0, 0.5).quantized(0.25), (0.0, 0.5), 3, "Uniform(0.0, 0.5) in steps of 0.25"),
+        (tune.uniform(0.0, 1.0), (0.0, 1.0), 10, "Uniform(0.0, 1.0)"),
+    ]:
+        assert (search_space.smallest(domain), search_space.largest(domain)) == ends
+        space = {"train_loop_config": {"x": domain, "fixed": 3}}
+        assert search_space.grid_size(space) == count
+        assert search_space.describe(space) == {"x": says, "fixed": "3"}
+        search_space.check_same(space, search_space.describe(space))
+    with pytest.raises(
+        errors.BadInput, match="x is Uniform.* in steps of 1 now, and Uniform.* in steps of 2 in the run"
+    ):
+        search_space.check_same(
+            {"train_loop_config": {"x": tune.qrandint(0, 4, 1)}}, {"x": "Uniform(0, 4) in steps of 2"}
+        )
 
 
 def with_learning_rates(folder, least, most):
@@ -265,9 +522,11 @@ train = experiment.train
     )
 
 
-def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad):
+@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=str)
+def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad, plan):
     script, results = with_learning_rates(tmp_path, 2e-4, 5e-6), tmp_path / "results"
-    process = run_script("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, script=script)
+    process = run_script("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, *plan, script=script)
+    assert process.stdout == ""
     assert process.returncode == 2, process.stderr
     assert process.stderr == "my_search.py: error: search space: lr: lower 0.0002 is not below upper 5e-06\n"
     assert not results.exists()

@@ -20,7 +20,7 @@ import ray
 import slurm_cluster
 from conftest import ROOT
 from faulty import SLOW, reporting
-from hpo import files
+from hpo import arguments, errors, files
 from hpo.cluster import idle_nodes
 from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
@@ -359,6 +359,85 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
 
 
+CLUSTER_ENV = """declare -x KIND=activated
+[ -z "$BASHRCSOURCED" ] && SOURCED=here
+export LD="$LD_FOR_TARGET"
+if false; then :; fi
+false || true
+works() { false; true; }
+works
+source ./activate.sh
+[ -n "$BASHRCSOURCED" ]
+source ./none.sh
+true | false | true
+(exit 3)
+NUM_WORKERS=3 GPUS_PER_NODE=2 CPUS_PER_NODE=1
+"""
+FAILED = """cluster.env: line 9: [ -n "$BASHRCSOURCED" ] failed with exit code 1
+cluster.env: line 10: source ./none.sh failed with exit code 1
+cluster.env: line 12: ( exit 3 ) failed with exit code 3
+"""
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with a cluster.env as the activation scripts of conda and of a system are written."""
+    (tmp_path / "cluster.env").write_text(CLUSTER_ENV)
+    (tmp_path / "activate.sh").write_text("false\nexport ACTIVE=$UNSET\n")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "raytune_bayesian.py").touch()
+    (tmp_path / "rendezvous").mkdir()
+    (tmp_path / "rendezvous" / "head").write_text("down\n")
+    return tmp_path
+
+
+def run_beginning(site, script, until, after):
+    """Runs a script up to a line, and other commands after it, without Slurm."""
+    text = (ROOT / script).read_text()
+    (site / script).write_text(text[: text.index(until)] + after)
+    environment = {**os.environ, "SLURMD_NODENAME": "node1", "SLURM_JOB_ID": "1"}
+    command = ["bash", script, str(site / "rendezvous")]
+    return subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=60)
+
+
+SCRIPTS = {"head_node.slurm": "export NUM_WORKERS", "worker_node.slurm": "if [[ $VENV ]]"}
+
+
+@pytest.mark.parametrize("script, until", SCRIPTS.items())
+def test_cluster_env_runs_as_in_a_shell_and_the_script_does_not(site, script, until):
+    """What fails there is told and does not end the job; after it, a failure and an unset variable do."""
+    done = run_beginning(site, script, until, 'echo "$KIND $SOURCED $NUM_WORKERS $-"; set -o | grep pipefail\nfalse\n')
+    lines = re.sub(r"(?m)^\[[\d:]+ node1\] ", "", done.stdout)
+    assert lines.startswith(FAILED + "activated here 3 ehuBE\npipefail       \ton\n"), done
+    assert re.search(r"line \d+ failed: false\n", lines) and done.returncode == 1
+    unset = run_beginning(site, script, until, 'echo "$NO_SUCH_VARIABLE"\n')
+    assert "NO_SUCH_VARIABLE: unbound variable" in unset.stderr and unset.returncode == 1
+
+
+@pytest.mark.parametrize("script, until", SCRIPTS.items())
+def test_a_cluster_env_that_is_not_bash_ends_the_job(site, script, until):
+    (site / "cluster.env").write_text("NUM_WORKERS=1\nfi\nGPUS_PER_NODE=1\n")
+    done = run_beginning(site, script, until, "echo reached\n")
+    (said,) = (line for line in done.stdout.splitlines() if "cluster.env" in line)
+    assert said.endswith("./cluster.env: line 2: syntax error near unexpected token `fi'")
+    assert done.returncode == 2 and "reached" not in done.stdout and done.stderr == ""
+    written = site / "rendezvous" / "worker-1"  # for the log of the head job
+    assert script == "head_node.slurm" or written.read_text().startswith("refused node1: ./cluster.env: line 2")
+
+
+def test_cluster_env_of_a_plan(site, monkeypatch, capsys):
+    (site / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
+    for name in ("RAY_ADDRESS", *arguments.CLUSTER_ENV):
+        monkeypatch.setenv(name, "to be set")
+    monkeypatch.setattr(arguments, "ROOT", site)
+    arguments.use_cluster_env()
+    assert arguments.machines() == (3, 2, 1) and capsys.readouterr() == ("", FAILED)
+    (site / "cluster.env").write_text("fi\n")
+    with pytest.raises(errors.BadInput, match=r"^\./cluster\.env: line 1: syntax error near unexpected token `fi'$"):
+        arguments.use_cluster_env()
+
+
 def test_no_worker_comes(project, tiny):
     drain(project, "node2", "node3")
     job = project.submit(*tiny, *LONG, NUM_WORKERS="2", WORKER_TIMEOUT="15")
@@ -638,6 +717,7 @@ def test_preflight_ray_not_importable(project, tiny):
 def test_preflight_ray_on_the_worker(project, tiny, version):
     other = other_ray(project.folder / "other", version)
     with open(project.folder / "cluster.env", "a") as file:
+        file.write('[ -n "$BASHRCSOURCED" ]\nexport LD="$LD_FOR_TARGET"\n')  # as of conda: neither job ends there
         file.write(f"[[ $SLURM_JOB_NAME != ray_worker* ]] || VENV={other}\n")
     sentence = "ray is 2.0.0 here and 2.60.0 on the head" if version else "other/bin/python cannot import ray"
     refused(project, project.submit(*tiny), sentence)

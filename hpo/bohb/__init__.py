@@ -20,6 +20,7 @@ a checkpoint at each budget in config["rungs"].
 
     brackets.py     sizes of brackets and rungs; imports only the standard library, so `band_size` needs no Ray
     kde.py          the model: kernel densities, with hpbandster and statsmodels
+    steps.py        quantized ranges of Tune
     searcher.py     suggests hyperparameters
     scheduler.py    pauses, promotes and stops trials
 

@@ -7,9 +7,33 @@ import ConfigSpace
 import numpy as np
 import ray.tune.search.bohb
 from ray.tune.search import Searcher
+from ray.tune.search.sample import Domain
+from ray.tune.search.variant_generator import assign_value, parse_spec_vars
 from ray.tune.utils.util import unflatten_list_dict
 
+from hpo.bohb import steps
 from hpo.bohb.kde import Job, Model
+
+
+def convert(space: dict) -> tuple[ConfigSpace.ConfigurationSpace, dict[str, Domain]]:
+    """Converts a search space of Tune. Ray's own conversion forgets the steps of a quantized range.
+
+    Args:
+        space: the search space. It may be nested.
+
+    Returns:
+        The space of ConfigSpace, with flat names such as "train_loop_config/lr", and the quantized ranges by flat name.
+        ConfigSpace has the indices of their values, whole numbers.
+
+    Raises:
+        ValueError: Ray or ConfigSpace cannot convert a domain.
+    """
+    space, quantized = copy.deepcopy(space), {}
+    for path, domain in parse_spec_vars(space)[1]:
+        if steps.is_quantized(domain):
+            quantized["/".join(map(str, path))] = domain
+            assign_value(space, path, steps.of_indices(domain))
+    return ray.tune.search.bohb.TuneBOHB.convert_search_space(space), quantized
 
 
 class TuneBOHB(Searcher):
@@ -56,8 +80,9 @@ class TuneBOHB(Searcher):
         self.trial_to_params: dict[str, dict] = {}  # configurations of the trials that have not ended, flat
         self.running: set[str] = set()
         self.paused: set[str] = set()
+        self._quantized: dict[str, Domain] = {}  # by flat name; their values in trial_to_params are indices
         if isinstance(space, dict):
-            space = ray.tune.search.bohb.TuneBOHB.convert_search_space(space)
+            space, self._quantized = convert(space)
         self._space, self._bohb_config, self._seed = space, bohb_config or {}, seed
         self._points_to_evaluate = list(points_to_evaluate or [])
         self._restored: tuple[dict, set[str]] | None = None  # arguments of set_state, until the search space is known
@@ -139,7 +164,7 @@ class TuneBOHB(Searcher):
         if self._space is not None:
             return False
         super().__init__(metric=metric or self.metric, mode=mode or self.mode)
-        self._space = ray.tune.search.bohb.TuneBOHB.convert_search_space(config)
+        self._space, self._quantized = convert(config)
         self._make_model()
         if self._restored:
             restored, self._restored = self._restored, None
@@ -170,7 +195,10 @@ class TuneBOHB(Searcher):
                 choices = [value.item() if isinstance(value, np.generic) else value for value in domain.choices]
                 description = {"kind": "categorical", "categories": choices}
             else:
-                ends = {"lower": float(domain.lower), "upper": float(domain.upper)}
+                lower, upper = domain.lower, domain.upper
+                if name in self._quantized:
+                    lower, upper = (steps.value(self._quantized[name], index) for index in (lower, upper))
+                ends = {"lower": float(lower), "upper": float(upper)}
                 description = {"kind": "continuous", **ends, "log": bool(domain.log)}
             described[name.rpartition("/")[2]] = description
         pair = {
@@ -195,6 +223,7 @@ class TuneBOHB(Searcher):
             return None
         if self._points_to_evaluate:
             config, model_based = self._points_to_evaluate.pop(0), False
+            config = config | {name: steps.index(d, config[name]) for name, d in self._quantized.items()}
         else:
             config, info = self.bohber.get_config()
             model_based = info["model_based_pick"]
@@ -202,6 +231,7 @@ class TuneBOHB(Searcher):
         self.running.add(trial_id)
         # ConfigSpace returns np.float64, np.int64 and np.str_, which neither json nor DeepSpeed accepts.
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in config.items()}
+        plain |= {name: steps.value(domain, plain[name]) for name, domain in self._quantized.items()}
         plain = unflatten_list_dict(plain)
         self.suggested[trial_id] = {"config": plain, "model_based": model_based}
         return copy.deepcopy(plain)
