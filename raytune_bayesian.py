@@ -37,6 +37,7 @@ from hpo.files import write_json
 from hpo.results.tables import METRICS, MODES
 from hpo.squad import data, evaluation, loading, models, precision, scores
 from hpo.squad.group import ONE_RANK
+from hpo.squad.probe import try_model
 from hpo.squad.setup import Setup, prepare
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -105,12 +106,12 @@ class SquadMetric(evaluate.Metric):
         return {"exact_match": sum_em / len(references), "f1": sum_f1 / len(references)}
 
 
-def answer_scores(model, tokenizer, questions, max_new_tokens: int, language="en", group=ONE_RANK) -> dict[str, float]:
+def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup, group=ONE_RANK) -> dict[str, float]:
     """EM and F1 of the model's greedy answers; as in SQuAD 2.0 if a question has no answer, see scores.squad_v2."""
-    answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, max_new_tokens, group)
+    answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, setup.max_new_tokens, group)
     if all(reference["answers"]["text"] for reference in questions.references):
-        return SquadMetric(language).compute(predictions=answers, references=questions.references)
-    return scores.squad_v2(answers, questions.references, language)
+        return SquadMetric(setup.metric_language).compute(predictions=answers, references=questions.references)
+    return scores.squad_v2(answers, questions.references, setup.metric_language)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,8 +282,7 @@ class Iterations(transformers.TrainerCallback):
                 raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
             metrics["eval_loss"] = loss
             if iteration in self.rungs or setup.metric != "eval_loss":
-                limit, language = setup.max_new_tokens, setup.metric_language
-                metrics |= answer_scores(model, self.tokenizer, setup.selection, limit, language, group)
+                metrics |= answer_scores(model, self.tokenizer, setup.selection, setup, group)
         self.trial.begin("checkpoints")
         model.train()
         return metrics
@@ -307,8 +307,7 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> dict[str
     tokenizer = models.load_tokenizer(folder)
     model = models.load_for_test(folder, "cuda" if torch.cuda.is_available() else "cpu")
     loss = evaluation.evaluate_loss(model, questions, tokenizer.pad_token_id, EVAL_TOKENS)
-    em_and_f1 = answer_scores(model, tokenizer, questions, setup.max_new_tokens, setup.metric_language)
-    return {"eval_loss": loss, **em_and_f1}
+    return {"eval_loss": loss, **answer_scores(model, tokenizer, questions, setup)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,9 +370,13 @@ def main(args, train=train) -> None:
     if args.plan:
         return plan.show(args, SEARCH_SPACE, MAX_LENGTH, EVAL_TOKENS)
     if args.prefetch:
-        return loading.prefetch(args.model, args.dataset, args.drop_bad_answers)
+        loading.prefetch(args.model, args.dataset, args.drop_bad_answers)
     largest = search_space.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
     setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest)
+    if not args.resume:
+        try_model(setup, test_set, largest)
+    if args.prefetch:
+        return
     run = Run(args, SEARCH_SPACE, setup, len(test_set))
     if run.done:
         print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")

@@ -122,7 +122,7 @@ def main() -> None:
     tokenizer = models.load_tokenizer(folder)
     examples = squad_data.read_squad(squad_data.find_squad_files(common.DEMO / "squad")["train"])
     train = squad_data.tokenize(examples[:-QUESTIONS], tokenizer, MAX_LENGTH, training=True)
-    data = squad_data.tokenize(examples[-QUESTIONS:], tokenizer, MAX_LENGTH, training=False)
+    data = squad_data.tokenize(examples[-QUESTIONS:], tokenizer, MAX_LENGTH - squad_data.ANSWER_ROOM, training=False)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)
     fine_tune(plain, tokenizer, train)
     plain.eval()

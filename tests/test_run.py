@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pyarrow
@@ -251,7 +252,8 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
     for examples, expected in ((selection, result), (tested, run["test"])):
         data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
-        assert raytune_bayesian.answer_scores(model, tokenizer, data, longest) == {
+        setup = SimpleNamespace(max_new_tokens=longest, metric_language="en")
+        assert raytune_bayesian.answer_scores(model, tokenizer, data, setup) == {
             k: expected[k] for k in ("exact_match", "f1")
         }
         loss = evaluation.evaluate_loss(model, data, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)

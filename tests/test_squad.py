@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -202,7 +203,7 @@ def test_labels_decode_to_the_answer_for_all_of_squad(shared_squad, tokenizer):
                 assert answer in prompt.removeprefix(f"Question: {e['question'].strip()}")
 
 
-@given(st.integers(0, 400), st.integers(110, 250), st.booleans())
+@given(st.integers(0, 400), st.integers(70, 250), st.booleans())
 @settings(deadline=None)
 def test_windows_cut_neither_question_nor_answer(tokenizer, place, max_length, training):
     words = [f"w{i}" for i in range(401)]
@@ -210,7 +211,7 @@ def test_windows_cut_neither_question_nor_answer(tokenizer, place, max_length, t
     context = " ".join(words)
     example = make_example(0, context=context, answer="needle") | {"question": "Where is the needle?"}
     data = squad_data.tokenize([example], tokenizer, max_length, training)
-    assert data.lengths[0] <= max_length and (training or data.prompt_lengths[0] <= max_length - squad_data.ANSWER_ROOM)
+    assert (data.lengths if training else data.prompt_lengths)[0] <= max_length
     text = tokenizer.decode(data[0]["input_ids"][: data[0]["prompt_length"]])
     assert text.startswith("Question: Where is the needle? Context:") and text.endswith(" Answer:")
     assert decode_answer(data, 0, tokenizer) == " needle"
@@ -355,6 +356,7 @@ def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
 
 
 def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
+    setup = SimpleNamespace(max_new_tokens=12, metric_language="en")
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     items = [data[i] for i in range(8)]
     few = squad_data.TokenizedSquad(
@@ -365,7 +367,7 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = evaluation.collate(items, tokenizer.pad_token_id)
-    assert raytune_bayesian.answer_scores(model, tokenizer, few, 12)["exact_match"] < 1
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup)["exact_match"] < 1
     model.train()
     for _ in range(1000):
         loss, count = evaluation.answer_loss(model, batch)
@@ -374,7 +376,7 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
         optimizer.zero_grad()
         if loss / count < 0.02:
             break
-    assert raytune_bayesian.answer_scores(model, tokenizer, few, 12) == {"exact_match": 1.0, "f1": 1.0}
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup) == {"exact_match": 1.0, "f1": 1.0}
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "llama"])

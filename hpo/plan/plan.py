@@ -204,12 +204,13 @@ def memory_plan(args, space: dict, model: Path, max_length: int, eval_tokens: in
     """
     from hpo.plan import memory  # imports torch and transformers, which the rest of the plan does not need
     from hpo.squad.data import ANSWER_ROOM
+    from hpo.squad.models import max_positions
 
     precision = args.precision if "precision" in args.given else "fp16"
     domain = space["train_loop_config"]["per_device_bs"]
 
     def forecast_of(ds_config: dict, batch_size: int, ranks: int) -> memory.Forecast:
-        lengths = max_length, ANSWER_ROOM, eval_tokens, ANSWER_ROOM
+        lengths = min(max_length, max_positions(model) or max_length), ANSWER_ROOM, eval_tokens, ANSWER_ROOM
         return memory.forecast(model, ds_config, precision, batch_size, *lengths, ranks)
 
     sizes = [int(search_space.smallest(domain)), int(search_space.largest(domain))]

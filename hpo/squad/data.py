@@ -6,6 +6,7 @@ A sequence is   Question: … Context: … Answer: <answer> EOS   and only the a
 An example is {"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}.
 """
 
+import bisect
 import gzip
 import json
 import random
@@ -18,7 +19,7 @@ import numpy as np
 
 from hpo import errors
 
-ANSWER_ROOM = 48  # tokens kept free for the answer in evaluation: a prompt's length must not depend on the answer
+ANSWER_ROOM = 48  # tokens kept free for an answer in evaluation: the length of a prompt must not depend on it
 
 # ---------------------------------------------------------------------------------------------------------------------
 # reading and splitting
@@ -313,40 +314,49 @@ class TokenizedSquad:
 def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -> TokenizedSquad:
     """Tokenises examples. The first answer of each is the one to learn.
 
-    A context that does not fit is cut to a window; the question and the answer are never cut. In training the window
-    lies around the answer. In evaluation it is the window that shares most tokens with the question, so it does not
-    depend on the answer.
+    A text is tokenised as a whole, and gets the special tokens in front that the tokenizer itself puts there, such as
+    BOS. A context that does not fit is cut to a window; the question and the answer are never cut. In training the
+    window lies around the answer. In evaluation it is the window that shares most tokens with the question, so it does
+    not depend on the answer.
 
     Args:
         examples: n questions.
         tokenizer: a fast one.
-        max_length: tokens of a sequence; in evaluation of a prompt and ANSWER_ROOM.
+        max_length: most tokens, in training of a sequence, in evaluation of a prompt.
         training: in training or in evaluation.
 
     Raises:
-        ValueError: question and answer alone do not fit into max_length.
+        ValueError: a question and its answer alone do not fit into max_length.
     """
     heads = [f"Question: {e['question'].strip()} Context:" for e in examples]
-    heads = tokenizer(heads, add_special_tokens=False).input_ids
-    contexts = [f" {e['context']}" for e in examples]
-    contexts = tokenizer(contexts, add_special_tokens=False, return_offsets_mapping=True)
-    answers = [f" {e['answers']['text'][0].strip()}" for e in examples]
-    answers = tokenizer(answers, add_special_tokens=False).input_ids
-    tail = tokenizer(" Answer:", add_special_tokens=False).input_ids
+    prompts = [f"{head} {e['context']} Answer:" for head, e in zip(heads, examples, strict=True)]
+    texts = [f"{prompt} {e['answers']['text'][0].strip()}" for prompt, e in zip(prompts, examples, strict=True)]
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    prefix = special_prefix(tokenizer)
     sequences, prompt_lengths = [], []
-    for i, (e, head, context, answer) in enumerate(zip(examples, heads, contexts.input_ids, answers, strict=True)):
-        answer = answer + [tokenizer.eos_token_id]
-        room = max_length - len(head) - len(tail) - (len(answer) if training else ANSWER_ROOM)
+    for e, head, prompt, ids, offsets in zip(
+        examples, heads, prompts, encoded.input_ids, encoded["offset_mapping"], strict=True
+    ):
+        ends = [end for _, end in offsets]
+        # Characters at which the parts end, as numbers of tokens. A token across an end belongs to the part after it.
+        parts = len(head), len(head) + 1 + len(e["context"]), len(prompt)
+        head_end, context_end, prompt_end = (bisect.bisect_right(ends, characters) for characters in parts)
+        context, answer = ids[head_end:context_end], ids[prompt_end:] + [tokenizer.eos_token_id]
+        rest = len(prefix) + prompt_end - len(context)  # of the prompt
+        room = max_length - rest - (len(answer) if training else 0)
         if room < 1:
-            raise ValueError(f"question {e['id']}: question and answer alone are longer than {max_length} tokens")
+            raise ValueError(
+                f"question {e['id']}: question{' and answer' * training} alone are longer than {max_length} tokens"
+            )
         if len(context) > room:
             if training:
-                begin = e["answers"]["answer_start"][0] + 1  # for the space in front
-                start = _window_around(contexts["offset_mapping"][i], begin, begin + len(e["answers"]["text"][0]), room)
+                begin = len(head) + 1 + e["answers"]["answer_start"][0]
+                end = begin + len(e["answers"]["text"][0])
+                start = _window_around(offsets[head_end:context_end], begin, end, room)
             else:
-                start = _window_like(head, context, room)
+                start = _window_like(ids[:head_end], context, room)
             context = context[start : start + room]
-        prompt = head + context + tail
+        prompt = prefix + ids[:head_end] + context + ids[context_end:prompt_end]
         sequences.append(prompt + answer)
         prompt_lengths.append(len(prompt))
     return TokenizedSquad(
@@ -355,6 +365,13 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
         prompt_lengths=np.array(prompt_lengths, np.int64),
         references=[{"id": e["id"], "answers": e["answers"]} for e in examples],
     )
+
+
+def special_prefix(tokenizer) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text: BOS for Llama or Gemma, none for BLOOM."""
+    with_special, without = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    start = next(i for i in range(len(with_special)) if with_special[i : i + len(without)] == without)
+    return with_special[:start]
 
 
 def _window_around(offsets: list[tuple[int, int]], begin: int, end: int, room: int) -> int:

@@ -29,10 +29,26 @@ def pretrained(folder: str | Path) -> torch.nn.Module:
 
 @functools.lru_cache
 def load_tokenizer(folder: str | Path):
-    """The tokenizer of a model. One without a padding token pads with EOS, which the attention mask hides."""
+    """The tokenizer of a model.
+
+    It pads with EOS if it has no padding token, or one for which the model has no embedding. The attention mask hides
+    padding.
+    """
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= text_config(folder).vocab_size:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def text_config(folder: str | Path) -> transformers.PretrainedConfig:
+    """The configuration of a model, or of its part for text."""
+    return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def max_positions(folder: str | Path) -> int | None:
+    """The most tokens that a model takes; None where its configuration has no limit, as BLOOM's."""
+    config = text_config(folder)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
 
 
 def load_for_test(folder: str | Path, device: str) -> torch.nn.Module:

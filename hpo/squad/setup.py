@@ -43,7 +43,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
 
     Args:
         args: the arguments of the run.
-        max_length: tokens of a sequence.
+        max_length: most tokens of a sequence, if the model takes as many.
         selection_size: questions to hold out of the training set, unless --max_eval_samples says otherwise.
         batch: the largest batch size of the search space.
 
@@ -61,17 +61,25 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         raise BadInput(f"--model {model}: no usable tokenizer: {errors.one_line(error, 200)}") from None
     if tokenizer.eos_token_id is None or not tokenizer.is_fast:
         raise BadInput(f"--model {model}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    positions, embeddings = models.max_positions(model), models.text_config(model).vocab_size
     try:
         train, selection = data.hold_out(examples[0], args.max_eval_samples or selection_size, args.seed)
         titles = [{example["title"] for example in part} for part in (train, selection)]
-        train = data.tokenize(data.subset(train, args.max_train_samples, args.seed), tokenizer, max_length, True)
-        selection = data.tokenize(selection, tokenizer, max_length, training=False)
+        train = data.subset(train, args.max_train_samples, args.seed)
+        train = data.tokenize(train, tokenizer, min(max_length, positions or max_length), training=True)
         test = data.subset(examples[1], args.max_eval_samples, args.seed)
-        test = data.tokenize(test, tokenizer, max_length, training=False)
+        selection, test = (
+            _tokenize_for_evaluation(part, tokenizer, max_length, positions, train.longest_answer)
+            for part in (selection, test)
+        )
     except ValueError as error:
-        raise BadInput(f"--dataset {args.dataset}: {error}") from None
+        takes = f" ({args.model} takes {positions})" if positions and positions < max_length else ""
+        raise BadInput(f"--dataset {args.dataset}: {error}{takes}") from None
+    largest = max(int(part.tokens.max()) for part in (train, selection, test))
+    if largest >= embeddings:
+        raise BadInput(f"--model {model}: its tokenizer gives token {largest}, and it has {embeddings} embeddings")
     train.references = []  # no score is computed on them, so they need not be sent to each trial
-    batch *= max(1, args.gpus_per_trial)
+    batch *= max(1, args.gpus_per_trial or 0)  # None on a login node
     steps = math.ceil(max(1, round(len(train) * args.num_train_epochs)) / batch)
     if steps < args.max_t:
         raise BadInput(
@@ -92,3 +100,13 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         **{name: getattr(args, name) for name in same},
     )
     return setup, test
+
+
+def _tokenize_for_evaluation(examples, tokenizer, max_length: int, positions: int | None, max_new_tokens: int):
+    """Prompts leave ANSWER_ROOM below max_length. Within the model's positions they leave room for each answer."""
+    longest_prompt = max_length - data.ANSWER_ROOM
+    tokens = data.tokenize(examples, tokenizer, longest_prompt, training=False)
+    room = max(tokens.longest_answer, max_new_tokens)
+    if positions is None or longest_prompt + room <= positions:
+        return tokens
+    return data.tokenize(examples, tokenizer, positions - room, training=False)
