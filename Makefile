@@ -1,15 +1,15 @@
 # make demo   sets up .venv, makes the demo's model and data, runs the whole search on this machine (run_name demo)
 # make pictures   the demo, then the README's pictures of it
+# make setup  sets up .venv only; make demo-data also makes the demo's model and data
 # make test   sets up, and runs the linter and all tests
-# make check  sets up, and runs the linter and the quick tests: no Ray, no Slurm
+# make check  sets up, and runs the linter and the quick tests: no Ray, no Slurm; make lint: the linter alone
 # VENV=path   another environment than .venv; PYTHON=python3.11 another Python to make it with
 
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
-QUICK = rooms report resume slot_time figures goldens plan fuzz bohb squad scores inputs
 
-.PHONY: demo demo-data pictures lint check test
+.PHONY: setup demo demo-data pictures lint check test
 
 demo: demo-data
 	rm -rf results/demo
@@ -21,6 +21,8 @@ pictures: demo
 	cp results/demo/report-learning-curves.png docs/demo-learning-curves.png
 	cp results/demo/report-trials-on-the-slots.png docs/demo-slots.png
 
+setup: $(READY)
+
 demo-data: $(READY)
 	$(VENV)/bin/python demo/make_demo.py
 
@@ -28,7 +30,7 @@ lint: $(READY)
 	$(VENV)/bin/python -m ruff check --no-cache .
 
 check: lint
-	$(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow" $(QUICK:%=tests/test_%.py)
+	$(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow"
 
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

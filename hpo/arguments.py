@@ -1,7 +1,8 @@
 """The command line: flags, their defaults, and checks of their values.
 
 Imports the standard library only, but for one look at the GPUs of the machine. So `--help` and a wrong flag or number
-are answered at once, before the slow imports of the script.
+are answered at once, before the slow imports of the script. As a program, python -m hpo.arguments, it is that check
+alone: head_node.slurm runs it before it starts anything.
 """
 
 import argparse
@@ -299,3 +300,11 @@ def time_limit(folder: Path = ROOT) -> int | None:
     text = script.read_text() if script.exists() else ""
     written = re.search(r"^#SBATCH (?:--time=|-t )(\S+)", text, re.MULTILINE)
     return seconds_of(os.environ.get("SBATCH_TIMELIMIT", written.group(1) if written else ""))
+
+
+if __name__ == "__main__":
+    from hpo.errors import exit_on_bad_input
+
+    sys.argv[0] = "raytune_bayesian.py"
+    with exit_on_bad_input():
+        parse("")

@@ -146,31 +146,24 @@ def shared_squad() -> Path:
     return SHARED_SQUAD
 
 
-QUICK = [
-    "rooms",
-    "report",
-    "resume",
-    "slot_time",
-    "figures",
-    "goldens",
-    "plan",
-    "fuzz",
-    "bohb",
-    "squad",
-    "scores",
-    "inputs",
-    "errors",
-]
+# Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others:
 SLOW = ["memory", "launches", "bench", "trial", "precision", "trackers", "run", "faults", "slurm", "demo"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items):
     """Quick tests first. Of two processes (make test), one begins with the cluster's tests, which mostly wait."""
-    order = [*QUICK, *SLOW]
+    order = [f"test_{name}" for name in SLOW]
+    for item in items:
+        if item.module.__name__ in order:
+            item.add_marker(pytest.mark.slow)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        order.insert(0, order.pop(order.index("slurm")))
-    rank = {f"test_{name}": i for i, name in enumerate(order)}
-    items.sort(key=lambda item: rank.get(item.module.__name__, len(order)))
+        order.remove("test_slurm")
+        order = ["test_slurm", None, *order]
+    else:
+        order = [None, *order]
+    names = {name: i for i, name in enumerate(order)}
+    items.sort(key=lambda item: names.get(item.module.__name__, names[None]))
 
 
 def run_script(*arguments, timeout=900, script=SCRIPT, before=(), **environment) -> subprocess.CompletedProcess:

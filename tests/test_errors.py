@@ -162,7 +162,7 @@ def test_one_line():
 
 def gpu_check(**environment):
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from hpo.cluster.gpu_check import main; sys.exit(main())"],
+        [sys.executable, "-m", "hpo.cluster.gpu_check"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -224,6 +224,7 @@ def train(config, setup, trial):
 """
 
 
+@pytest.mark.slow
 def test_an_error_of_the_installation_ends_the_search_at_once(tmp_path, tiny_model, tiny_squad):
     """With what to install; no trial has failed for it, so that --resume goes on with all of them."""
     script = write_script(tmp_path / "fault.py", FAULT)
@@ -260,6 +261,7 @@ def train(config, setup, trial):
 """
 
 
+@pytest.mark.slow
 def test_a_device_side_assert_fails_the_trial_and_ends_its_process(tmp_path, tiny_model, tiny_squad):
     """It is not tried again, and the trials after it have another process."""
     script = write_script(tmp_path / "asserts.py", ASSERTS)

@@ -1,6 +1,7 @@
 """The rooms of hpo/: which may import which."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,24 @@ def test_private_names_of_ray_are_in_one_file():
                     path,
                     name,
                 )
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_no_private_name_of_ray_is_reached_through_another(path):
+    """Such as ray._private after `import ray`."""
+    if path.name != "ray_private.py":
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
+                assert not re.match(r"(ray|tune)\b", ast.unparse(node)), f"{path}: {ast.unparse(node)}"
+
+
+def test_imports_have_no_circle():
+    """Also within a room, and with the imports in functions."""
+    modules = {".".join(path.with_suffix("").parts): path for path in MODULES}
+    below = {name: imports(path) & modules.keys() - {name} for name, path in modules.items()}
+    while leaves := {name for name, needs in below.items() if not needs}:
+        below = {name: needs - leaves for name, needs in below.items() if name not in leaves}
+    assert not below
 
 
 def test_the_script_is_read_in_one_sitting():

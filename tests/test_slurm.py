@@ -736,8 +736,8 @@ def test_preflight_gpu_that_torch_cannot_use(project, tiny):
 
 
 def test_preflight_check_of_the_gpus_that_does_not_run(project, tiny):
-    (project.folder / "hpo" / "cluster" / "gpu_check.py").write_text("import sys\nsys.exit(7)\n")
-    refused(project, project.submit(*tiny), r"refused node\d: the check of the GPUs: exit code 7, and 124 means")
+    job = project.submit(*tiny, GPU_CHECK_EXITS="7")
+    refused(project, job, r"refused node\d: the check of the GPUs: exit code 7, and 124 means")
 
 
 def test_preflight_sbatch_not_allowed(project, tiny):

@@ -13,7 +13,7 @@ from hpo.cluster.state import load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
 from hpo.plan.plan import forecast
-from hpo.results.run_folder import git_commit, versions
+from hpo.results.provenance import git_commit, versions
 from hpo.squad import loading
 from hpo.squad.setup import Setup
 

@@ -1,10 +1,9 @@
 """Stands in for CUDA where a GPU of the tests is a device file with nothing behind it. On PYTHONPATH, Python loads
 it at its start.
 
-When gpu_check is imported, both of its checks are replaced: they pass, or fail with the text in GPU_CHECK_SAYS. And
-DeepSpeed is told that
-a CPU can train in fp16, which torch can and DeepSpeed refuses: the arithmetic is that of a GPU. (ZeRO stage 0 needs
-nothing of that.)
+When gpu_check is imported, or run as a program, both of its checks are replaced: they pass, or fail with the text in
+GPU_CHECK_SAYS, or end the process with the exit code in GPU_CHECK_EXITS. And DeepSpeed is told that a CPU can train in
+fp16, which torch can and DeepSpeed refuses: the arithmetic is that of a GPU. (ZeRO stage 0 needs nothing of that.)
 """
 
 import importlib.abc
@@ -14,6 +13,8 @@ import sys
 
 
 def stand_in(*_) -> str:
+    if "GPU_CHECK_EXITS" in os.environ:
+        os._exit(int(os.environ["GPU_CHECK_EXITS"]))
     if "GPU_CHECK_SAYS" in os.environ:
         raise RuntimeError(os.environ["GPU_CHECK_SAYS"])
     return "no GPU, and a test that does without"
@@ -46,3 +47,11 @@ class Finder(importlib.abc.MetaPathFinder):
 
 
 sys.meta_path.insert(0, Finder())
+
+if sys.orig_argv[1:] == ["-m", "hpo.cluster.gpu_check"]:  # Python would load it without the Finder
+    sys.path.insert(0, os.getcwd())
+    from hpo.cluster import gpu_check
+
+    code = gpu_check.main()
+    sys.stdout.flush()
+    os._exit(code)
