@@ -634,6 +634,18 @@ def test_14_first_points_of_a_quantized_range_are_those_given():
     assert search_alg.suggest("a") == {"train_loop_config": {"x": 0.1 * 3}}
 
 
+def test_first_points_are_suggested_once_also_after_a_restart():
+    points = [{f"train_loop_config/{name}": value for name, value in x} for x in (
+        (("lr", 1e-5), ("per_device_bs", 1), ("wd", 0.0)), (("lr", 2e-5), ("per_device_bs", 2), ("wd", 0.01)),
+    )]  # fmt: skip
+    first = pair(OURS, points_to_evaluate=points)[0]
+    assert first.suggest("a")["train_loop_config"]["lr"] == 1e-5
+    again = pair(OURS, points_to_evaluate=points)[0]
+    again.set_state(json.loads(json.dumps(first.get_state())), {"a"})
+    assert again.suggest("b")["train_loop_config"] == {"lr": 2e-5, "per_device_bs": 2, "wd": 0.01}
+    assert again.suggest("c")["train_loop_config"]["lr"] not in (1e-5, 2e-5)
+
+
 # -- invariants of a whole search -------------------------------------------------------------------------------------
 
 

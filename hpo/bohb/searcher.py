@@ -122,6 +122,7 @@ class TuneBOHB(Searcher):
             "live": {trial_id: configuration.get_array().tolist() for trial_id, configuration in live.items()},
             "running": sorted(self.running),
             "paused": sorted(self.paused),
+            "points_to_evaluate": self._points_to_evaluate,
         }
 
     def set_state(self, state: dict[str, Any], live: set[str]) -> None:
@@ -135,6 +136,7 @@ class TuneBOHB(Searcher):
                 after its final report and before Tune removed it. It no longer holds a slot.
         """
         self.suggested, self.observations = state["suggested"], state["observations"]
+        self._points_to_evaluate = state.get("points_to_evaluate", [])  # older states have none
         if self._space is None:
             self._restored = state, live
             return
