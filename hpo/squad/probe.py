@@ -15,6 +15,7 @@ from hpo.squad.data import TokenizedSquad
 from hpo.squad.setup import Setup
 
 OTHER = 2 * 10**9  # bytes that this program needs besides the model
+SMALL = 10**6  # numbers of a weight that gets a gradient
 
 
 def free_memory() -> int:
@@ -27,7 +28,8 @@ def free_memory() -> int:
 def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
     """Does with the real weights and questions what the trials will do. A mistake would fail all of them.
 
-    A model whose weights and gradients do not fit into this machine's memory, in fp32, is not tried.
+    Only small weights get gradients, such as those of norms, for lack of memory. They are in all layers, so the
+    backward pass goes through the whole model. A model that does not fit into this machine's memory is not tried.
 
     Args:
         setup: what all trials share.
@@ -37,7 +39,7 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
     Raises:
         BadInput: the model fails.
     """
-    needed, free = 8 * loading.count_parameters(setup.model), free_memory()
+    needed, free = 5 * loading.count_parameters(setup.model), free_memory()
     if needed > free:
         print(f"the model is not tried before the search: that needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free")
         return
@@ -45,6 +47,9 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
     tokenizer, what = models.load_tokenizer(setup.model), "reading the weights"
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32)
+        least = min(weight.numel() for weight in model.parameters())
+        for weight in model.parameters():
+            weight.requires_grad_(weight.numel() <= max(SMALL, least))
         shortest = np.argsort(setup.train.lengths, kind="stable")
         what = "a training step"
         loss, count = evaluation.answer_loss(
@@ -53,7 +58,6 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
         (loss / count).backward()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss}")
-        model.zero_grad(set_to_none=True)
         longest = longest_sequence((setup.train, setup.selection, test), setup.max_new_tokens)
         what = f"the longest sequence, {len(longest['input_ids'])} tokens"
         with torch.no_grad():
