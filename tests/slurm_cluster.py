@@ -110,7 +110,8 @@ class SlurmCluster:
         for device in devices:
             sh(f"mknod {device} c 1 3")
         nodes = "\n".join(
-            f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus}" for n in NODES
+            f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus} Feature=fast"
+            for n in NODES
         )
         (f / "slurm.conf").write_text(f"""
 ClusterName=test
@@ -135,6 +136,7 @@ SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=1000
 GresTypes=gpu
 ReturnToService=2
+Licenses=squad:4
 MpiDefault=none
 {nodes}
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE

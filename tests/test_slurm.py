@@ -125,6 +125,61 @@ def most_at_a_time(iterations: list[dict]) -> int:
     return most
 
 
+@pytest.fixture
+def reservation(project):
+    """A reservation of node1 and node2."""
+    run = project.cluster.run
+    run("node1", "scontrol", "create", "reservation", "ReservationName=class", "StartTime=now", "Duration=60",
+        "Users=root", "Nodes=node1,node2")  # fmt: skip
+    yield "class"
+    run("node1", "scancel", "--user", "root")  # of a test that has failed
+    wait_for("the end of the jobs", lambda: not project.cluster.queue(), 60)
+    run("node1", "scontrol", "delete", "ReservationName=class")
+
+
+def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation):
+    """And the log says why a worker waits, in Slurm's word and in plain words."""
+    run = project.cluster.run
+    with open(project.folder / "cluster.env", "a") as file:
+        file.write("WORKER_OPTIONS=(--comment='of cluster.env' --nice=7)\n")
+    run("node1", "scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
+    try:
+        job = project.submit(
+            *tiny, "--max_t", 1, "--num_samples", 2, "--max_eval_samples", 9, "--num_train_epochs", 0.1,
+            options=[f"--reservation={reservation}", "--constraint=fast", "--licenses=squad:1", "--time=50"],
+            GPUS_PER_NODE="v100:1",
+        )  # fmt: skip
+        waits = (
+            r"waiting in the queue: (\d+) \((ReqNodeNotAvail: nodes that it could use|Reservation: its|Resources: no) "
+        )
+        project.wait_for("the reason", lambda: re.search(waits, project.log(job)), 120)
+    finally:
+        run("node1", "scontrol", "update", "NodeName=node2", "State=RESUME")
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    (worker,) = project.workers(job)
+    assert re.search(waits, project.log(job)).group(1) == worker
+    found = project.cluster.job(worker)
+    assert found["Reservation"] == reservation and found["Features"] == "fast" and found["Licenses"] == "squad:1"
+    assert found["TimeLimit"] == "00:50:00" and found["Nice"] == "7" and found["NodeList"] == "node2"
+    assert found["TresPerNode"].endswith("gpu:v100:1")
+    assert project.left_over() == {}
+
+
+@pytest.mark.parametrize(
+    "settings, asked",
+    [({"GPUS_PER_NODE": "1"}, "gpu:1"), ({"GPU_REQUEST": "--gres=gpu:v100:2"}, "gpu:v100:2")],
+)
+def test_request_for_gpus(project, tiny, settings, asked):
+    job = project.submit(*tiny, "--max_t", 1, "--num_samples", 1, "--num_train_epochs", 0.1, **settings)
+    project.wait_for("the worker", lambda: " joined " in project.log(job))
+    (worker,) = project.workers(job)
+    assert project.cluster.job(worker)["TresPerNode"].endswith(asked)
+    assert f"{asked[-1]} GPUs" in project.log(job)
+    project.cluster.run("node1", "scancel", job)
+    project.wait_for_end(job)
+    assert project.left_over() == {}
+
+
 def test_trials_of_two_gpus(project, tiny):
     """Each trial has both GPUs of a node, a rank on each, and ZeRO 3 splits the model between them.
 
