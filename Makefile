@@ -7,7 +7,7 @@
 VENV ?= .venv
 PYTHON ?= python3
 READY = $(VENV)/.ready-$(shell cksum < requirements.txt | cut -d' ' -f1)
-QUICK = rooms report resume slot_time figures goldens plan fuzz bohb squad scores inputs
+QUICK = rooms report resume slot_time figures goldens plan fuzz bohb squad models scores inputs
 
 .PHONY: demo demo-data pictures lint check test
 

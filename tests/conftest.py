@@ -157,6 +157,7 @@ QUICK = [
     "fuzz",
     "bohb",
     "squad",
+    "models",
     "scores",
     "inputs",
     "errors",

@@ -45,7 +45,7 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
     print("trying the model on the CPU: a training step, the longest sequence, an answer", flush=True)
     tokenizer, what = models.load_tokenizer(setup.model), "reading the weights"
     try:
-        model = _read_weights(setup.model).train()
+        model = _read_weights(setup.model)
         shortest = np.argsort(setup.train.lengths, kind="stable")
         what = "a training step"
         loss, count = evaluation.answer_loss(
@@ -54,7 +54,7 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
         (loss / count).backward()
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss is {loss.item()}")
-        model.eval().zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         longest = longest_sequence(setup.train, (setup.selection, test), setup.max_new_tokens)
         what = f"the longest sequence, {len(longest['input_ids'])} tokens"
         with torch.no_grad():
