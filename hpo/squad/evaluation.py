@@ -5,6 +5,7 @@ import inspect
 import numpy as np
 import torch
 
+from hpo.errors import BadInput
 from hpo.squad.data import TokenizedSquad
 from hpo.squad.group import ONE_RANK
 
@@ -164,6 +165,9 @@ def _greedy(
         eos_token_id: ends an answer.
         max_new_tokens: most tokens of an answer.
         group: the ranks of the trial.
+
+    Raises:
+        BadInput: the model has no cache of keys and values.
     """
     answers: list[list[int]] = [[] for _ in input_ids]
     rows, finished, cache = list(range(len(answers))), False, None
@@ -171,7 +175,9 @@ def _greedy(
     for _ in range(max_new_tokens):
         keep = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         output = model(input_ids=input_ids, attention_mask=mask, **keep, **positions)
-        cache, tokens = output.past_key_values, _argmax(output.logits[:, -1])
+        cache, tokens = getattr(output, "past_key_values", None), _argmax(output.logits[:, -1])
+        if cache is None:  # a Mamba, or a BERT, which is no causal model
+            raise BadInput("generating an answer needs a cache of keys and values, which this model has not")
         going = []
         for k, token in enumerate(tokens.tolist()):
             if token != eos_token_id and not finished:
@@ -185,7 +191,7 @@ def _greedy(
             rows, kept = [rows[k] for k in going], torch.tensor(going, device=tokens.device)
             tokens, mask = tokens[kept], mask[kept]
             positions = {name: ids[kept] for name, ids in positions.items()}
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)  # keeps these rows; batch_select_indices fails for layers of Mamba
         input_ids, mask = tokens[:, None], torch.nn.functional.pad(mask, (0, 1), value=1)
         positions = {name: ids[:, -1:] + 1 for name, ids in positions.items()}
     return answers

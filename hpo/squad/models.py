@@ -2,11 +2,14 @@
 
 import copy
 import functools
+import json
 from pathlib import Path
 
 import torch
 import transformers
 
+from hpo import errors
+from hpo.errors import BadInput
 from hpo.files import sync
 from hpo.squad import evaluation, precision
 
@@ -25,6 +28,20 @@ def pretrained(folder: str | Path) -> torch.nn.Module:
     A worker process reads the files once and keeps the model for its next trials.
     """
     return copy.deepcopy(_pretrained(str(folder)))
+
+
+def check_kind(folder: Path) -> None:
+    """Raises BadInput unless the config.json of a folder is that of a causal language model."""
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder) if kind in transformers.CONFIG_MAPPING else None
+    except Exception as error:  # whatever a wrong value raises
+        raise BadInput(f"--model {folder}: its config.json cannot be used: {errors.one_line(error, 200)}") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise BadInput(f"--model {folder}: {kind} is an encoder-decoder, and a causal language model is needed")
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:  # the model's own code is not run
+        version = transformers.__version__
+        raise BadInput(f"--model {folder}: transformers {version} has no causal language model of model_type {kind!r}")
 
 
 @functools.lru_cache

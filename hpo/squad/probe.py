@@ -2,6 +2,7 @@
 
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -46,7 +47,7 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
     print("trying the model on the CPU: a training step, the longest sequence, an answer", flush=True)
     tokenizer, what = models.load_tokenizer(setup.model), "reading the weights"
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32)
+        model = _read_weights(setup.model)
         least = min(weight.numel() for weight in model.parameters())
         for weight in model.parameters():
             weight.requires_grad_(weight.numel() <= max(SMALL, least))
@@ -57,28 +58,47 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
         )
         (loss / count).backward()
         if not math.isfinite(loss.item()):
-            raise FloatingPointError(f"the loss is {loss}")
-        longest = longest_sequence((setup.train, setup.selection, test), setup.max_new_tokens)
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        longest = longest_sequence(setup.train, (setup.selection, test), setup.max_new_tokens)
         what = f"the longest sequence, {len(longest['input_ids'])} tokens"
         with torch.no_grad():
             evaluation.answer_loss(model, evaluation.collate([longest], tokenizer.pad_token_id))
-        what = "generating an answer, which needs a cache of keys and values"
-        question = setup.train[shortest[0]]
+        what = "generating an answer"
+        question = setup.selection[int(setup.selection.prompt_lengths.argmin())]
         ends, prompt_lengths = np.array([0, len(question["input_ids"])]), np.array([question["prompt_length"]])
         one = TokenizedSquad(question["input_ids"], ends, prompt_lengths, references=[{"id": "a question"}])
         evaluation.predict(model, tokenizer, one, 1, setup.max_new_tokens)
+    except BadInput as error:
+        raise BadInput(f"--model {setup.model}: {error}") from None
     except Exception as error:  # whatever a model raises
         reason = errors.one_line(f"{type(error).__name__}: {error}")
         raise BadInput(f"--model {setup.model}: it fails at {what}: {reason}") from error
 
 
-def longest_sequence(parts: tuple[TokenizedSquad, ...], max_new_tokens: int) -> dict:
-    """The longest sequence that a model will see, in training, evaluation or generation, as an item of a data set."""
-    best = None
+def _read_weights(folder: Path) -> torch.nn.Module:
+    """The model, in fp32. Raises BadInput where transformers would begin with random numbers for some weights."""
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    bad = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if bad:
+        raise BadInput(f"{len(bad)} of its weights are missing or do not have the shape of config.json: first {bad[0]}")
+    return model
+
+
+def longest_sequence(train: TokenizedSquad, parts: tuple[TokenizedSquad, ...], max_new_tokens: int) -> dict:
+    """The longest sequence that a model will see, in training, evaluation or generation, as an item of a data set.
+
+    Args:
+        train: the training questions, for which no answers are generated.
+        parts: the other questions.
+        max_new_tokens: of a generated answer.
+    """
+    best = train[int(train.lengths.argmax())]
     for part in parts:
         lengths = np.maximum(part.lengths, part.prompt_lengths + max_new_tokens)
         i = int(lengths.argmax())
-        if best is None or lengths[i] > len(best["input_ids"]):
+        if lengths[i] > len(best["input_ids"]):
             best = part[i]
             best["input_ids"] = np.resize(best["input_ids"], lengths[i])  # tokens do not matter: repeats some
     return best

@@ -54,6 +54,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         BadInput: this data or this model cannot be used.
     """
     model = loading.model_folder(args.model)
+    models.check_kind(model)
     *examples, dropped = loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)
     try:
         tokenizer = models.load_tokenizer(model)
@@ -64,8 +65,11 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
     positions, embeddings = models.max_positions(model), models.text_config(model).vocab_size
     try:
         train, selection = data.hold_out(examples[0], args.max_eval_samples or selection_size, args.seed)
-        titles = [{example["title"] for example in part} for part in (train, selection)]
-        train = data.subset(train, args.max_train_samples, args.seed)
+    except ValueError as error:
+        raise BadInput(f"--dataset {args.dataset}: {error}") from None
+    titles = [{example["title"] for example in part} for part in (train, selection)]
+    train = data.subset(train, args.max_train_samples, args.seed)
+    try:
         train = data.tokenize(train, tokenizer, min(max_length, positions or max_length), training=True)
         test = data.subset(examples[1], args.max_eval_samples, args.seed)
         selection, test = (
@@ -73,7 +77,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
             for part in (selection, test)
         )
     except ValueError as error:
-        takes = f" ({args.model} takes {positions})" if positions and positions < max_length else ""
+        takes = f" ({args.model} takes {positions})" if positions else ""
         raise BadInput(f"--dataset {args.dataset}: {error}{takes}") from None
     largest = max(int(part.tokens.max()) for part in (train, selection, test))
     if largest >= embeddings:
@@ -109,4 +113,7 @@ def _tokenize_for_evaluation(examples, tokenizer, max_length: int, positions: in
     room = max(tokens.longest_answer, max_new_tokens)
     if positions is None or longest_prompt + room <= positions:
         return tokens
-    return data.tokenize(examples, tokenizer, positions - room, training=False)
+    try:
+        return data.tokenize(examples, tokenizer, max(0, positions - room), training=False)
+    except ValueError as error:
+        raise ValueError(f"{error}, beside an answer of up to {room}") from None
