@@ -158,6 +158,13 @@ def test_is_impossible_must_agree_with_the_answers(tmp_path, answers, told, has,
             squad_data.read_squad(path, dropped)
         what = f"it has {has}, so is_impossible must be {must} or missing, and it is {told!r}"
         assert str(error.value) == f"{path}: question q0: {what}"
+    row = {"id": "q0", "context": "In 1984 the  old\xa0town\nhad 7 gates.", "question": "?", "is_impossible": told}
+    of_lists = {"text": [x["text"] for x in answers], "answer_start": [x["answer_start"] for x in answers]}
+    table = pyarrow.Table.from_pylist([row | {"answers": of_lists}])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError) as error:
+        squad_data.read_parquet([tmp_path / "train.parquet"], "set", "train")
+    assert str(error.value) == f"set, train: question q0: {what}"
 
 
 def test_a_question_with_bad_answers_only_does_not_become_unanswerable(tmp_path):
