@@ -107,11 +107,11 @@ class SquadMetric(evaluate.Metric):
 
 
 def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup, group=ONE_RANK) -> dict[str, float]:
-    """EM and F1 of the model's greedy answers; as in SQuAD 2.0 if a question has no answer, see scores.squad_v2."""
+    """EM and F1 of the model's greedy answers, as in SQuAD v1.1, or as in 2.0 (setup.unanswerable)."""
     answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, setup.max_new_tokens, group)
-    if all(reference["answers"]["text"] for reference in questions.references):
-        return SquadMetric(setup.metric_language).compute(predictions=answers, references=questions.references)
-    return scores.squad_v2(answers, questions.references, setup.metric_language)
+    if setup.unanswerable:
+        return scores.squad_v2(answers, questions.references, setup.metric_language)
+    return SquadMetric(setup.metric_language).compute(predictions=answers, references=questions.references)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

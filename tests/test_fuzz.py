@@ -62,9 +62,10 @@ def one_line(error):
 
 
 QA = {"id": "1", "question": "Who?", "answers": [{"text": "two", "answer_start": 4}]}
+NONE = {"id": "3", "question": "Why?", "answers": [], "plausible_answers": QA["answers"], "is_impossible": True}
 DOCUMENT = {
     "version": "1.1",
-    "data": [{"title": "t", "paragraphs": [{"context": "one two", "qas": [QA, {**QA, "id": "2"}]}]}],
+    "data": [{"title": "t", "paragraphs": [{"context": "one two", "qas": [QA, {**QA, "id": "2"}, NONE]}]}],
 }
 
 
@@ -97,7 +98,7 @@ def test_squad_documents(changes, dropped):
 
 
 ROW = {"id": "1", "title": "t", "context": "one two", "question": "Who?",
-       "answers": {"text": ["two"], "answer_start": [4]}}  # fmt: skip
+       "answers": {"text": ["two"], "answer_start": [4]}, "is_impossible": False}  # fmt: skip
 
 
 @given(st.sampled_from(list(places(ROW))), JSON, DROPPED)
@@ -130,7 +131,9 @@ def squad_sets(draw):
     """A data set without fault: the articles of a JSON file, and the rows of a parquet file."""
     text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
     id_of = draw(st.sampled_from([lambda i: i, lambda i: f"q{i}", lambda i: None]))
-    has_title, lists = draw(st.booleans()), draw(st.booleans())
+    has_title, lists, v2 = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    told = v2 and draw(st.booleans())  # the files have is_impossible
+    nothing = [[], [{"text": "", "answer_start": -1}]]
     articles, rows = [], []
     for _ in range(draw(st.integers(1, 3))):
         article = {"paragraphs": []} | ({"title": draw(st.none() | text)} if has_title else {})
@@ -146,10 +149,15 @@ def squad_sets(draw):
                     space = draw(st.sampled_from([" ", "  ", "\n", "\xa0"]))
                     start = sum(len(word) + 1 for word in words[:first])
                     answers.append({"text": space.join(words[first : last + 1]), "answer_start": start})
+                if v2 and draw(st.booleans()):
+                    answers = draw(st.sampled_from(nothing))
                 qa = {"id": id_of(len(rows)), "question": draw(text), "answers": answers}
+                qa["is_impossible"] = answers in nothing if told else None
                 qas.append({name: value for name, value in qa.items() if value is not None})
                 of_lists = {name: [answer[name] for answer in answers] for name in ("text", "answer_start")}
                 row = {"context": context, **qas[-1], "answers": of_lists if lists else answers}
+                if told:
+                    qas[-1]["plausible_answers"] = [{"text": context, "answer_start": 0}]  # nothing reads them
                 rows.append(row | ({"title": article["title"]} if has_title else {}))
             article["paragraphs"].append({"context": context, "qas": qas})
         articles.append(article)
@@ -165,7 +173,9 @@ def test_json_and_parquet_give_the_same_examples(squad_set):
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file.with_suffix(".parquet"))
         assert data.read_parquet([file.with_suffix(".parquet")], "set", "train") == examples
     assert [e["context"] for e in examples] == [row["context"] for row in rows]
-    for e in examples:
+    qas = [qa for article in articles for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+    for e, qa in zip(examples, qas, strict=True):
+        assert len(e["answers"]["text"]) == sum(answer["text"] != "" for answer in qa["answers"])
         for text, start in zip(e["answers"]["text"], e["answers"]["answer_start"], strict=True):
             assert e["context"][start:].startswith(text)
 

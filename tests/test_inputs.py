@@ -69,7 +69,7 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     with changed_squad(tiny_squad, folder / "moved", "train") as train:
         train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
     with changed_squad(tiny_squad, folder / "v2", "dev") as dev:
-        dev["data"][1]["paragraphs"][4]["qas"][0] |= {"answers": [], "is_impossible": True}
+        dev["data"][1]["paragraphs"][4]["qas"][0] |= {"answers": [], "is_impossible": False}
     with changed_squad(tiny_squad, folder / "twice", "train") as train:
         for article in (3, 4):
             train["data"][article]["paragraphs"][0]["qas"][0]["id"] = f"train-{article % 3}-0"
@@ -135,15 +135,15 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
         ["--dataset", "@/no_dev"],
         r"--dataset .*no_dev: one file dev\*.json.* or validation\*.json",
     ),
-    "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD v1.1 JSON file"),
+    "data set cut off": (["--dataset", "@/cut"], r"--dataset .*train.json: not a SQuAD JSON file"),
     "answer not at answer_start": (
         ["--dataset", "@/moved"],
         r"moved/train.json: 1 of 800 answers cannot be used: question train-3-2: answer 'a \w+ hat' is not at "
         r"answer_start \d+; correct them, or leave them out with --drop_bad_answers$",
     ),
-    "data set in the form of SQuAD v2": (
+    "question without an answer that should have one": (
         ["--dataset", "@/v2"],
-        r"v2/dev.json: question dev-1-4: unanswerable: it has no answer, and SQuAD v2's form is not supported yet$",
+        r"v2/dev.json: question dev-1-4: it has no answer, so is_impossible must be true or missing, and it is False$",
     ),
     "data set with an id twice": (
         ["--dataset", "@/twice"],

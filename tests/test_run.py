@@ -29,8 +29,9 @@ from faulty import write_script
 from hpo import files
 from hpo.results import tables
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation
+from hpo.squad import evaluation, scores
 from slurm_cluster import wait_for
+from test_squad import without_answers
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
 
@@ -252,7 +253,7 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
     for examples, expected in ((selection, result), (tested, run["test"])):
         data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
-        setup = SimpleNamespace(max_new_tokens=longest, metric_language="en")
+        setup = SimpleNamespace(max_new_tokens=longest, metric_language="en", unanswerable=False)
         assert raytune_bayesian.answer_scores(model, tokenizer, data, setup) == {
             k: expected[k] for k in ("exact_match", "f1")
         }
@@ -442,6 +443,52 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     other = run_script(*name, "--resume", "--max_t", 50, "--seed", 1)
     assert other.returncode == 2 and len(other.stderr.splitlines()) == 1
     assert "other arguments than the run's: --max_t 50 (the run has 16), --seed 1 (the run has 42)" in other.stderr
+
+
+def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad):
+    """What is reported is what the rules of the official script give for the answers of best_model."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import raytune_bayesian
+
+    torch.set_num_threads(1)
+    dataset = without_answers(tiny_squad, tmp_path / "squad", {"train": 2, "dev": 3})
+    name = ["--output_dir", tmp_path, "--run_name", "x"]
+    small = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 20, "--num_samples", 5]
+    search = ["--model", tiny_model, "--dataset", dataset, *small, "--metric", "f1", "--max_concurrent_trials", 1]
+    code, first = cut([*search, *name], 2, signal.SIGUSR1)
+    assert code == 1 and "the time is nearly up" in first, first
+    process = run_script(*name, "--resume")
+    assert process.returncode == 0, process.stdout + process.stderr
+    for out in (first, process.stdout):
+        assert "some questions have no answer: EM and F1 are those of SQuAD 2.0\n" in out
+    folder = tmp_path / "x"
+    trials, iterations = (files.read_csv(folder / f"{table}.csv") for table in ("trials", "iterations"))
+    assert list(trials[0]) == [*tables.TRIAL_FIELDS, *tables.V2_METRICS]
+    assert list(iterations[0]) == [*tables.ITERATION_FIELDS, *tables.V2_METRICS]
+    assert len(trials) == 5 and all(row[key] is not None for row in iterations for key in tables.V2_METRICS)
+    result, rows = closing_block(process.stdout)
+    assert list(result) == ["eval_loss", "exact_match", "f1", "config"]
+    assert json.loads((folder / "best_result.json").read_text()) == result
+    assert rows[0] == ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", "Eval Loss", "EM", "F1", "Iterations"]
+
+    best = next(row for row in trials if row["eval_loss"] == result["eval_loss"])
+    tested = json.loads((folder / "run.json").read_text())["test"]
+    model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
+    found = squad_data.find_squad_files(dataset)
+    train, selection = squad_data.hold_out(squad_data.read_squad(found["train"]), 20, 42)
+    test = squad_data.subset(squad_data.read_squad(found["validation"]), 20, 42)
+    longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
+    for examples, reported in ((selection, best), (test, tested)):
+        questions = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
+        answers = evaluation.predict(model, tokenizer, questions, raytune_bayesian.EVAL_TOKENS, longest)
+        expected = scores.squad_v2(answers, [{"id": e["id"], "answers": e["answers"]} for e in examples])
+        assert {key: reported[key] for key in ("exact_match", "f1", *tables.V2_METRICS)} == expected
+        assert expected["NoAns_exact"] > 0  # it has learnt to end at once
+    line = ", ".join(f"{key} {tested[key]:.4f}" for key in (*tables.METRICS, *tables.V2_METRICS))
+    assert f"  {line}\n" in process.stdout and line in (folder / "report.html").read_text()
 
 
 def test_a_planned_stop_within_an_iteration_loses_no_step(tmp_path, tiny_model, tiny_squad):

@@ -12,14 +12,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
 from hpo import arguments, checks, errors, files
 from hpo.results import report, tables, trackers
 from hpo.squad import evaluation, scores
+from hpo.squad.probe import try_model
 from hpo.squad.setup import prepare
 from test_report import SomeTrial, make_log, tell
-from test_squad import random_model
+from test_squad import random_model, without_answers
 
 LANGUAGES = list(scores.ARTICLES)
 
@@ -220,13 +222,32 @@ def test_answers_are_scored_in_the_language_of_the_run(tmp_path, tokenizer, tiny
         assert english["exact_match"] == 0.0
         for reference in references[:2]:  # now two questions of six have no answer, and the model gives one
             reference["answers"] = {"text": [], "answer_start": []}
-        tested = raytune_bayesian.test(tmp_path, answerable, setup)
+        tested = raytune_bayesian.test(tmp_path, answerable, dataclasses.replace(setup, unanswerable=True))
         assert {name: value for name, value in tested.items() if name != "eval_loss"} == {
             "exact_match": 4 / 6, "f1": 4 / 6,
             "HasAns_exact": 1.0, "HasAns_f1": 1.0, "NoAns_exact": 0.0, "NoAns_f1": 0.0,
         }  # fmt: skip
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("damaged", [{}, {"train": 3}, {"dev": 3}, {"train": 3, "dev": 3}, {"train": 1, "dev": 1}])
+def test_selection_and_test_are_scored_alike(tmp_path, tiny_model, tokenizer, tiny_squad, damaged):
+    """As in SQuAD 2.0 if any of the two files has a question without an answer, whatever the few questions have."""
+    dataset = without_answers(tiny_squad, tmp_path / "squad", damaged)
+    argv = ["--model", str(tiny_model), "--dataset", str(dataset), "--max_eval_samples", "6"]
+    args = checks.check(arguments.parse("", argv))
+    setup, test = prepare(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, 2)
+    assert setup.unanswerable == bool(damaged)
+    try_model(setup, test, 2)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for split, questions in {"train": setup.selection, "dev": test}.items():
+        has = {bool(reference["answers"]["text"]) for reference in questions.references}
+        assert has == {None: {True}, 3: {True, False}, 1: {False}}[damaged.get(split)]
+        names = {"HasAns": True in has, "NoAns": False in has} if damaged else {}
+        expected = {f"{group}_{one}" for group, shown in names.items() if shown for one in ("exact", "f1")}
+        found = raytune_bayesian.answer_scores(model, tokenizer, questions, setup)
+        assert set(found) == {"exact_match", "f1", *expected}
 
 
 V2 = {"HasAns_exact": 0.25, "HasAns_f1": 0.5, "NoAns_exact": 0.75, "NoAns_f1": 0.8125}

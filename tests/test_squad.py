@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import torchmetrics.text
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
+from hpo.results import tables
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation, group, loading, scores
 from raytune_bayesian import SquadMetric
@@ -94,6 +96,82 @@ def test_bad_answers_are_refused_or_dropped(tmp_path):
     assert dropped == {"answers": 1, "questions": 0, "read": 1}
     with pytest.raises(ValueError, match="train.json: holds no question with a good answer$"):
         squad_data.read_squad(squad_json(tmp_path, bad), Counter())
+
+
+NO_ANSWER = {"text": [], "answer_start": []}
+
+
+def without_answers(original, folder, every):
+    """A copy of a data set in which every so many-th question of a file has no answer, as in SQuAD 2.0."""
+    folder.mkdir()
+    for split in ("train", "dev"):
+        content = json.loads((original / f"{split}.json").read_text())
+        qas = [qa for article in content["data"] for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
+        for qa in qas:
+            qa["is_impossible"] = False
+        for qa in qas[:: every[split]] if split in every else ():
+            qa |= {"answers": [], "plausible_answers": qa["answers"], "is_impossible": True}
+        (folder / f"{split}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"answers": [], "is_impossible": True, "plausible_answers": [{"text": "7", "answer_start": 26}]},
+        {"answers": NO_ANSWER},
+        {"answers": {"text": "", "answer_start": -1}},
+        {"answers": {"text": "", "answer_start": -1}, "is_impossible": True},
+        {"answers": {"text": [""], "answer_start": [-1]}, "is_impossible": True},
+        {"answers": [{"text": "", "answer_start": -1}]},
+        {"answers": None, "is_impossible": True},
+    ],
+)
+def test_questions_without_an_answer_are_read(tmp_path, form):
+    """From JSON and from parquet. No bad answer is found in them."""
+    good, dropped = {"text": "7", "answer_start": 26}, Counter()
+    path = squad_json(tmp_path, good, good)
+    content = json.loads(path.read_text())
+    (paragraph,) = content["data"][0]["paragraphs"]
+    paragraph["qas"][1] |= form
+    path.write_text(json.dumps(content))
+    examples = squad_data.read_squad(path, dropped)
+    assert [e["answers"] for e in examples] == [{"text": ["7"], "answer_start": [26]}, NO_ANSWER]
+    assert dropped == {"answers": 0, "questions": 0, "read": 2}
+    row = {**paragraph["qas"][1], "context": paragraph["context"], "title": "t"}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "train.parquet")
+    assert squad_data.read_parquet([tmp_path / "train.parquet"], "set", "train") == examples[1:]
+
+
+@pytest.mark.parametrize(
+    "answers, told, has, must",
+    [
+        ([], False, "no answer", "true"),
+        ([{"text": "", "answer_start": -1}], "yes", "no answer", "true"),
+        ([{"text": "7", "answer_start": 26}], True, "an answer", "false"),
+    ],
+)
+def test_is_impossible_must_agree_with_the_answers(tmp_path, answers, told, has, must):
+    for dropped in (None, Counter()):
+        path = squad_json(tmp_path, None, answers=answers, is_impossible=told)
+        with pytest.raises(ValueError) as error:
+            squad_data.read_squad(path, dropped)
+        what = f"it has {has}, so is_impossible must be {must} or missing, and it is {told!r}"
+        assert str(error.value) == f"{path}: question q0: {what}"
+    row = {"id": "q0", "context": "In 1984 the  old\xa0town\nhad 7 gates.", "question": "?", "is_impossible": told}
+    of_lists = {"text": [x["text"] for x in answers], "answer_start": [x["answer_start"] for x in answers]}
+    table = pyarrow.Table.from_pylist([row | {"answers": of_lists}])
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError) as error:
+        squad_data.read_parquet([tmp_path / "train.parquet"], "set", "train")
+    assert str(error.value) == f"set, train: question q0: {what}"
+
+
+def test_a_question_with_bad_answers_only_does_not_become_unanswerable(tmp_path):
+    bad, dropped = {"text": "old", "answer_start": 26}, Counter()
+    path = squad_json(tmp_path, bad, {"text": "", "answer_start": -1})
+    assert [e["id"] for e in squad_data.read_squad(path, dropped)] == ["q1"]
+    assert dropped == {"answers": 1, "questions": 1, "read": 2}
 
 
 INSTEAD = "pass a folder with train.json and dev.json as --dataset"
@@ -234,6 +312,30 @@ def test_evaluation_window_does_not_look_at_the_answer(tokenizer):
     assert "QZX" in window and "KJV" in window and "begin" not in window and "end" not in window
 
 
+def test_without_an_answer_eos_follows_the_prompt(tokenizer, tiny_squad):
+    """The prompt is the same as with an answer, token by token."""
+    examples = squad_data.read_squad(tiny_squad / "dev.json")
+    without = [e | {"answers": NO_ANSWER} for e in examples]
+    for training in (True, False):
+        both = [squad_data.tokenize(part, tokenizer, 1024, training) for part in (examples, without)]
+        for one, other in zip(*both, strict=True):
+            prompt = one["input_ids"][: one["prompt_length"]].tolist()
+            assert other["input_ids"].tolist() == [*prompt, tokenizer.eos_token_id]
+            assert other["prompt_length"] == len(prompt)
+        assert both[1].longest_answer == 1 and both[0].longest_answer > 1
+
+
+def test_without_an_answer_training_has_the_window_of_evaluation(tokenizer):
+    words = ["aaa"] * 300
+    words[140], words[150], words[160] = "QZX", "KJV", "YWZ"
+    e = make_example(0, context=" ".join(words)) | {"question": "QZX KJV YWZ?", "answers": NO_ANSWER}
+    trained = squad_data.tokenize([e], tokenizer, 301, training=True)  # EOS counts in training
+    evaluated = squad_data.tokenize([e], tokenizer, 300, training=False)
+    assert trained.tokens.tolist() == evaluated.tokens.tolist() and trained.lengths[0] == 301
+    window = tokenizer.decode(trained.tokens).split("Context:")[1]
+    assert "QZX" in window and "KJV" in window
+
+
 def test_question_and_answer_that_do_not_fit_are_refused(tokenizer):
     with pytest.raises(ValueError, match="longer than 20 tokens"):
         squad_data.tokenize([make_example(0) | {"question": "x" * 100}], tokenizer, 20, training=True)
@@ -260,8 +362,16 @@ def data(tiny_squad, tokenizer):
     return squad_data.tokenize(squad_data.read_squad(tiny_squad / "dev.json"), tokenizer, 1024, training=False)
 
 
-def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, data):
-    """Left padding and few logits give what each sequence alone gives with labels of its own."""
+@pytest.mark.parametrize("every", [None, 2, 1])
+def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, tiny_squad, every):
+    """Left padding and few logits give what each sequence alone gives with labels of its own.
+
+    No question is without an answer, every second one, or all of them: then each answer is EOS alone.
+    """
+    examples = squad_data.read_squad(tiny_squad / "dev.json")
+    for e in examples[::every] if every else ():
+        e["answers"] = NO_ANSWER
+    data = squad_data.tokenize(examples, tokenizer, 1024, training=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     total = count = 0
     for i in range(len(data)):
@@ -355,16 +465,16 @@ def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
-    setup = SimpleNamespace(max_new_tokens=12, metric_language="en")
+@pytest.mark.parametrize("unanswerable", [False, True])
+def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, tiny_squad, unanswerable):
+    """Also where every second question has no answer: the model learns which ones."""
+    setup = SimpleNamespace(max_new_tokens=12, metric_language="en", unanswerable=unanswerable)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    items = [data[i] for i in range(8)]
-    few = squad_data.TokenizedSquad(
-        tokens=data.tokens[: data.offsets[8]],
-        offsets=data.offsets[:9],
-        prompt_lengths=data.prompt_lengths[:8],
-        references=data.references[:8],
-    )
+    examples = squad_data.read_squad(tiny_squad / "dev.json")[:8]
+    for e in examples[::2] if unanswerable else ():
+        e["answers"] = NO_ANSWER
+    few = squad_data.tokenize(examples, tokenizer, 1024, training=False)
+    items = [few[i] for i in range(8)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = evaluation.collate(items, tokenizer.pad_token_id)
     assert raytune_bayesian.answer_scores(model, tokenizer, few, setup)["exact_match"] < 1
@@ -376,7 +486,11 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, data):
         optimizer.zero_grad()
         if loss / count < 0.02:
             break
-    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup) == {"exact_match": 1.0, "f1": 1.0}
+    names = ["exact_match", "f1", *(tables.V2_METRICS if unanswerable else ())]
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup) == dict.fromkeys(names, 1.0)
+    if unanswerable:  # a batch in which all rows end at once
+        none = squad_data.tokenize(examples[::2], tokenizer, 1024, training=False)
+        assert [p["prediction_text"] for p in evaluation.predict(model, tokenizer, none, 8192, 12)] == [""] * 4
 
 
 @pytest.mark.parametrize("family", ["bloom", "gpt2", "llama"])
@@ -568,16 +682,15 @@ def test_files_are_checked(tmp_path):
         return {"data": [{"title": "t", "paragraphs": [{"context": "one two", "qas": [qa]}]}]}
 
     for content, message in {
-        "not json": "not a SQuAD v1.1 JSON file",
-        "[]": "not a SQuAD v1.1 JSON file",
+        "not json": "not a SQuAD JSON file",
+        "[]": "not a SQuAD JSON file",
         '{"data": []}': "no question",
-        "[" * 10**5: "not a SQuAD v1.1 JSON file .RecursionError",
+        "[" * 10**5: "not a SQuAD JSON file .RecursionError",
         json.dumps(article(text="two", answer_start=3)): "question 7: answer 'two' is not at answer_start 3",
         json.dumps(article(text="two", answer_start=-3)): "not at answer_start",
         json.dumps(article(text="two", answer_start=True)): "answer 'two' is not at answer_start True",
         json.dumps(article(text=" ", answer_start=3)): "answer ' ' is not at answer_start 3",
-        json.dumps(article(text="two")): "question 7: not a SQuAD v1.1 list of answers, with text and answer_start: ",
-        json.dumps(article(text="", answer_start=-1)): "question 7: unanswerable: .* SQuAD v2's form is not supported",
+        json.dumps(article(text="two")): "question 7: not a SQuAD list of answers, with text and answer_start: ",
     }.items():
         path = tmp_path / "train.json"
         path.write_text(content)
@@ -591,5 +704,5 @@ def test_damaged_gzip_files_are_refused(tmp_path):
     content = bytearray(gzip.compress(b"0123456789" * 9))
     content[10:14] = b"\xff" * 4  # the first block has a type that does not exist
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="train.json.gz: not a SQuAD v1.1 JSON file .error: Error -3"):
+    with pytest.raises(ValueError, match="train.json.gz: not a SQuAD JSON file .error: Error -3"):
         squad_data.read_squad(path)

@@ -113,7 +113,8 @@ def test_trial_reports_the_metrics_of_squad_v2(tmp_path, tiny_model, tiny_squad)
     setup = prepare(tiny_model, tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
     none = {"answers": {"text": [], "answer_start": []}}
     references = [{**r, **none} if i < 4 else r for i, r in enumerate(setup.selection.references)]
-    setup = dataclasses.replace(setup, selection=dataclasses.replace(setup.selection, references=references))
+    selection = dataclasses.replace(setup.selection, references=references)
+    setup = dataclasses.replace(setup, selection=selection, unanswerable=True)
     (result,) = run_trials(tmp_path, trial, setup, [config(rungs=(2,))])
     metrics = result.metrics
     for both, one in {"exact_match": "exact", "f1": "f1"}.items():

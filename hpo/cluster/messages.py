@@ -26,6 +26,8 @@ def announce(run: Run) -> None:
     print(f"run folder: {run.folder}")
     print(f"questions: {len(setup.train)} to train on; {len(setup.selection)} of other {setup.held_out} to compare")
     print(f"  trials on; {whole} {tested} of the validation set to test the best model on, once at the end")
+    if setup.unanswerable:
+        print("some questions have no answer: EM and F1 are those of SQuAD 2.0")
     for split, left_out in setup.dropped.items():
         print("bad answers left out of the {} set:".format("training" if split == "train" else split), end=" ")
         print("{answers}, and with them {questions} of its {read} questions".format_map(left_out))

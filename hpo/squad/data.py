@@ -1,9 +1,11 @@
-"""SQuAD v1.1 for a causal language model: reading, splitting, tokenising. Nothing of torch or Ray in here.
+"""SQuAD v1.1 and 2.0 for a causal language model: reading, splitting, tokenising. Nothing of torch or Ray in here.
 
 A sequence is   Question: … Context: … Answer: <answer> EOS   and only the answer and EOS are learnt. Rajpurkar et al.,
-"SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016.
+"SQuAD: 100,000+ Questions for Machine Comprehension of Text", EMNLP 2016. Without an answer it ends with Answer: EOS.
+Rajpurkar et al., "Know What You Don't Know: Unanswerable Questions for SQuAD", ACL 2018.
 
-An example is {"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}.
+An example is {"id", "title", "context", "question", "answers": {"text": [...], "answer_start": [...]}}. The lists are
+empty if the question has no answer.
 """
 
 import bisect
@@ -42,7 +44,7 @@ def find_squad_files(folder: Path) -> dict[str, Path]:
 
 
 def read_squad(path: Path, dropped: Counter | None = None) -> list[dict]:
-    """The questions of a SQuAD v1.1 JSON file, gzip'd or not, in its order.
+    """The questions of a SQuAD JSON file, gzip'd or not, in its order.
 
     Args:
         path: of the file. It is a training set if its name begins with "train", else a validation set.
@@ -61,7 +63,7 @@ def read_squad(path: Path, dropped: Counter | None = None) -> list[dict]:
             for qa in paragraph["qas"]
         ]
     except (OSError, EOFError, zlib.error, RecursionError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a SQuAD v1.1 JSON file ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path}: not a SQuAD JSON file ({type(error).__name__}: {error})") from None
     return check_questions(questions, str(path), "train" if path.name.startswith("train") else "validation", dropped)
 
 
@@ -84,7 +86,8 @@ def read_parquet(files: list[Path], name: str, split: str, dropped: Counter | No
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 columns = file.schema_arrow.names
-                rows = file.read([c for c in columns if c in ("id", "title", "context", "question", "answers")])
+                used = ("id", "title", "context", "question", "answers", "is_impossible")
+                rows = file.read([c for c in columns if c in used])
                 questions += rows.to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
             raise ValueError(f"{name}: {path.name} cannot be read: {errors.one_line(error)}") from None
@@ -102,8 +105,9 @@ def check_questions(questions: list[dict], where: str, split: str, dropped: Coun
     if it is not at its answer_start. If it differs there in white space only, the context's own text replaces it.
 
     Args:
-        questions: {"id", "title", "context", "question", "answers"}; answers are a list of {"text", "answer_start"},
-            or {"text": [...], "answer_start": [...]}.
+        questions: {"id", "title", "context", "question", "answers", "is_impossible"}; answers are a list of {"text",
+            "answer_start"}, one of them, or {"text": [...], "answer_start": [...]}. A question has no answer if there
+            is none or all texts are empty. is_impossible may be missing.
         where: the file or the split, for messages.
         split: "train" or "validation".
         dropped: None to refuse bad answers. A Counter to leave them out, with the questions that have no other
@@ -118,7 +122,7 @@ def check_questions(questions: list[dict], where: str, split: str, dropped: Coun
         name = f"{split}#{place}" if name in (None, "") else str(name)
         try:
             _check_texts(name, question.get("context"), question.get("question"))
-            answers = _answers(question.get("answers"))
+            answers = _answers(question.get("answers"), question.get("is_impossible"))
         except ValueError as error:
             raise ValueError(f"{where}: {_named(name)}: {error}") from None
         context, title = question["context"], question.get("title")
@@ -131,7 +135,7 @@ def check_questions(questions: list[dict], where: str, split: str, dropped: Coun
             else:
                 bad.append((name, *answer))
         answer_count += len(answers)
-        if texts:
+        if texts or not answers:
             example = {
                 "id": name,
                 "title": "" if title is None else str(title),
@@ -170,25 +174,30 @@ def _check_texts(*texts) -> None:
         raise ValueError(f"{half} is half a character (a lone surrogate): correct the text") from None
 
 
-def _answers(answers) -> list[tuple]:
-    """The (text, answer_start) of a question's answers, in any of their forms.
+def _answers(answers, is_impossible) -> list[tuple]:
+    """The (text, answer_start) of a question's answers, in any of their forms; none if it is unanswerable.
 
     Raises:
-        ValueError: they have another form, or the question is unanswerable, which SQuAD v2 allows.
+        ValueError: they have another form, or contradict is_impossible.
     """
     if answers is None:
         answers = []
-    if isinstance(answers, dict):
+    if isinstance(answers, dict) and isinstance(answers.get("text"), str):
+        answers = [answers]
+    elif isinstance(answers, dict):
         texts, starts = answers.get("text") or [], answers.get("answer_start") or []
         if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
             answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     try:
         pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
     except (TypeError, KeyError):
-        raise ValueError(f"not a SQuAD v1.1 list of answers, with text and answer_start: {_short(answers)}") from None
+        raise ValueError(f"not a SQuAD list of answers, with text and answer_start: {_short(answers)}") from None
     _check_texts(*(text for text, _ in pairs if isinstance(text, str)))
     if all(text == "" for text, _ in pairs):
-        raise ValueError("unanswerable: it has no answer, and SQuAD v2's form is not supported yet")
+        pairs = []
+    if is_impossible not in (None, not pairs):
+        has, must = ("an answer", "false") if pairs else ("no answer", "true")
+        raise ValueError(f"it has {has}, so is_impossible must be {must} or missing, and it is {_short(is_impossible)}")
     return pairs
 
 
@@ -312,12 +321,12 @@ class TokenizedSquad:
 
 
 def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -> TokenizedSquad:
-    """Tokenises examples. The first answer of each is the one to learn.
+    """Tokenises examples. The first answer of each is the one to learn; without an answer that is EOS alone.
 
     A text is tokenised as a whole, and gets the special tokens in front that the tokenizer itself puts there, such as
     BOS. A context that does not fit is cut to a window; the question and the answer are never cut. In training the
-    window lies around the answer. In evaluation it is the window that shares most tokens with the question, so it does
-    not depend on the answer.
+    window lies around the answer. In evaluation, and without an answer, it is the window that shares most tokens with
+    the question, so it does not depend on the answer.
 
     Args:
         examples: n questions.
@@ -330,7 +339,9 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
     """
     heads = [f"Question: {e['question'].strip()} Context:" for e in examples]
     prompts = [f"{head} {e['context']} Answer:" for head, e in zip(heads, examples, strict=True)]
-    texts = [f"{prompt} {e['answers']['text'][0].strip()}" for prompt, e in zip(prompts, examples, strict=True)]
+    answers = [next(iter(e["answers"]["text"]), "").strip() for e in examples]
+    # Without an answer a text ends with its prompt: a space after it could become a token of its own.
+    texts = [f"{prompt} {answer}".rstrip() for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     prefix = special_prefix(tokenizer)
     sequences, prompt_lengths = [], []
@@ -349,7 +360,7 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
                 f"question {e['id']}: question{' and answer' * training} alone are longer than {max_length} tokens"
             )
         if len(context) > room:
-            if training:
+            if training and e["answers"]["text"]:
                 begin = len(head) + 1 + e["answers"]["answer_start"][0]
                 end = begin + len(e["answers"]["text"][0])
                 start = _window_around(offsets[head_end:context_end], begin, end, room)

@@ -30,6 +30,7 @@ class Setup:
     seed: int
     gpus_per_trial: int
     cpus_per_trial: int
+    unanswerable: bool = False  # a question for training or validation has no answer: scored as in SQuAD 2.0
     dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
 
     @property
@@ -100,6 +101,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         ds_config=args.ds_config,
         held_out="articles" if titles[0].isdisjoint(titles[1]) else "passages",
         metric_language=args.metric_language,
+        unanswerable=any(not example["answers"]["text"] for part in examples for example in part),
         dropped=dropped,
         **{name: getattr(args, name) for name in same},
     )
