@@ -10,7 +10,7 @@ import transformers
 
 from hpo import errors
 from hpo.errors import BadInput
-from hpo.squad import evaluation, loading, models
+from hpo.squad import evaluation, loading, lora, models
 from hpo.squad.data import TokenizedSquad
 from hpo.squad.setup import Setup
 
@@ -24,20 +24,23 @@ def free_memory() -> int:
     return min(psutil.virtual_memory().available, of_job or math.inf) - OTHER
 
 
-def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
+def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
     """Does with the real weights and questions what the trials will do. A mistake would fail all of them.
 
-    A model whose weights and gradients do not fit into this machine's memory, in fp32, is not tried.
+    A model whose weights and gradients do not fit into this machine's memory, in fp32, is not tried. Adapters and
+    gradient checkpointing are checked for it without the weights, too.
 
     Args:
         setup: what all trials share.
         test: the test questions.
-        batch_size: the largest of the search space.
+        largest: see search_space.largest_trial.
 
     Raises:
         BadInput: the model fails.
     """
-    needed, free = 8 * loading.count_parameters(setup.model), free_memory()
+    lora.check(setup.model, largest["lora_r"], setup.lora_target_modules, setup.gradient_checkpointing)
+    per_weight = 4 if largest["lora_r"] else 8  # bytes: frozen weights have no gradients
+    needed, free = per_weight * loading.count_parameters(setup.model), free_memory()
     if needed > free:
         print(f"the model is not tried before the search: that needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free")
         return
@@ -45,10 +48,12 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
     tokenizer, what = models.load_tokenizer(setup.model), "reading the weights"
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32)
+        model = lora.prepare(model, setup, largest)
         shortest = np.argsort(setup.train.lengths, kind="stable")
         what = "a training step"
         loss, count = evaluation.answer_loss(
-            model, evaluation.collate([setup.train[i] for i in shortest[:batch_size]], tokenizer.pad_token_id)
+            model,
+            evaluation.collate([setup.train[i] for i in shortest[: largest["per_device_bs"]]], tokenizer.pad_token_id),
         )
         (loss / count).backward()
         if not math.isfinite(loss.item()):
