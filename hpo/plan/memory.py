@@ -173,11 +173,12 @@ def passes(
     def count_gradient(parameter):
         live.gradients += parameter.grad.untyped_storage().nbytes()
 
+    model = evaluation.fuse_gelu(lora.without_weights(model_folder, dtype=dtype))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model = lora.adapted(model, lora_r, target_modules=target_modules, autocast_adapter_dtype=False)
     with FakeTensorMode(), live:
-        model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype))
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        model = lora.adapted(model, lora_r, target_modules=target_modules).to(dtype)
+        onto_cpu(model)
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
         weights = live.now
@@ -204,6 +205,21 @@ def passes(
         sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         frozen = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
         return Passes(sizes, frozen, activations - weights, logits, backward - weights, live.peak - weights)
+
+
+def onto_cpu(model: torch.nn.Module) -> None:
+    """Replaces the tensors of a model without weights by FakeTensors on the CPU. Tied weights stay tied.
+
+    peft cannot adapt a model that has FakeTensors, because it moves adapters to a device.
+    """
+    made = {}
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor not in made:
+                made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, torch.nn.Parameter):
+                    made[tensor] = torch.nn.Parameter(made[tensor], tensor.requires_grad)
+            setattr(module, name, made[tensor])
 
 
 def generate(model, batch: dict, max_new_tokens: int) -> None:

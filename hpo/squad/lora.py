@@ -4,6 +4,7 @@ Adapters are trained in place of the model's weights, which are frozen. A checkp
 has them merged into the weights, see models.save_best_model.
 """
 
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +19,7 @@ ALL_LINEAR = "all-linear"
 LINEAR = (torch.nn.Linear, transformers.pytorch_utils.Conv1D)
 
 
-def adapted(model: torch.nn.Module, r: int, alpha: float | None = None, target_modules: str = "") -> torch.nn.Module:
+def adapted(model, r: int, alpha: float | None = None, target_modules: str = "", **options) -> torch.nn.Module:
     """A model with new adapters, drawn from torch's random stream, and its own weights frozen.
 
     Args:
@@ -26,12 +27,17 @@ def adapted(model: torch.nn.Module, r: int, alpha: float | None = None, target_m
         r: the rank of the adapters; 0: the model is returned as it is.
         alpha: the adapters are scaled by alpha / r; None: 2 r.
         target_modules: names of layers separated by commas, or "all-linear"; "": peft's own for the architecture.
+        options: of peft.get_peft_model.
     """
     if not r:
         return model
     names = target_modules if target_modules == ALL_LINEAR else target_modules.split(",") if target_modules else None
-    kind = {"task_type": "CAUSAL_LM", "target_modules": names}
-    return peft.get_peft_model(model, peft.LoraConfig(r=r, lora_alpha=2 * r if alpha is None else alpha, **kind))
+    alpha = 2 * r if alpha is None else alpha
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets it right by itself, for GPT-2
+        return peft.get_peft_model(model, config, **options)
 
 
 def of_trial(setup, searched: dict) -> dict | None:
@@ -59,10 +65,11 @@ def prepare(model: torch.nn.Module, setup, hyperparameters: dict) -> torch.nn.Mo
     return adapted(model, hyperparameters["lora_r"], hyperparameters.get("lora_alpha"), setup.lora_target_modules)
 
 
-def without_weights(folder: str | Path) -> torch.nn.Module:
+def without_weights(folder: str | Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """A model of the class in config.json whose tensors have shapes and no data."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(folder))
+        config = transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def count_trained(folder: str | Path, r: int, target_modules: str) -> int:
@@ -93,7 +100,8 @@ def check(folder: str | Path, r: int, target_modules: str, gradient_checkpointin
     for target in names:
         found = [module for name, module in modules.items() if f".{name}".endswith(f".{target}")]
         if not found:
-            linear = {n.rpartition(".")[2] for n, m in modules.items() if isinstance(m, LINEAR)}
+            layers = [(name, m) for name, m in modules.items() if isinstance(m, LINEAR) and uses[id(m.weight)] == 1]
+            linear = {name.rpartition(".")[2] for name, _ in layers}
             has = ", ".join(sorted(linear))
             raise BadInput(f"--lora_target_modules: there is no {target} in this model; its linear layers are {has}")
         if any(uses[id(weight)] > 1 for module in found for weight in module.parameters(recurse=False)):
@@ -104,6 +112,6 @@ def check(folder: str | Path, r: int, target_modules: str, gradient_checkpointin
     except Exception as error:  # whatever peft raises
         if not target_modules:
             known = f"peft has no default layers for {kind}: name some with --lora_target_modules, or all-linear"
-            raise BadInput(f"--lora_r: {known} ({errors.one_line(error, 100)})") from None
+            raise BadInput(f"--lora_r: {known}") from None
         reason = errors.one_line(error, 200)
         raise BadInput(f"--lora_target_modules {target_modules}: peft cannot adapt this {kind}: {reason}") from None
