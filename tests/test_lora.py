@@ -31,13 +31,14 @@ def size(folder) -> int:
 
 
 @pytest.mark.usefixtures("ray_without_gpu")
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, stage):
+@pytest.mark.parametrize("stage, precision", [(0, "fp16"), (1, "fp32"), (2, "fp16")])
+def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, stage, precision):
     """To the last bit, with adapters, accumulation and gradient checkpointing together.
 
     190 questions make 24 steps of 4 batches of 2; the last one has 3 batches.
     """
     more = ("--max_eval_samples", 20, "--lora_r", 4, "--gradient_accumulation_steps", 4, "--gradient_checkpointing")
+    more += ("--precision", precision)
     setup = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 0.5, *more)
     setup = with_stage(setup, stage)
     scheduler = PauseAtRungs([1, 3, 8])
@@ -190,7 +191,8 @@ NAMES = "names separated by commas, or all-linear"
     (["--lora_r", 4], {"lora_r": tune.choice([4, 8])},
      "--lora_r 4: the search space has lora_r too: remove one of them"),
     ([], {"lora_r": tune.choice([0, 8])}, "search space: lora_r: 0 is not a whole number from 1 on"),
-    ([], {"lora_r": tune.uniform(1, 8)}, "search space: lora_r: it draws fractions: use tune.choice, tune.randint or tune.qrandint"),
+    ([], {"lora_r": tune.uniform(1, 8)},
+     "search space: lora_r: it draws fractions: use tune.choice, tune.randint or tune.qrandint"),
     (["--lora_r", 4], {"lora_alpha": tune.uniform(0, 8)}, "search space: lora_alpha: 0 is not a number above 0"),
     (["--gradient_accumulation_steps", 0], {}, "--gradient_accumulation_steps 0: must be at least 1"),
     (["--gradient_accumulation_steps", 2], {"gradient_accumulation_steps": tune.choice([1, 2])},
