@@ -4,6 +4,7 @@ Adapters are trained in place of the model's weights, which are frozen. A checkp
 has them merged into the weights, see models.save_best_model.
 """
 
+import contextlib
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -34,10 +35,23 @@ def adapted(model, r: int, alpha: float | None = None, target_modules: str = "",
     names = target_modules if target_modules == ALL_LINEAR else target_modules.split(",") if target_modules else None
     alpha = 2 * r if alpha is None else alpha
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, target_modules=names)
+    with quiet():
+        return peft.get_peft_model(model, config, **options)
+
+
+def with_saved_adapters(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
+    """A model with the adapters that save_pretrained has written, on the CPU."""
+    with quiet():
+        return peft.PeftModel.from_pretrained(model, folder, torch_device="cpu")
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without warnings of peft that a user can do nothing about."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets it right by itself, for GPT-2
-        return peft.get_peft_model(model, config, **options)
+        yield
 
 
 def of_trial(setup, searched: dict) -> dict | None:
@@ -74,8 +88,10 @@ def without_weights(folder: str | Path, dtype: torch.dtype = torch.float32) -> t
 
 def count_trained(folder: str | Path, r: int, target_modules: str) -> int:
     """The number of parameters of the adapters; 0 without adapters. For the arguments see `adapted`."""
+    if not r:
+        return 0
     model = adapted(without_weights(folder), r, target_modules=target_modules)
-    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad) if r else 0
+    return sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
 
 
 def check(folder: str | Path, r: int, target_modules: str, gradient_checkpointing: bool) -> None:

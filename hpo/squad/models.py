@@ -112,7 +112,7 @@ def save_best_model(
     if not is_of_full_training(checkpoint):
         model = load_weights(checkpoint, lora.adapted(pretrained(pretrained_folder), **adapters or {"r": 0}))
     elif adapters:
-        model = peft.PeftModel.from_pretrained(pretrained(pretrained_folder), checkpoint, torch_device="cpu")
+        model = lora.with_saved_adapters(pretrained(pretrained_folder), checkpoint)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     model = (model.merge_and_unload() if adapters else model).to(dtype)
