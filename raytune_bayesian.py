@@ -35,7 +35,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from hpo import search_space
 from hpo.files import write_json
 from hpo.results.tables import METRICS, MODES
-from hpo.squad import data, evaluation, loading, models, precision, scores
+from hpo.squad import data, evaluation, loading, lora, models, precision, scores
 from hpo.squad.group import ONE_RANK
 from hpo.squad.probe import try_model
 from hpo.squad.setup import Setup, prepare
@@ -131,15 +131,16 @@ def train(config: dict, setup: Setup, trial) -> None:
         setup: what all trials share.
         trial: its ranks, its checkpoint and `report`, see TrialContext in hpo/cluster/trial.py.
     """
-    group, hyperparameters = trial.group, config["train_loop_config"]
+    group, hyperparameters = trial.group, setup.hyperparameters(config["train_loop_config"])
     tokenizer, model = models.load_tokenizer(setup.model), models.pretrained(setup.model)
     precision.check_once(make_trainer, hyperparameters, setup, group)  # once per process: are gradients right?
     transformers.set_seed(setup.seed)
-    batch_size = hyperparameters["per_device_bs"] * group.size
+    model = lora.prepare(model, setup, hyperparameters)
+    batch_size = hyperparameters["per_device_bs"] * hyperparameters["gradient_accumulation_steps"] * group.size
     order = data_order(setup.train.lengths, setup.num_train_epochs, batch_size, setup.seed)
     questions = torch.utils.data.Subset(setup.train, order)
     trainer = make_trainer(model, questions, hyperparameters, setup, group, trial.folder, tokenizer.pad_token_id)
-    trainer.add_callback(Iterations(config["rungs"], setup, trial, trainer, tokenizer))
+    trainer.add_callback(Iterations(config["rungs"], setup, trial, trainer, tokenizer, batch_size))
     with precision.engine_of(trainer):
         trainer.train(resume_from_checkpoint=trial.checkpoint)
 
@@ -191,20 +192,29 @@ def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, f
 class Trainer(transformers.Trainer):
     """The Trainer with a loss on answer tokens only."""
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an optimizer step, and the mean number of their answer tokens over ranks and batches."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = sum(len(batch["labels"]) for batch in batches)
+        return batches, self.group.mean(count / self.args.gradient_accumulation_steps, device)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The mean cross entropy (nats) over the answer tokens of all ranks."""
-        total, count = evaluation.answer_loss(model, inputs)
-        # DeepSpeed averages the losses of the ranks: divided by the mean count it is the mean over all tokens.
-        return total / self.group.mean(count, total.device)
+        """This batch's part of the mean cross entropy (nats) over all answer tokens of an optimizer step."""
+        total, _ = evaluation.answer_loss(model, inputs)
+        # DeepSpeed averages over ranks and batches: divided by the mean count it is the mean over all tokens.
+        return total / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward, backward and optimizer step of the DeepSpeed engine `model`.
+        """Forward and backward of the DeepSpeed engine `model`, and its optimizer step after the last batch of one.
 
         The Trainer's own step also sets every module to training mode, each time.
         """
-        loss = self.compute_loss(model, evaluation.to_device(inputs, model.device))
+        loss = self.compute_loss(model, evaluation.to_device(inputs, model.device), False, num_items_in_batch)
+        model.set_gradient_accumulation_boundary(
+            self.accelerator.sync_gradients
+        )  # the last step may have fewer batches
         model.backward(loss)  # scales the loss
-        model.step()  # unscales the gradients, clips them, and skips the step where they overflow
+        model.step()  # if it is one: unscales the gradients, clips them, and skips the step where they overflow
         return loss.detach()
 
     def floating_point_ops(self, inputs):
@@ -226,17 +236,17 @@ class Iterations(transformers.TrainerCallback):
         after            metrics             checkpoint
         an iteration     eval_loss           none
         a rung           eval_loss, EM, F1   DeepSpeed's files, to go on from
-        max_t            eval_loss, EM, F1   the model, for from_pretrained
+        max_t            eval_loss, EM, F1   the model, or its adapters, for from_pretrained
         a planned stop   none                DeepSpeed's files, also amid an iteration
 
     With --metric exact_match or f1, EM and F1 are computed after each iteration.
     A planned stop is SIGUSR1, which Slurm sends before the time limit.
     """
 
-    def __init__(self, rungs: list[int], setup: Setup, trial, trainer: Trainer, tokenizer):
+    def __init__(self, rungs: list[int], setup: Setup, trial, trainer: Trainer, tokenizer, batch_size: int):
         self.rungs, self.setup, self.trial, self.trainer, self.tokenizer = rungs, setup, trial, trainer, tokenizer
-        self.batch_size = trainer.args.per_device_train_batch_size * trial.group.size
-        max_steps = math.ceil(len(trainer.train_dataset) / self.batch_size)
+        self.batch_size = batch_size  # of an optimizer step, in all ranks
+        max_steps = math.ceil(len(trainer.train_dataset) / batch_size)
         # The last step of each iteration. Item 0 is the start. Fewer steps than max_t were refused by `prepare`.
         self.last_steps = [round(t * max_steps / setup.max_t) for t in range(setup.max_t + 1)]
 
@@ -363,6 +373,7 @@ def search(run, train):
 def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
     search_space.check(SEARCH_SPACE, train, args.ds_config)
+    search_space.check_flags(SEARCH_SPACE, args)
     from hpo.cluster import launch, messages  # imported late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan
@@ -371,8 +382,8 @@ def main(args, train=train) -> None:
         return plan.show(args, SEARCH_SPACE, MAX_LENGTH, EVAL_TOKENS)
     if args.prefetch:
         loading.prefetch(args.model, args.dataset, args.drop_bad_answers)
-    largest = search_space.largest(SEARCH_SPACE["train_loop_config"]["per_device_bs"])
-    setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest)
+    largest = search_space.largest_trial(SEARCH_SPACE, args)
+    setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest["sequences"])
     if not args.resume:
         try_model(setup, test_set, largest)
     if args.prefetch:
@@ -391,7 +402,8 @@ def main(args, train=train) -> None:
         write_json(run.folder / "best_result.json", result)
         best_model = run.folder / "best_model"
         if not best_model.exists():  # it may have been written before an interruption
-            models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model)
+            adapters = lora.of_trial(setup, log.configs[log.best])
+            models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
         log.delete_checkpoints_except([])  # deletes all
         print(f"best model: {best_model}; testing it", flush=True)
         resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}

@@ -2,7 +2,7 @@
 
     errors, files           what an error means; files that are never seen incomplete
     bohb/                   the algorithm: brackets, kernel densities (kde), searcher, scheduler
-    squad/                  data, evaluation, scores, models, precision, ranks: what a trial trains with
+    squad/                  data, evaluation, scores, models, lora, precision, ranks: what a trial trains with
     results/                the run folder: tables, log lines, slot time, trackers, figures, report
     arguments, checks,      what the user hands in, and its checks
       search_space

@@ -30,7 +30,8 @@ PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
 LEAST = {
     "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
-    "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0,
+    "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0, "lora_r": 0,
+    "gradient_accumulation_steps": 1,
 }  # fmt: skip
 
 
@@ -78,6 +79,16 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--metric_language", choices=list(ARTICLES), default="en", help="of the answers, for EM and F1: en normalises "
         "them as SQuAD does, the others as MLQA does (default: en)")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
+    add("--lora_r", type=int, default=0, help="rank of LoRA adapters, which are trained in place of the model's own "
+        "weights (default: 0, no adapters)")  # fmt: skip
+    add("--lora_alpha", type=float, help="the adapters are scaled by lora_alpha / r (default: 2 r, so that the scale "
+        "does not depend on r; peft's own is 8)")  # fmt: skip
+    add("--lora_target_modules", default="", help="layers that get an adapter: names separated by commas, or "
+        "all-linear (default: peft's own for the architecture)")  # fmt: skip
+    add("--gradient_accumulation_steps", type=int, default=1, help="batches of per_device_bs sequences in one "
+        "optimizer step (default: 1)")  # fmt: skip
+    add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass: less "
+        "memory, the same training, about a third slower")  # fmt: skip
     add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
@@ -135,6 +146,10 @@ def check_values(args: argparse.Namespace) -> None:
                 raise BadInput(f"--{name} {value}: must be at least {least}")
     if args.trial_timeout is not None and not 0 < args.trial_timeout < math.inf:
         raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
+    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
+        raise BadInput(f"--lora_alpha {args.lora_alpha}: must be above 0")
+    if args.lora_target_modules and not all(re.fullmatch(r"[\w.-]+", n) for n in args.lora_target_modules.split(",")):
+        raise BadInput(f"--lora_target_modules {args.lora_target_modules}: names separated by commas, or all-linear")
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.num_train_epochs < math.inf:
@@ -166,6 +181,8 @@ def load_from_run(args: argparse.Namespace) -> None:
         run = json.loads((run_dir(args) / "run.json").read_text())
         # Older runs have no such flags.
         older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
+        older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
+        older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
         earlier = older | run["arguments"]
         dict(run["search_space"])
         for name, value in kept(args).items():

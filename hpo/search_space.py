@@ -33,7 +33,8 @@ def is_whole(value) -> bool:
 FROM_0 = (lambda v: is_number(v) and v >= 0, "a number from 0 on")
 ABOVE_0 = (lambda v: is_number(v) and v > 0, "a number above 0")
 BELOW_1 = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-REQUIRED = {"lr": FROM_0, "per_device_bs": (lambda v: is_whole(v) and v >= 1, "a whole number from 1 on"), "wd": FROM_0}
+WHOLE = (lambda v: is_whole(v) and v >= 1, "a whole number from 1 on")
+REQUIRED = {"lr": FROM_0, "per_device_bs": WHOLE, "wd": FROM_0}
 # Fields of transformers.TrainingArguments that `training_arguments` passes on. No other field that is worth a search
 # has an effect: the script, its Trainer or DeepSpeed decide. Each of these has a test that shows its effect.
 PASSED_ON = {
@@ -44,13 +45,16 @@ PASSED_ON = {
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
     "adam_epsilon": ABOVE_0,
+    "gradient_accumulation_steps": WHOLE,
 }
+LORA = {"lora_r": WHOLE, "lora_alpha": ABOVE_0}  # read in hpo/squad/lora.py
+KNOWN = REQUIRED | PASSED_ON | LORA
+FLAGS = ("gradient_accumulation_steps", *LORA)  # a flag says the value where it is not searched
 INSTEAD = {  # names that a user may try, and what has the effect
     "learning_rate": "lr",
     "weight_decay": "wd",
     "batch_size": "per_device_bs",
     "per_device_train_batch_size": "per_device_bs",
-    "gradient_accumulation_steps": "per_device_bs",
     "warmup_ratio": "warmup_steps: below 1, it is a share of all steps",
     "gradient_clipping": "max_grad_norm",
     "betas": "adam_beta1 and adam_beta2",
@@ -59,6 +63,9 @@ INSTEAD = {  # names that a user may try, and what has the effect
     "data_seed": "--seed",
     "fp16": "--precision",
     "bf16": "--precision",
+    "gradient_checkpointing": "--gradient_checkpointing",
+    "activation_checkpointing": "--gradient_checkpointing",
+    "lora_target_modules": "--lora_target_modules",
     **{name: f"--{name}" for name in ("num_train_epochs", "seed", "deepspeed", "output_dir", "run_name", "report_to")},
 }
 
@@ -96,6 +103,26 @@ def check(space: dict, train, ds_config: dict) -> None:
         raise BadInput(f"search space: BOHB cannot use it: {one_line(error)}") from None
 
 
+def check_flags(space: dict, args) -> None:
+    """Raises BadInput where a flag and a hyperparameter contradict each other, or one has no effect.
+
+    Args:
+        space: the search space.
+        args: the arguments of the program.
+    """
+    searched = space["train_loop_config"]
+    for name in FLAGS:
+        if name in searched and name in args.given:
+            raise BadInput(f"--{name} {getattr(args, name)}: the search space has {name} too: remove one of them")
+    if not args.lora_r and "lora_r" not in searched:
+        if "lora_alpha" in searched:
+            raise BadInput("search space: lora_alpha: no adapters: use --lora_r, or add lora_r to the search space")
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(args, name):
+                what = "no adapters: use --lora_r, or add lora_r to the search space"
+                raise BadInput(f"--{name} {getattr(args, name)}: {what}")
+
+
 def fault_of(name: str, domain) -> str | None:
     """What is wrong with a hyperparameter, in words; None where nothing is."""
     if name in INSTEAD:
@@ -118,7 +145,7 @@ def fault_of(name: str, domain) -> str | None:
         fault = fault_of_range(domain)
         if fault:
             return fault
-    wanted = (REQUIRED | PASSED_ON).get(name)
+    wanted = KNOWN.get(name)
     for value in values(domain):
         if wanted and not wanted[0](value):
             return f"{value!r} is not {wanted[1]}"
@@ -129,7 +156,7 @@ def fault_of(name: str, domain) -> str | None:
     if isinstance(domain, Categorical):
         if any(value in domain.categories[:i] for i, value in enumerate(domain.categories)):  # True is 1, too
             return f"a value is there twice in {domain.domain_str}"
-    elif wanted is REQUIRED["per_device_bs"] and not isinstance(domain, Integer | Integral):
+    elif wanted is WHOLE and not isinstance(domain, Integer | Integral):
         return "it draws fractions: use tune.choice, tune.randint or tune.qrandint"
     return None
 
@@ -172,7 +199,7 @@ def check_read(searched: dict, train) -> None:
     """Raises BadInput for a hyperparameter that is not passed on, and that the code of the user does not read."""
     from transformers import TrainingArguments  # the script has imported it already
 
-    others = [name for name in searched if name not in REQUIRED | PASSED_ON]
+    others = [name for name in searched if name not in KNOWN]
     unread = set(others) - texts_in_functions(train) if others else ()
     for name in others:
         if name in unread:
@@ -262,6 +289,20 @@ def largest(domain) -> float:
 def smallest(domain) -> float:
     """The smallest value of a domain, or the value itself where it is fixed."""
     return min(values(domain))
+
+
+def largest_trial(space: dict, args) -> dict:
+    """The largest values of what a trial's memory and its number of optimizer steps depend on, by name.
+
+    Beside the names of hyperparameters, "sequences" is what one GPU takes in an optimizer step.
+
+    Args:
+        space: the search space.
+        args: the arguments of the program: flags say what is not searched.
+    """
+    searched, names = space["train_loop_config"], ("per_device_bs", "gradient_accumulation_steps", "lora_r")
+    found = {name: int(largest(searched[name] if name in searched else getattr(args, name))) for name in names}
+    return found | {"sequences": found["per_device_bs"] * found["gradient_accumulation_steps"]}
 
 
 def number_of_values(domain: Domain) -> float:

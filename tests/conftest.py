@@ -82,6 +82,18 @@ def tiny_squad(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def uneven_squad(tmp_path_factory):
+    """Answers of different lengths: the mean over ranks of their means is not the mean over tokens."""
+    folder = make_squad(tmp_path_factory.mktemp("uneven"))
+    content = json.loads((folder / "train.json").read_text())
+    for i, paragraph in enumerate(paragraph for article in content["data"] for paragraph in article["paragraphs"]):
+        if i % 3 == 0:  # "a red hat" instead of "red" is the one to learn
+            paragraph["qas"][0]["answers"].reverse()
+    (folder / "train.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"))
 
@@ -147,7 +159,7 @@ def shared_squad() -> Path:
 
 
 # Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others:
-SLOW = ["memory", "launches", "bench", "trial", "precision", "trackers", "run", "faults", "slurm", "demo"]
+SLOW = ["memory", "launches", "bench", "trial", "lora", "precision", "trackers", "run", "faults", "slurm", "demo"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks

@@ -25,6 +25,7 @@ CHANGES = {
     "adam_beta1": {"adam_beta1": 0.5},
     "adam_beta2": {"adam_beta2": 0.5},
     "adam_epsilon": {"adam_epsilon": 0.01},
+    "gradient_accumulation_steps": {"gradient_accumulation_steps": 2},
 }
 
 

@@ -717,7 +717,7 @@ def test_a_hub_set_in_the_cache_is_read_or_refused_with_its_splits(monkeypatch, 
 def test_help_lists_and_explains_all_flags():
     process = run_script("--help")
     assert process.returncode == 0
-    flags = re.findall(r"^  --(\w+)(?: [^ ]+)*? {2,}\S|^  --(\w+) .*\n {20,}\S", process.stdout, re.MULTILINE)
+    flags = re.findall(r"^  --(\w+)(?: [^ ]+)*? {2,}\S|^  --(\w+)(?: .*)?\n {20,}\S", process.stdout, re.MULTILINE)
     explained = {first or second for first, second in flags}
     assert explained == set(vars(arguments.parse("", []))) - {"given"}, process.stdout
 

@@ -13,7 +13,7 @@ import transformers
 import raytune_bayesian
 from conftest import ROOT
 from hpo.plan import memory
-from hpo.squad import evaluation, loading, precision
+from hpo.squad import evaluation, loading, lora, precision
 from hpo.squad import group as groups
 from hpo.squad.data import TokenizedSquad
 
@@ -192,13 +192,32 @@ def test_resume_holds_the_optimizer_state_once(tiny_model, tmp_path, group, monk
     assert moments <= resumed - fresh < 1.1 * moments
 
 
+def test_adapters_and_checkpointing(tiny_model):
+    """Only the adapters have gradients and optimizer state. Frozen weights have the dtype of the others."""
+    count, adapters = loading.count_parameters(tiny_model), lora.count_trained(tiny_model, 8, "")
+    for stage, ranks in ((0, 1), (1, 1), (2, 2), (3, 2)):
+        plain, small = (forecast(tiny_model, stage, ranks=ranks, **more) for more in ({}, {"lora_r": 8}))
+        size = 2 if stage else 4
+        assert small.weights == size * (count + adapters) / (ranks if stage == 3 else 1)
+        assert small.optimizer == (12 if stage else 8) * adapters / ranks
+        assert small.gradients == size * adapters / (ranks if stage >= 2 else 1)
+        assert small.peak < plain.peak
+        assert forecast(tiny_model, stage, ranks=ranks, checkpointing=True).backward < plain.backward
+
+
 # Stage 0 in fp16 comes last, because DeepSpeed keeps torch.autocast set up in this process.
-@pytest.mark.parametrize("stage, kind", [(0, "fp32"), (1, "fp32"), (2, "fp32"), (0, "fp16")])
-def test_forecast_agrees_with_the_real_engine(demo_model, tmp_path, group, stage, kind):
+@pytest.mark.parametrize("stage, kind, options", [
+    (0, "fp32", {}), (1, "fp32", {}), (2, "fp32", {}), (0, "fp32", {"checkpointing": True}),
+    (0, "fp32", {"lora_r": 16}), (1, "fp32", {"lora_r": 16, "checkpointing": True}), (0, "fp16", {}),
+    (0, "fp16", {"lora_r": 16}),
+])  # fmt: skip
+def test_forecast_agrees_with_the_real_engine(demo_model, tmp_path, group, stage, kind, options):
     """Within 15 % of all tensors that are alive at the peak of three optimizer steps."""
     sizes = SIZES | {"max_length": 256}
-    f = memory.forecast(demo_model, with_stage(stage), kind, **sizes)
+    f = memory.forecast(demo_model, with_stage(stage), kind, **sizes, **options)
     model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32))
+    flags = types.SimpleNamespace(gradient_checkpointing=options.get("checkpointing"), lora_target_modules="")
+    model = lora.prepare(model, flags, {"lora_r": options.get("lora_r", 0)}).train()  # as at the start of a trial
     live = memory.Live()
     for parameter in model.parameters():
         live.add(parameter)

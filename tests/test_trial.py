@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
-from conftest import ROOT, make_squad
+from conftest import ROOT
 from hpo import arguments, checks, errors
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
@@ -447,18 +447,6 @@ def with_stage(setup, stage):
 
 def losses(result):
     return result.metrics_dataframe["eval_loss"].tolist()
-
-
-@pytest.fixture(scope="module")
-def uneven_squad(tmp_path_factory):
-    """Answers of different lengths: the mean over ranks of their means is not the mean over tokens."""
-    folder = make_squad(tmp_path_factory.mktemp("uneven"))
-    content = json.loads((folder / "train.json").read_text())
-    for i, paragraph in enumerate(paragraph for article in content["data"] for paragraph in article["paragraphs"]):
-        if i % 3 == 0:  # "a red hat" instead of "red" is the one to learn
-            paragraph["qas"][0]["answers"].reverse()
-    (folder / "train.json").write_text(json.dumps(content))
-    return folder
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

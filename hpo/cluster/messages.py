@@ -11,7 +11,7 @@ from hpo.cluster.run import Run
 from hpo.files import to_json
 from hpo.results import report, slot_time, tables
 from hpo.results.trial_log import TrialLog
-from hpo.squad import precision
+from hpo.squad import loading, precision
 
 
 def announce(run: Run) -> None:
@@ -37,6 +37,9 @@ def announce(run: Run) -> None:
     if args.precision == "fp16" and "precision" not in args.given and precision.is_of_bf16(setup.model):
         print("WARNING: this model was trained in bf16, whose range fp16 does not have: --precision bf16 is safer,")
         print("  on a GPU that has it (A100, H100)")
+    if run.adapters:
+        model = loading.count_parameters(setup.model)
+        print(f"LoRA: up to {run.adapters:,} trained parameters; the {model:,} of the model are frozen")
     brackets = rungs(args.max_t, args.reduction_factor)
     print(f"search: {trials} trials on {run.slots} slots, brackets of (trials, iterations) {brackets}")
     print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")

@@ -14,7 +14,7 @@ from hpo.errors import BadInput
 from hpo.files import write_json
 from hpo.plan.plan import forecast
 from hpo.results.provenance import git_commit, versions
-from hpo.squad import loading
+from hpo.squad import loading, lora
 from hpo.squad.setup import Setup
 
 LOCK_PATIENCE = 120  # seconds; after a node was lost, its lock may stay for a while
@@ -40,7 +40,9 @@ class Run:
         self.args, self.setup, self.folder, self.state = args, setup, setup.run_dir, None
         self.slots = arguments.slots(args)
         self.forecast = forecast(space, args.num_samples, args.max_t, args.reduction_factor, self.slots)
-        self.needed = self.forecast.disk(loading.checkpoint_bytes(setup.model))
+        r = search_space.largest_trial(space, args)["lora_r"]
+        self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
+        self.needed = self.forecast.disk(*loading.disk_bytes(setup.model, self.adapters))
         self.facts = {
             "status": "running",
             "arguments": arguments.kept(args),

@@ -27,7 +27,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hpo.squad import evaluation
+from hpo.squad import evaluation, lora
 from hpo.squad.precision import DTYPES, REDUCE_BUCKET, zero_stage
 
 CONTEXT = 600_000_000  # bytes, assumed: the CUDA context with its kernels, and the workspaces of cuBLAS
@@ -47,7 +47,7 @@ class Forecast:
     """
 
     weights: int
-    gradients: int  # of all weights, as this GPU keeps them after the backward pass
+    gradients: int  # of all trained weights, as this GPU keeps them after the backward pass
     optimizer: int  # Adam's two moments; at stages 1 to 3 also fp32 copies of the weights
     activations: int  # forward and backward pass without complete gradients; with 16-bit copies of weights, and logits
     logits: int  # the part of the activations that has one number per token of the vocabulary
@@ -119,7 +119,8 @@ class Live(TorchDispatchMode):
 class Passes:
     """What the fake passes of a model held at their peaks besides its weights, in bytes."""
 
-    sizes: tuple[int, ...]  # elements of each parameter
+    sizes: tuple[int, ...]  # elements of each parameter that is trained
+    frozen: int  # elements of all other parameters
     activations: int
     logits: int
     backward: int
@@ -144,6 +145,9 @@ def passes(
     answer_tokens: int,
     eval_tokens: int,
     max_new_tokens: int,
+    lora_r: int,
+    target_modules: str,
+    checkpointing: bool,
 ) -> Passes:
     """Runs a model on FakeTensors: its longest batch in training, and its largest batches in evaluation.
 
@@ -156,6 +160,9 @@ def passes(
         answer_tokens: tokens.
         eval_tokens: tokens.
         max_new_tokens: tokens.
+        lora_r: rank of LoRA adapters.
+        target_modules: see lora.adapted.
+        checkpointing: gradient checkpointing.
     """
     config = transformers.AutoConfig.from_pretrained(model_folder)
     live = Live(config.get_text_config().vocab_size)
@@ -166,13 +173,18 @@ def passes(
     def count_gradient(parameter):
         live.gradients += parameter.grad.untyped_storage().nbytes()
 
+    model = evaluation.fuse_gelu(lora.without_weights(model_folder, dtype=dtype))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    model = lora.adapted(model, lora_r, target_modules=target_modules, autocast_adapter_dtype=False)
     with FakeTensorMode(), live:
-        model = evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_config(config, dtype=dtype))
+        onto_cpu(model)
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
         weights = live.now
         for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(count_gradient)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(count_gradient)
         live.reset()
         model.train()
         with precision_context():
@@ -190,8 +202,24 @@ def passes(
             for length in {max_length, min(max_length, evaluation.LOGITS * answer_tokens)}:
                 evaluation.answer_loss(model, fake_batch(max(1, eval_tokens // length), length, answer_tokens))
             generate(model, fake_batch(max(1, eval_tokens // max_length), max_length, 1), max_new_tokens)
-        sizes = tuple(parameter.numel() for parameter in model.parameters())
-        return Passes(sizes, activations - weights, logits, backward - weights, live.peak - weights)
+        sizes = tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        frozen = sum(parameter.numel() for parameter in model.parameters()) - sum(sizes)
+        return Passes(sizes, frozen, activations - weights, logits, backward - weights, live.peak - weights)
+
+
+def onto_cpu(model: torch.nn.Module) -> None:
+    """Replaces the tensors of a model without weights by FakeTensors on the CPU. Tied weights stay tied.
+
+    peft cannot adapt a model that has FakeTensors, because it moves adapters to a device.
+    """
+    made = {}
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if tensor not in made:
+                made[tensor] = torch.empty(tensor.shape, dtype=tensor.dtype)
+                if isinstance(tensor, torch.nn.Parameter):
+                    made[tensor] = torch.nn.Parameter(made[tensor], tensor.requires_grad)
+            setattr(module, name, made[tensor])
 
 
 def generate(model, batch: dict, max_new_tokens: int) -> None:
@@ -222,6 +250,9 @@ def forecast(
     eval_tokens: int,
     max_new_tokens: int,
     ranks: int = 1,
+    lora_r: int = 0,
+    target_modules: str = "",
+    checkpointing: bool = False,
 ) -> Forecast:
     """The memory of a trial on each of its GPUs.
 
@@ -235,11 +266,15 @@ def forecast(
         eval_tokens: tokens of a batch in evaluation, padding included.
         max_new_tokens: the most tokens that are generated for an answer.
         ranks: GPUs of the trial.
+        lora_r: rank of LoRA adapters; 0: all weights are trained.
+        target_modules: see lora.adapted.
+        checkpointing: gradient checkpointing.
     """
     stage, dtype, autocast = zero_stage(ds_config), DTYPES[precision], None
     if stage == 0:  # weights in fp32; in fp16 and bf16 operations convert them, by torch.autocast
         dtype, autocast = torch.float32, dtype if precision != "fp32" else None
-    run = passes(str(model_folder), dtype, autocast, batch_size, max_length, answer_tokens, eval_tokens, max_new_tokens)
+    sizes = batch_size, max_length, answer_tokens, eval_tokens, max_new_tokens
+    run = passes(str(model_folder), dtype, autocast, *sizes, lora_r, target_modules, checkpointing)
     if stage == 0:
         parts = without_zero(run, ranks)
     else:
@@ -257,7 +292,7 @@ def without_zero(run: Passes, ranks: int) -> dict[str, int]:
     """The parts of a Forecast at ZeRO stage 0: weights, gradients and AdamW's state are in fp32."""
     count = sum(run.sizes)
     return {
-        "weights": 4 * count,
+        "weights": 4 * (count + run.frozen),
         "gradients": 4 * count,
         "optimizer": 8 * count,
         "backward": run.backward,
@@ -285,7 +320,7 @@ def with_zero(
     count, largest = sum(run.sizes), max(run.sizes)
     part = -(-count // ranks)  # elements that this rank keeps, rounded up
     bucket = size * capacity * buckets
-    gathered = size * min(count, live_parameters)  # of the weights of other ranks; 0 below stage 3
+    gathered = size * min(count + run.frozen, live_parameters)  # of the weights of other ranks; 0 below stage 3
     gradients = size * (count if stage == 1 else part)
     kept = gradients + bucket if stage == 3 else 0  # stage 3 allocates its gradient buffers once, for the whole run
     if stage == 1:
@@ -307,7 +342,7 @@ def with_zero(
         update = 2 * flat + (4 * part if size < 4 else 0)
         step = max(reduction, flat + norm, update)
     return {
-        "weights": size * (part if stage == 3 else count),
+        "weights": size * (part + -(-run.frozen // ranks) if stage == 3 else count + run.frozen),
         "gradients": gradients,
         "optimizer": 12 * part,
         "backward": backward,

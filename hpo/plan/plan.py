@@ -29,13 +29,14 @@ class Forecast:
     time: float  # from start to end of the search, in durations of one iteration
     busy: list[float]  # in each tenth of the time, the share of the slots' time that is spent on iterations
 
-    def disk(self, checkpoint_bytes: int) -> int:
-        """Bytes on disk at the peak: all checkpoints, and the best model, which is not larger than a checkpoint.
+    def disk(self, checkpoint_bytes: int, best_model_bytes: int) -> int:
+        """Bytes on disk at the peak: all checkpoints, and the best model.
 
         Args:
             checkpoint_bytes: the size of one checkpoint.
+            best_model_bytes: the size of the best model.
         """
-        return checkpoint_bytes * (self.checkpoints + 1)
+        return checkpoint_bytes * self.checkpoints + best_model_bytes
 
 
 def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
@@ -100,7 +101,7 @@ def plan(
     settings: list[dict],
     forecasts: list[Forecast],
     seconds: float | None,
-    checkpoint_bytes: int | None,
+    disk_bytes: tuple[int, int] | None,
     time_limit: int | None,
 ) -> str:
     """The plan of one search, or the comparison of several settings with a line for each.
@@ -110,11 +111,11 @@ def plan(
         settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
         forecasts: one for each setting.
         seconds: duration of one iteration, if known.
-        checkpoint_bytes: the size of a checkpoint, if known.
+        disk_bytes: the sizes of a checkpoint and of the best model, if known.
         time_limit: of one Slurm job in seconds, if known.
     """
     if len(settings) > 1:
-        return compare(settings, forecasts, seconds, checkpoint_bytes)
+        return compare(settings, forecasts, seconds, disk_bytes)
     (s,), (f,) = settings, forecasts
     wide = [["bracket", "rung at iteration", "trials", "iterations", "share"]]
     wide += [[bracket, budget, trials, run, f"{run / f.iterations:.0%}"] for bracket, budget, trials, run in f.rungs]
@@ -142,29 +143,29 @@ def plan(
             lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
-    if checkpoint_bytes:
-        each = f"{f.checkpoints} checkpoints of {checkpoint_bytes / 1e9:.3g} GB and the best model"
-        lines.append(f"disk at its peak: up to {f.disk(checkpoint_bytes) / 1e9:.3g} GB, for {each}")
+    if disk_bytes:
+        each = f"{f.checkpoints} checkpoints of {disk_bytes[0] / 1e9:.3g} GB and the best model"
+        lines.append(f"disk at its peak: up to {f.disk(*disk_bytes) / 1e9:.3g} GB, for {each}")
     else:
         lines.append("disk: known once the model is there (--prefetch)")
     return "\n".join(lines)
 
 
 def compare(
-    settings: list[dict], forecasts: list[Forecast], seconds: float | None, checkpoint_bytes: int | None
+    settings: list[dict], forecasts: list[Forecast], seconds: float | None, disk_bytes: tuple[int, int] | None
 ) -> str:
     """A table with a line for each of several settings. The arguments are those of `plan`."""
     head = ["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy"]
     head += ["iterations' time"]
-    rows = [head + ["hours", "slot-hours"] * bool(seconds) + ["disk GB"] * bool(checkpoint_bytes)]
+    rows = [head + ["hours", "slot-hours"] * bool(seconds) + ["disk GB"] * bool(disk_bytes)]
     for s, f in zip(settings, forecasts, strict=True):
         row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}"]
         row += [f.model_based, f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
         if seconds:
             hours = f.time * seconds / 3600
             row += [f"{hours:.2f}", f"{hours * s['slots']:.2f}"]
-        if checkpoint_bytes:
-            row.append(f"{f.disk(checkpoint_bytes) / 1e9:.3g}")
+        if disk_bytes:
+            row.append(f"{f.disk(*disk_bytes) / 1e9:.3g}")
         rows.append(row)
     return columns(rows)
 
@@ -182,18 +183,30 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
         BadInput: the disk of --output_dir is too small. The plan is printed before that.
     """
     model, settings = loading.local_model(args.model), arguments.plan_settings(args)
-    checkpoint_bytes = model and loading.checkpoint_bytes(model)
+    disk_bytes, largest = None, search_space.largest_trial(space, args)
+    if model:
+        disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
     forecasts = [forecast(space, **setting) for setting in settings]
     seconds, limit = args.seconds_per_iteration, arguments.time_limit()
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
-    print(plan(space, settings, forecasts, seconds, checkpoint_bytes, limit), flush=True)
+    print(plan(space, settings, forecasts, seconds, disk_bytes, limit), flush=True)
     if model is None:
         print("memory of a GPU: known once the model is there (--prefetch)", flush=True)
     else:
         print(f"\n{memory_plan(args, space, model, max_length, eval_tokens)}", flush=True)
-    if checkpoint_bytes and len(forecasts) == 1:
-        arguments.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(checkpoint_bytes))
+    if disk_bytes and len(forecasts) == 1:
+        arguments.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(*disk_bytes))
+
+
+def count_adapters(args, r: int, model: Path) -> int:
+    """The number of parameters of adapters of rank r. Raises BadInput where the model cannot have them."""
+    if not r and not args.gradient_checkpointing:
+        return 0  # without importing torch and transformers
+    from hpo.squad import lora
+
+    lora.check(model, r, args.lora_target_modules, args.gradient_checkpointing)
+    return lora.count_trained(model, r, args.lora_target_modules)
 
 
 def memory_plan(args, space: dict, model: Path, max_length: int, eval_tokens: int) -> str:
@@ -208,13 +221,18 @@ def memory_plan(args, space: dict, model: Path, max_length: int, eval_tokens: in
 
     precision = args.precision if "precision" in args.given else "fp16"
     domain = space["train_loop_config"]["per_device_bs"]
+    options = {"lora_r": search_space.largest_trial(space, args)["lora_r"]}
+    options |= {"target_modules": args.lora_target_modules, "checkpointing": args.gradient_checkpointing}
 
     def forecast_of(ds_config: dict, batch_size: int, ranks: int) -> memory.Forecast:
         lengths = min(max_length, max_positions(model) or max_length), ANSWER_ROOM, eval_tokens, ANSWER_ROOM
-        return memory.forecast(model, ds_config, precision, batch_size, *lengths, ranks)
+        return memory.forecast(model, ds_config, precision, batch_size, *lengths, ranks, **options)
 
     sizes = [int(search_space.smallest(domain)), int(search_space.largest(domain))]
     try:
-        return memory.plan(forecast_of, precision, args.ds_config, sizes, max(1, args.gpus_per_trial))
+        text = memory.plan(forecast_of, precision, args.ds_config, sizes, max(1, args.gpus_per_trial))
     except Exception as error:  # FakeTensors cannot follow every model
         return f"memory of a GPU: no forecast for this model: {errors.one_line(error, 200)}"
+    told = [f"LoRA rank {options['lora_r']}"] * (options["lora_r"] > 0)
+    told += ["gradient checkpointing"] * args.gradient_checkpointing
+    return f"with {' and '.join(told)}: {text}" if told else text

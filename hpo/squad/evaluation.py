@@ -75,7 +75,9 @@ def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, in
 
 def position_ids(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """The argument position_ids of a model whose forward takes it (BLOOM's does not): counted after the padding."""
-    takes = "position_ids" in inspect.signature(getattr(model, "module", model).forward).parameters
+    model = getattr(model, "module", model)  # of DeepSpeed's engine
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model  # without peft's wrapper
+    takes = "position_ids" in inspect.signature(model.forward).parameters
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
 
 

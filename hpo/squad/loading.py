@@ -43,9 +43,23 @@ def count_parameters(folder: Path) -> int:
     return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
 
 
-def checkpoint_bytes(folder: Path) -> int:
-    """The size of a trial's checkpoint, at most: AdamW's state, fp32 copy, weights, tied weights twice."""
-    return count_parameters(folder) * 18 + 10**6
+def checkpoint_bytes(folder: Path, adapters: int = 0) -> int:
+    """The size of a trial's checkpoint, at most: AdamW's state, fp32 copy, weights, tied weights twice.
+
+    Args:
+        folder: of the model.
+        adapters: the number of parameters of LoRA adapters; a checkpoint has only these. 0: there are none.
+    """
+    return (adapters or count_parameters(folder)) * 18 + 10**6
+
+
+def disk_bytes(folder: Path, adapters: int) -> tuple[int, int]:
+    """The sizes of a checkpoint and of best_model, at most. For the arguments see `checkpoint_bytes`.
+
+    With adapters best_model is larger than a checkpoint: 8 bytes a parameter, for fp32 and tied weights twice.
+    """
+    checkpoint = checkpoint_bytes(folder, adapters)
+    return checkpoint, count_parameters(folder) * 8 + 10**6 if adapters else checkpoint
 
 
 def hub_snapshot(name: str, repo_type: str, patterns: list[str], download: bool) -> Path:

@@ -5,13 +5,14 @@ import functools
 import json
 from pathlib import Path
 
+import peft
 import torch
 import transformers
 
 from hpo import errors
 from hpo.errors import BadInput
 from hpo.files import sync
-from hpo.squad import evaluation, precision
+from hpo.squad import evaluation, lora, precision
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -77,19 +78,23 @@ def load_for_test(folder: str | Path, device: str) -> torch.nn.Module:
 def is_of_full_training(checkpoint: Path) -> bool:
     """Whether a checkpoint was written at the end of a full training.
 
-    Such a checkpoint is a model folder for from_pretrained. All others hold DeepSpeed's files, to go on from.
+    Such a checkpoint is a folder for from_pretrained: of the model, or of its adapters. All others hold DeepSpeed's
+    files, to go on from.
 
     Raises:
         FileNotFoundError: the folder holds neither, for example because its file system is not mounted.
     """
-    is_model = (checkpoint / "config.json").exists()
+    is_model = any((checkpoint / name).exists() for name in ("config.json", "adapter_config.json"))
     if not is_model and not any(checkpoint.glob("global_step*")):
         raise FileNotFoundError(f"{checkpoint} is no checkpoint, or no more")
     return is_model
 
 
 def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
-    """Gives a model the weights of a checkpoint with DeepSpeed's files, and returns it."""
+    """Gives a model the weights of a checkpoint with DeepSpeed's files, and returns it.
+
+    Where the model has adapters, the checkpoint has only these.
+    """
     files = list(checkpoint.glob("global_step*/mp_rank_00_model_states.pt"))
     if files:
         weights = torch.load(files[0], map_location="cpu", mmap=True, weights_only=False)["module"]
@@ -97,11 +102,16 @@ def load_weights(checkpoint: Path, model: torch.nn.Module) -> torch.nn.Module:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         weights = get_fp32_state_dict_from_zero_checkpoint(checkpoint)
-    model.load_state_dict(weights)
+    missing, unexpected = model.load_state_dict(weights, strict=not isinstance(model, peft.PeftModel))
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    if unexpected or trained & set(missing):
+        raise RuntimeError(f"{checkpoint} has other adapters: {[*unexpected, *sorted(trained & set(missing))][:3]}")
     return model
 
 
-def save_best_model(checkpoint: Path, pretrained_folder: str | Path, dtype_name: str, path: Path) -> None:
+def save_best_model(
+    checkpoint: Path, pretrained_folder: str | Path, dtype_name: str, path: Path, adapters: dict | None = None
+) -> None:
     """Writes model and tokenizer of a checkpoint to a folder for from_pretrained.
 
     The folder is written under another name and renamed when it is complete. The weights have the precision of the
@@ -112,13 +122,17 @@ def save_best_model(checkpoint: Path, pretrained_folder: str | Path, dtype_name:
         pretrained_folder: of the model that the training began with.
         dtype_name: "fp16", "bf16" or "fp32".
         path: the folder to make.
+        adapters: arguments of `lora.adapted`. They are merged into the weights, in fp32. None: there are none.
     """
     folder = path.with_name(f".{path.name}.tmp")
     dtype = precision.DTYPES[dtype_name]
-    if is_of_full_training(checkpoint):
-        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    if not is_of_full_training(checkpoint):
+        model = load_weights(checkpoint, lora.adapted(pretrained(pretrained_folder), **adapters or {"r": 0}))
+    elif adapters:
+        model = lora.with_saved_adapters(pretrained(pretrained_folder), checkpoint)
     else:
-        model = load_weights(checkpoint, pretrained(pretrained_folder)).to(dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
+    model = (model.merge_and_unload() if adapters else model).to(dtype)
     if not all(weight.isfinite().all() for weight in model.parameters()):
         print(
             f"WARNING: best_model has weights that are infinite in {dtype_name}, or NaN: "

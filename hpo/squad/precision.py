@@ -258,7 +258,8 @@ def check_once(make_trainer, hyperparameters: dict, setup, group) -> None:
 
     Args:
         make_trainer: of the script.
-        hyperparameters: of the trial. The check has its own learning rate, batch size and weight decay.
+        hyperparameters: of the trial. The check has its own learning rate, batch size and weight decay. Where the
+            trial accumulates gradients, the check takes its two sequences one by one.
         setup: what all trials share.
         group: the ranks of the trial, which all call this.
     """
@@ -268,7 +269,9 @@ def check_once(make_trainer, hyperparameters: dict, setup, group) -> None:
     setup = dataclasses.replace(setup, ds_config=setup.ds_config | {"fp16": fp16})
 
     def trainer_of(model, data, folder):
-        own = hyperparameters | {"lr": 1e-5, "wd": 0.0, "per_device_bs": 2}
+        accumulates = hyperparameters.get("gradient_accumulation_steps", 1) > 1
+        sizes = {"per_device_bs": 1, "gradient_accumulation_steps": 2} if accumulates else {"per_device_bs": 2}
+        own = hyperparameters | {"lr": 1e-5, "wd": 0.0} | sizes
         return make_trainer(model, data, own, setup, group, folder, pad_token_id=0)
 
     def loss_of(model, data):

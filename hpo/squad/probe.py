@@ -11,7 +11,7 @@ import transformers
 
 from hpo import errors
 from hpo.errors import BadInput
-from hpo.squad import evaluation, loading, models
+from hpo.squad import evaluation, loading, lora, models
 from hpo.squad.data import TokenizedSquad
 from hpo.squad.setup import Setup
 
@@ -26,20 +26,22 @@ def free_memory() -> int:
     return min(psutil.virtual_memory().available, of_job or math.inf) - OTHER
 
 
-def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
+def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
     """Does with the real weights and questions what the trials will do. A mistake would fail all of them.
 
     Only small weights get gradients, such as those of norms, for lack of memory. They are in all layers, so the
-    backward pass goes through the whole model. A model that does not fit into this machine's memory is not tried.
+    backward pass goes through the whole model. A model that does not fit into this machine's memory is not tried;
+    adapters and gradient checkpointing are checked for it without the weights.
 
     Args:
         setup: what all trials share.
         test: the test questions.
-        batch_size: the largest of the search space.
+        largest: see search_space.largest_trial.
 
     Raises:
         BadInput: the model fails.
     """
+    lora.check(setup.model, largest["lora_r"], setup.lora_target_modules, setup.gradient_checkpointing)
     needed, free = 5 * loading.count_parameters(setup.model), free_memory()
     if needed > free:
         print(f"the model is not tried before the search: that needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free")
@@ -51,10 +53,12 @@ def try_model(setup: Setup, test: TokenizedSquad, batch_size: int) -> None:
         least = min(weight.numel() for weight in model.parameters())
         for weight in model.parameters():
             weight.requires_grad_(weight.numel() <= max(SMALL, least))
+        model = lora.prepare(model, setup, largest)
         shortest = np.argsort(setup.train.lengths, kind="stable")
         what = "a training step"
         loss, count = evaluation.answer_loss(
-            model, evaluation.collate([setup.train[i] for i in shortest[:batch_size]], tokenizer.pad_token_id)
+            model,
+            evaluation.collate([setup.train[i] for i in shortest[: largest["per_device_bs"]]], tokenizer.pad_token_id),
         )
         (loss / count).backward()
         if not math.isfinite(loss.item()):

@@ -32,6 +32,21 @@ class Setup:
     cpus_per_trial: int
     unanswerable: bool = False  # a question for training or validation has no answer: scored as in SQuAD 2.0
     dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
+    # Flags of these names. A trial whose hyperparameters have one of the first three takes that.
+    gradient_accumulation_steps: int = 1
+    lora_r: int = 0
+    lora_alpha: float | None = None
+    lora_target_modules: str = ""
+    gradient_checkpointing: bool = False
+
+    def hyperparameters(self, searched: dict) -> dict:
+        """All hyperparameters of a trial: those that are searched, and flags for what is not.
+
+        Args:
+            searched: train_loop_config of the trial.
+        """
+        names = ("gradient_accumulation_steps", "lora_r", "lora_alpha")
+        return {name: getattr(self, name) for name in names} | searched
 
     @property
     def stop_file(self) -> Path:
@@ -46,7 +61,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         args: the arguments of the run.
         max_length: most tokens of a sequence, if the model takes as many.
         selection_size: questions to hold out of the training set, unless --max_eval_samples says otherwise.
-        batch: the largest batch size of the search space.
+        batch: sequences of one GPU in an optimizer step, at most.
 
     Returns:
         The setup, and the test questions.
@@ -92,6 +107,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
             f"at batch size {batch}; use more questions or epochs, or a smaller --max_t"
         )
     same = ("precision", "max_t", "num_train_epochs", "metric", "seed", "gpus_per_trial", "cpus_per_trial")
+    same += ("gradient_accumulation_steps", "lora_r", "lora_alpha", "lora_target_modules", "gradient_checkpointing")
     setup = Setup(
         run_dir=Path(args.output_dir).absolute() / args.run_name,
         model=model,
