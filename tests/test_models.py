@@ -205,7 +205,7 @@ def test_windows_stay_within_the_positions_of_the_model(tmp_path, tokenizer, lon
         room = max(part.longest_answer, setup.max_new_tokens)
         longest = int(part.prompt_lengths.max())
         assert longest == min(raytune_bayesian.MAX_LENGTH - squad_data.ANSWER_ROOM, positions - room)
-    try_model(setup, test, 2)
+    try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
     if positions <= 256:
         trial = trial_here(tmp_path / "trial")
         trial.run(setup, [1])
@@ -357,7 +357,7 @@ def test_a_padding_token_without_an_embedding_is_replaced(tmp_path, tokenizer, t
     assert other.pad_token_id == len(tokenizer) == models.text_config(folder).vocab_size
     assert models.load_tokenizer(folder).pad_token_id == tokenizer.eos_token_id
     setup, test = prepared(folder, tiny_squad)
-    try_model(setup, test, 2)
+    try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
 
 
 def test_tokens_without_an_embedding_are_refused(tmp_path, tokenizer, tiny_squad):
@@ -439,7 +439,7 @@ def test_models_that_cannot_be_used_are_refused(tmp_path, tokenizer, tiny_squad,
     spoil(folder)
     capfd.readouterr()
     with pytest.raises(BadInput) as error:
-        try_model(*prepared(folder, tiny_squad), 2)
+        try_model(*prepared(folder, tiny_squad), {"per_device_bs": 2, "lora_r": 0})
     found = str(error.value)
     assert found == f"--model {folder}: {message}" or message.endswith(": ") and message in found and len(found) < 400
     out, err = capfd.readouterr()  # no table of weights, no question whether to run a model's own code

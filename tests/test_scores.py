@@ -239,7 +239,7 @@ def test_selection_and_test_are_scored_alike(tmp_path, tiny_model, tokenizer, ti
     args = checks.check(arguments.parse("", argv))
     setup, test = prepare(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, 2)
     assert setup.unanswerable == bool(damaged)
-    try_model(setup, test, 2)
+    try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     for split, questions in {"train": setup.selection, "dev": test}.items():
         has = {bool(reference["answers"]["text"]) for reference in questions.references}
