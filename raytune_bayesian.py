@@ -210,9 +210,7 @@ class Trainer(transformers.Trainer):
         The Trainer's own step also sets every module to training mode, each time.
         """
         loss = self.compute_loss(model, evaluation.to_device(inputs, model.device), False, num_items_in_batch)
-        model.set_gradient_accumulation_boundary(
-            self.accelerator.sync_gradients
-        )  # the last step may have fewer batches
+        model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)  # the last step may be shorter
         model.backward(loss)  # scales the loss
         model.step()  # if it is one: unscales the gradients, clips them, and skips the step where they overflow
         return loss.detach()

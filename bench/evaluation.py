@@ -23,7 +23,7 @@ import transformers
 
 from hpo.cluster.launch import MALLOC
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, models
+from hpo.squad import evaluation, models, reading
 from raytune_bayesian import EVAL_TOKENS, MAX_LENGTH, SquadMetric
 
 QUESTIONS = 1000
@@ -120,7 +120,7 @@ def main() -> None:
     torch.manual_seed(0)
     folder = common.DEMO / "model"
     tokenizer = models.load_tokenizer(folder)
-    examples = squad_data.read_squad(squad_data.find_squad_files(common.DEMO / "squad")["train"])
+    examples = reading.read_squad(reading.find_squad_files(common.DEMO / "squad")["train"])
     train = squad_data.tokenize(examples[:-QUESTIONS], tokenizer, MAX_LENGTH, training=True)
     data = squad_data.tokenize(examples[-QUESTIONS:], tokenizer, MAX_LENGTH - squad_data.ANSWER_ROOM, training=False)
     plain = transformers.AutoModelForCausalLM.from_pretrained(folder)

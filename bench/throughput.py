@@ -29,7 +29,7 @@ import transformers
 
 import raytune_bayesian
 from hpo.squad import data as squad_data
-from hpo.squad import models
+from hpo.squad import models, reading
 
 SHARED_SQUAD = common.ROOT.parent / "shared" / "squad"
 QUESTIONS, BATCH_SIZE, PADDED = 2000, 2, 512
@@ -63,8 +63,8 @@ class Clock(launches.Watch):
 def train(way: str, vocabulary: int) -> None:
     """Prints a row as JSON: samples a second by window, peak memory in GB, tokens a sample."""
     transformers.set_seed(0)
-    files = squad_data.find_squad_files(SHARED_SQUAD if SHARED_SQUAD.is_dir() else common.DEMO / "squad")
-    examples = squad_data.subset(squad_data.read_squad(files["train"]), QUESTIONS, seed=0)
+    files = reading.find_squad_files(SHARED_SQUAD if SHARED_SQUAD.is_dir() else common.DEMO / "squad")
+    examples = squad_data.subset(reading.read_squad(files["train"]), QUESTIONS, seed=0)
     tokenizer = models.load_tokenizer(common.DEMO / "model")
     tokenizer = tokenizer.train_new_from_iterator((e["context"] for e in examples), SMALL_VOCABULARY)
     data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=True)

@@ -67,10 +67,10 @@ def test_demo_set_is_sound(demo_model):
     """SQuAD v1.1 format, several references, articles of the two sets apart, and a tokenizer that loses nothing."""
     from transformers import AutoTokenizer
 
-    from hpo.squad import data
+    from hpo.squad import reading
 
-    files = data.find_squad_files(demo_model.parent / "squad")
-    train, dev = data.read_squad(files["train"]), data.read_squad(files["validation"])
+    files = reading.find_squad_files(demo_model.parent / "squad")
+    train, dev = reading.read_squad(files["train"]), reading.read_squad(files["validation"])
     assert len(train) >= 2000 and len(dev) >= 300
     assert not {e["title"] for e in train} & {e["title"] for e in dev}
     assert not {e["context"] for e in train} & {e["context"] for e in dev}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import raytune_bayesian
 from hpo import arguments, checks, errors
 from hpo.cluster import state as state_file
-from hpo.squad import data, loading
+from hpo.squad import loading, reading
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -94,7 +94,7 @@ def test_squad_documents(changes, dropped):
         with contextlib.suppress(LookupError, TypeError):  # the first change has removed this place
             document = changed(document, path, new)
     with a_file("train.json", json.dumps(document)) as file:
-        read_or_refused(data.read_squad, file, dropped())
+        read_or_refused(reading.read_squad, file, dropped())
 
 
 ROW = {"id": "1", "title": "t", "context": "one two", "question": "Who?",
@@ -111,7 +111,7 @@ def test_squad_columns(path, new, dropped):
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), file)
         except (pyarrow.ArrowException, AttributeError, UnicodeEncodeError, OverflowError):  # parquet has no such value
             return
-        read_or_refused(data.read_parquet, [file], "set", "train", dropped())
+        read_or_refused(reading.read_parquet, [file], "set", "train", dropped())
 
 
 @given(st.lists(st.tuples(st.integers(0, 9999), st.integers(0, 255)), max_size=9), st.integers(1, 9999))
@@ -123,7 +123,7 @@ def test_parquet_bytes(flips, length):
         for place, byte in flips:
             content[place % len(content)] = byte
         file.write_bytes(content[:length])
-        read_or_refused(data.read_parquet, [file], "set", "train")
+        read_or_refused(reading.read_parquet, [file], "set", "train")
 
 
 @st.composite
@@ -169,9 +169,9 @@ def squad_sets(draw):
 def test_json_and_parquet_give_the_same_examples(squad_set):
     articles, rows = squad_set
     with a_file("train.json", json.dumps({"data": articles})) as file:
-        examples = data.read_squad(file)
+        examples = reading.read_squad(file)
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file.with_suffix(".parquet"))
-        assert data.read_parquet([file.with_suffix(".parquet")], "set", "train") == examples
+        assert reading.read_parquet([file.with_suffix(".parquet")], "set", "train") == examples
     assert [e["context"] for e in examples] == [row["context"] for row in rows]
     qas = [qa for article in articles for paragraph in article["paragraphs"] for qa in paragraph["qas"]]
     for e, qa in zip(examples, qas, strict=True):
@@ -185,7 +185,7 @@ def test_json_and_parquet_give_the_same_examples(squad_set):
 def test_squad_bytes(content, name):
     with a_file(name, content) as file:
         with pytest.raises(ValueError) as error:
-            data.read_squad(file)
+            reading.read_squad(file)
         one_line(error.value)
 
 

@@ -28,7 +28,7 @@ from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, search_space
 from hpo.bohb.searcher import TuneBOHB
-from hpo.squad import data, loading
+from hpo.squad import loading, reading
 from slurm_cluster import copy_project
 from test_run import Hub
 
@@ -687,7 +687,7 @@ def test_a_hub_set_in_the_cache_is_read_or_refused_with_its_splits(monkeypatch, 
     folder = tmp_path / "datasets--tiny--squad"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("0" * 40)
-    train = data.read_squad(tiny_squad / "train.json")
+    train = reading.read_squad(tiny_squad / "train.json")
     rows = [{name: e[name] for name in ("id", "context", "question", "answers")} for e in train]
     (folder / "snapshots" / ("0" * 40) / "data").mkdir(parents=True)
 

@@ -23,7 +23,7 @@ from bench import common
 from conftest import make_squad, run_script
 from hpo.errors import BadInput
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, models
+from hpo.squad import evaluation, models, reading
 from hpo.squad.probe import try_model
 from hpo.squad.setup import prepare
 from test_squad import make_example
@@ -81,7 +81,7 @@ def save(folder, model, tokenizer):
 @pytest.fixture(scope="module")
 def questions(tiny_squad, tokenizer):
     """24 questions of unequal lengths."""
-    examples = squad_data.read_squad(tiny_squad / "dev.json")[:24]
+    examples = reading.read_squad(tiny_squad / "dev.json")[:24]
     for i, example in enumerate(examples):
         example["context"] += " Bo has a red hat." * (i % 4)
     questions = squad_data.tokenize(examples, tokenizer, 512, training=False)
@@ -364,7 +364,7 @@ def test_tokens_without_an_embedding_are_refused(tmp_path, tokenizer, tiny_squad
     folder = save(tmp_path / "model", random_model("llama", tokenizer, vocab_size=200), tokenizer)
     with pytest.raises(BadInput) as error:
         prepared(folder, tiny_squad)
-    tokens = squad_data.tokenize(squad_data.read_squad(tiny_squad / "train.json"), tokenizer, 1024, True).tokens
+    tokens = squad_data.tokenize(reading.read_squad(tiny_squad / "train.json"), tokenizer, 1024, True).tokens
     assert str(error.value) == f"--model {folder}: its tokenizer gives token {tokens.max()}, and it has 200 embeddings"
 
 

@@ -29,7 +29,7 @@ from faulty import write_script
 from hpo import files
 from hpo.results import tables
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, scores
+from hpo.squad import evaluation, reading, scores
 from slurm_cluster import wait_for
 from test_squad import without_answers
 
@@ -247,9 +247,9 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
     run, result = (json.loads((folder / f).read_text()) for f in ("run.json", "best_result.json"))
-    files = squad_data.find_squad_files(tiny_squad)
-    train, selection = squad_data.hold_out(squad_data.read_squad(files["train"]), 20, 42)
-    tested = squad_data.subset(squad_data.read_squad(files["validation"]), 20, 42)
+    files = reading.find_squad_files(tiny_squad)
+    train, selection = squad_data.hold_out(reading.read_squad(files["train"]), 20, 42)
+    tested = squad_data.subset(reading.read_squad(files["validation"]), 20, 42)
     longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
     for examples, expected in ((selection, result), (tested, run["test"])):
         data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
@@ -477,9 +477,9 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
     tested = json.loads((folder / "run.json").read_text())["test"]
     model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
-    found = squad_data.find_squad_files(dataset)
-    train, selection = squad_data.hold_out(squad_data.read_squad(found["train"]), 20, 42)
-    test = squad_data.subset(squad_data.read_squad(found["validation"]), 20, 42)
+    found = reading.find_squad_files(dataset)
+    train, selection = squad_data.hold_out(reading.read_squad(found["train"]), 20, 42)
+    test = squad_data.subset(reading.read_squad(found["validation"]), 20, 42)
     longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
     for examples, reported in ((selection, best), (test, tested)):
         questions = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
@@ -589,9 +589,7 @@ def hub(tmp_path, tiny_squad):
     for split, source in (("train", "train"), ("validation", "dev")):
         path = tmp_path / "hub" / "datasets" / "tiny" / "squad" / "plain_text" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(
-            pyarrow.Table.from_pylist(squad_data.read_squad(tiny_squad / f"{source}.json")), path
-        )
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(reading.read_squad(tiny_squad / f"{source}.json")), path)
     Hub.root, Hub.requests = tmp_path / "hub", []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()

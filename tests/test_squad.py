@@ -25,20 +25,20 @@ from transformers import AutoModelForCausalLM
 import raytune_bayesian
 from hpo.results import tables
 from hpo.squad import data as squad_data
-from hpo.squad import evaluation, group, loading, scores
+from hpo.squad import evaluation, group, loading, reading, scores
 from raytune_bayesian import SquadMetric
 
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
 def test_reads_plain_and_gzipped_files(tiny_squad, tmp_path):
-    plain = squad_data.read_squad(tiny_squad / "train.json")
+    plain = reading.read_squad(tiny_squad / "train.json")
     with gzip.open(tmp_path / "train-v1.1.json.gz", "wt") as file:
         file.write((tiny_squad / "train.json").read_text())
     (tmp_path / "validation.json").write_text((tiny_squad / "dev.json").read_text())
-    files = squad_data.find_squad_files(tmp_path)
-    assert squad_data.read_squad(files["train"]) == plain and len(plain) == 400
-    assert len(squad_data.read_squad(files["validation"])) == 60
+    files = reading.find_squad_files(tmp_path)
+    assert reading.read_squad(files["train"]) == plain and len(plain) == 400
+    assert len(reading.read_squad(files["validation"])) == 60
 
 
 def squad_json(folder, *answers, name="train", **fields) -> Path:
@@ -55,13 +55,13 @@ def squad_json(folder, *answers, name="train", **fields) -> Path:
 def test_titles_of_any_kind_and_byte_order_marks_are_read(tmp_path, title, read, encoding):
     path = squad_json(tmp_path, {"text": "1984", "answer_start": 3})
     path.write_text(path.read_text().replace('"t"', json.dumps(title)), encoding=encoding)
-    assert [e["title"] for e in squad_data.read_squad(path)] == [read]
+    assert [e["title"] for e in reading.read_squad(path)] == [read]
 
 
 @pytest.mark.parametrize("name, ids", [("train", ["train#0", "train#1"]), ("dev", ["validation#0", "validation#1"])])
 def test_a_question_without_an_id_gets_one(tmp_path, name, ids):
     answer = {"text": "1984", "answer_start": 3}
-    assert [e["id"] for e in squad_data.read_squad(squad_json(tmp_path, answer, answer, name=name, id=None))] == ids
+    assert [e["id"] for e in reading.read_squad(squad_json(tmp_path, answer, answer, name=name, id=None))] == ids
 
 
 def test_numbers_as_texts_and_other_white_space_are_read(tmp_path):
@@ -72,7 +72,7 @@ def test_numbers_as_texts_and_other_white_space_are_read(tmp_path):
         {"text": " old\ttown  had ", "answer_start": 13},
         {"text": "gates .", "answer_start": 28},
     ]
-    found = [e["answers"] for e in squad_data.read_squad(squad_json(tmp_path, *answers))]
+    found = [e["answers"] for e in reading.read_squad(squad_json(tmp_path, *answers))]
     assert found == [
         {"text": [text], "answer_start": [start]}
         for text, start in [("1984", 3), ("1984", 3), ("the  old\xa0town", 8), ("old\xa0town\nhad", 13), ("gates.", 28)]
@@ -83,19 +83,19 @@ def test_bad_answers_are_refused_or_dropped(tmp_path):
     good, bad = {"text": "7", "answer_start": 26}, {"text": "old", "answer_start": 26}
     path = squad_json(tmp_path, bad, good, bad, bad, bad)
     with pytest.raises(ValueError) as error:
-        squad_data.read_squad(path)
+        reading.read_squad(path)
     first = "; ".join(f"question {i}: answer 'old' is not at answer_start 26" for i in ("q0", "q2", "q3"))
     hint = "correct them, or leave them out with --drop_bad_answers"
     assert str(error.value) == f"{path}: 4 of 5 answers cannot be used: {first}; {hint}"
 
     dropped = Counter()
-    assert [e["id"] for e in squad_data.read_squad(path, dropped)] == ["q1"]
+    assert [e["id"] for e in reading.read_squad(path, dropped)] == ["q1"]
     assert dropped == {"answers": 4, "questions": 4, "read": 5}
     some, dropped = squad_json(tmp_path, good, answers=[bad, good]), Counter()
-    assert squad_data.read_squad(some, dropped)[0]["answers"] == {"text": ["7"], "answer_start": [26]}
+    assert reading.read_squad(some, dropped)[0]["answers"] == {"text": ["7"], "answer_start": [26]}
     assert dropped == {"answers": 1, "questions": 0, "read": 1}
     with pytest.raises(ValueError, match="train.json: holds no question with a good answer$"):
-        squad_data.read_squad(squad_json(tmp_path, bad), Counter())
+        reading.read_squad(squad_json(tmp_path, bad), Counter())
 
 
 NO_ANSWER = {"text": [], "answer_start": []}
@@ -135,12 +135,12 @@ def test_questions_without_an_answer_are_read(tmp_path, form):
     (paragraph,) = content["data"][0]["paragraphs"]
     paragraph["qas"][1] |= form
     path.write_text(json.dumps(content))
-    examples = squad_data.read_squad(path, dropped)
+    examples = reading.read_squad(path, dropped)
     assert [e["answers"] for e in examples] == [{"text": ["7"], "answer_start": [26]}, NO_ANSWER]
     assert dropped == {"answers": 0, "questions": 0, "read": 2}
     row = {**paragraph["qas"][1], "context": paragraph["context"], "title": "t"}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "train.parquet")
-    assert squad_data.read_parquet([tmp_path / "train.parquet"], "set", "train") == examples[1:]
+    assert reading.read_parquet([tmp_path / "train.parquet"], "set", "train") == examples[1:]
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_is_impossible_must_agree_with_the_answers(tmp_path, answers, told, has,
     for dropped in (None, Counter()):
         path = squad_json(tmp_path, None, answers=answers, is_impossible=told)
         with pytest.raises(ValueError) as error:
-            squad_data.read_squad(path, dropped)
+            reading.read_squad(path, dropped)
         what = f"it has {has}, so is_impossible must be {must} or missing, and it is {told!r}"
         assert str(error.value) == f"{path}: question q0: {what}"
     row = {"id": "q0", "context": "In 1984 the  old\xa0town\nhad 7 gates.", "question": "?", "is_impossible": told}
@@ -163,14 +163,14 @@ def test_is_impossible_must_agree_with_the_answers(tmp_path, answers, told, has,
     table = pyarrow.Table.from_pylist([row | {"answers": of_lists}])
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(ValueError) as error:
-        squad_data.read_parquet([tmp_path / "train.parquet"], "set", "train")
+        reading.read_parquet([tmp_path / "train.parquet"], "set", "train")
     assert str(error.value) == f"set, train: question q0: {what}"
 
 
 def test_a_question_with_bad_answers_only_does_not_become_unanswerable(tmp_path):
     bad, dropped = {"text": "old", "answer_start": 26}, Counter()
     path = squad_json(tmp_path, bad, {"text": "", "answer_start": -1})
-    assert [e["id"] for e in squad_data.read_squad(path, dropped)] == ["q1"]
+    assert [e["id"] for e in reading.read_squad(path, dropped)] == ["q1"]
     assert dropped == {"answers": 1, "questions": 1, "read": 2}
 
 
@@ -249,7 +249,7 @@ def test_no_passage_is_on_both_sides(pairs, size, seed):
 
 
 def test_articles_stay_whole(tiny_squad):
-    examples = squad_data.read_squad(tiny_squad / "train.json")
+    examples = reading.read_squad(tiny_squad / "train.json")
     train, selection = squad_data.hold_out(examples, 30, seed=1)
     assert not {e["title"] for e in train} & {e["title"] for e in selection}
     assert len(selection) == 30 and len(train) == 400 - 40  # two articles of 20 questions
@@ -266,9 +266,9 @@ def decode_answer(data, i, tokenizer):
 
 
 def test_labels_decode_to_the_answer_for_all_of_squad(shared_squad, tokenizer):
-    files = squad_data.find_squad_files(shared_squad)
+    files = reading.find_squad_files(shared_squad)
     for split, count in {"train": 8149, "validation": 10570}.items():
-        examples = squad_data.read_squad(files[split])
+        examples = reading.read_squad(files[split])
         assert len(examples) == count
         data = squad_data.tokenize(examples, tokenizer, 1024, training=split == "train")
         assert (data.lengths if split == "train" else data.prompt_lengths).max() <= 1024
@@ -314,7 +314,7 @@ def test_evaluation_window_does_not_look_at_the_answer(tokenizer):
 
 def test_without_an_answer_eos_follows_the_prompt(tokenizer, tiny_squad):
     """The prompt is the same as with an answer, token by token."""
-    examples = squad_data.read_squad(tiny_squad / "dev.json")
+    examples = reading.read_squad(tiny_squad / "dev.json")
     without = [e | {"answers": NO_ANSWER} for e in examples]
     for training in (True, False):
         both = [squad_data.tokenize(part, tokenizer, 1024, training) for part in (examples, without)]
@@ -359,7 +359,7 @@ def test_batch_is_padded_to_its_longest_and_only_answers_are_supervised(tokenize
 
 @pytest.fixture(scope="module")
 def data(tiny_squad, tokenizer):
-    return squad_data.tokenize(squad_data.read_squad(tiny_squad / "dev.json"), tokenizer, 1024, training=False)
+    return squad_data.tokenize(reading.read_squad(tiny_squad / "dev.json"), tokenizer, 1024, training=False)
 
 
 @pytest.mark.parametrize("every", [None, 2, 1])
@@ -368,7 +368,7 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, tiny_squad,
 
     No question is without an answer, every second one, or all of them: then each answer is EOS alone.
     """
-    examples = squad_data.read_squad(tiny_squad / "dev.json")
+    examples = reading.read_squad(tiny_squad / "dev.json")
     for e in examples[::every] if every else ():
         e["answers"] = NO_ANSWER
     data = squad_data.tokenize(examples, tokenizer, 1024, training=False)
@@ -441,7 +441,7 @@ def random_model(family: str, tokenizer, std: float = 0.02):
 def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad, family):
     """BLOOM has none: another model of --model must not see its prompt move with the padding."""
     model = random_model(family, tokenizer)
-    examples = squad_data.read_squad(tiny_squad / "dev.json")[:3]
+    examples = reading.read_squad(tiny_squad / "dev.json")[:3]
     examples[1]["context"] *= 2
     data = squad_data.tokenize(examples, tokenizer, 512, training=False)
     assert len(set(data.lengths)) > 1
@@ -470,7 +470,7 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, tiny_squad, un
     """Also where every second question has no answer: the model learns which ones."""
     setup = SimpleNamespace(max_new_tokens=12, metric_language="en", unanswerable=unanswerable)
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    examples = squad_data.read_squad(tiny_squad / "dev.json")[:8]
+    examples = reading.read_squad(tiny_squad / "dev.json")[:8]
     for e in examples[::2] if unanswerable else ():
         e["answers"] = NO_ANSWER
     few = squad_data.tokenize(examples, tokenizer, 1024, training=False)
@@ -667,7 +667,7 @@ def test_metric_equals_torchmetrics(pairs):
 
 def test_metric_on_the_whole_dev_set(shared_squad):
     """Reference answers as predictions. All 10,570 questions count; one reference is a mere full stop, so no F1."""
-    examples = squad_data.read_squad(squad_data.find_squad_files(shared_squad)["validation"])
+    examples = reading.read_squad(reading.find_squad_files(shared_squad)["validation"])
     references = [{"id": e["id"], "answers": e["answers"]} for e in examples]
     perfect = [{"id": e["id"], "prediction_text": e["answers"]["text"][-1]} for e in examples]
     wordless = sum(not scores.normalize_answer(p["prediction_text"]) for p in perfect)
@@ -695,7 +695,7 @@ def test_files_are_checked(tmp_path):
         path = tmp_path / "train.json"
         path.write_text(content)
         with pytest.raises(ValueError, match=message) as error:
-            squad_data.read_squad(path)
+            reading.read_squad(path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -705,4 +705,4 @@ def test_damaged_gzip_files_are_refused(tmp_path):
     content[10:14] = b"\xff" * 4  # the first block has a type that does not exist
     path.write_bytes(content)
     with pytest.raises(ValueError, match="train.json.gz: not a SQuAD JSON file .error: Error -3"):
-        squad_data.read_squad(path)
+        reading.read_squad(path)

@@ -141,7 +141,7 @@ def prefetch(model: str, dataset: str, drop_bad_answers: bool) -> None:
 def load_examples(
     dataset: str, download: bool = False, drop_bad_answers: bool = False
 ) -> tuple[list[dict], list[dict], dict[str, Counter]]:
-    """The training and the validation questions of a data set, see hpo/squad/data.py for their form.
+    """The training and the validation questions of a data set, see hpo/squad/reading.py for their form.
 
     Args:
         dataset: a folder with SQuAD's JSON files, or a repository of the hub with parquet files.
@@ -150,23 +150,23 @@ def load_examples(
 
     Returns:
         Training questions, validation questions, and for "train" and "validation" what was left out, as
-        `data.check_questions` counts it; {} without drop_bad_answers.
+        `reading.check_questions` counts it; {} without drop_bad_answers.
 
     Raises:
         BadInput: there is no such data set, or something is wrong with it.
     """
-    from hpo.squad import data
+    from hpo.squad import reading
 
     splits, dropped = ("train", "validation"), {}
     if drop_bad_answers:
         dropped = {split: Counter() for split in splits}
     try:
         if Path(dataset).is_dir():
-            files = data.find_squad_files(Path(dataset))
-            loaded = [data.read_squad(files[split], dropped.get(split)) for split in splits]
+            files = reading.find_squad_files(Path(dataset))
+            loaded = [reading.read_squad(files[split], dropped.get(split)) for split in splits]
         else:
             files = hub_files(dataset, hub_snapshot(dataset, "dataset", ["*.parquet"], download), download)
-            loaded = [data.read_parquet(files[split], dataset, split, dropped.get(split)) for split in splits]
+            loaded = [reading.read_parquet(files[split], dataset, split, dropped.get(split)) for split in splits]
     except ValueError as error:
         raise BadInput(f"--dataset {error}") from None
     return *loaded, dropped
