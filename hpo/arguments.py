@@ -88,7 +88,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--gradient_accumulation_steps", type=int, default=1, help="batches of per_device_bs sequences in one "
         "optimizer step (default: 1)")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass: less "
-        "memory, the same training, about a third slower")  # fmt: skip
+        "memory, the same training, slower")  # fmt: skip
     add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
