@@ -84,9 +84,41 @@ def check_names(args: argparse.Namespace) -> None:
         loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)
 
 
-def read_ds_config(args: argparse.Namespace) -> dict:
-    """The DeepSpeed configuration of --deepspeed, with "auto" where the search or --precision decides.
+def replace_settings(config: dict) -> list[str]:
+    """Replaces what the search decides in a DeepSpeed configuration, in place. Returns a line for each setting."""
+    lines = []
 
+    def replace(settings: dict, name: str, key: str, by: str):
+        if settings.get(key, "auto") != "auto":
+            lines.append(f"{name} {json.dumps(settings[key])} is replaced by {by}")
+
+    for key, by in {
+        "optimizer": "torch's AdamW with each trial's lr and wd",  # nothing has to be compiled
+        "scheduler": "the Trainer's schedule, linear from each trial's lr to 0 if it is not searched",
+    }.items():
+        replace(config, key, key, by)
+        config.pop(key, None)
+    for key, by in {
+        "train_batch_size": "that of each trial",
+        "train_micro_batch_size_per_gpu": "each trial's per_device_bs",
+        "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    }.items():
+        replace(config, key, key, by)
+        config[key] = "auto"
+    for key in ("fp16", "bf16"):
+        replace(config.setdefault(key, {}), f"{key}: enabled", "enabled", "--precision")
+        config[key]["enabled"] = "auto"
+    zero = config.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):  # in many files, as a place to switch it on
+        if isinstance(zero.get(key), dict) and zero[key].get("device") == "none":
+            del zero[key]
+    return lines
+
+
+def read_ds_config(args: argparse.Namespace) -> dict:
+    """The DeepSpeed configuration of --deepspeed, with "auto" where the search or a flag decides.
+
+    Prints a line for each setting that is replaced.
     A plan takes a GPU for granted: it answers the question which GPU to ask for, on whatever machine it is made.
     """
     path = Path(args.deepspeed)
@@ -101,17 +133,11 @@ def read_ds_config(args: argparse.Namespace) -> dict:
         refuse(str(error))
     if not isinstance(config, dict):
         refuse("not a JSON object")
-    for key in ("optimizer", "scheduler"):  # the Trainer makes torch's AdamW: nothing has to be compiled
-        if key in config:
-            refuse(f"remove {key!r}: it is made from each trial's lr and weight decay")
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if config.setdefault(key, "auto") != "auto":
-            refuse(f'{key} must be "auto": the batch size is searched')
     for key in ("zero_optimization", "fp16", "bf16"):
         if not isinstance(config.get(key, {}), dict):
             refuse(f"{key} is not a JSON object")
-        if key != "zero_optimization" and config.setdefault(key, {}).setdefault("enabled", "auto") != "auto":
-            refuse(f'{key}: enabled must be "auto": --precision decides')
+    for line in replace_settings(config):
+        print(f"--deepspeed {path}: {line}")
     if "torch_autocast" in config:
         refuse("remove 'torch_autocast': --precision decides, and stage 0 has it")
     clip = config.setdefault("gradient_clipping", "auto")

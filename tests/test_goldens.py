@@ -26,7 +26,7 @@ REFUSED = [  # command lines that end with exit code 2 and one line
     "--num_train_epochs 0", "--num_train_epochs nan", "--trial_timeout 0", "--metric loss",
     "--metric_language fr", "--precision int8",
     "--report_to comet", "--nonsense", "--model no/such/model", "--model .", "--dataset no/such/data", "--dataset .",
-    "--deepspeed none.json", "--deepspeed list.json", "--deepspeed adam.json", "--deepspeed offload.json",
+    "--deepspeed none.json", "--deepspeed list.json", "--deepspeed offload.json",
     "--run_name a/b", "--run_name taken", "--resume --run_name none", "--output_dir file",
     "--plan --seconds_per_iteration soon", "--plan --seconds_per_iteration 0",
 ]  # fmt: skip
@@ -73,7 +73,6 @@ def refusals(folder: Path) -> list[str]:
     (folder / "results" / "taken").mkdir(parents=True)
     files = {
         "list": [],
-        "adam": {"optimizer": {}},
         "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {}}},
     }
     for name, content in files.items():

@@ -52,12 +52,10 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     (folder / "not_json.json").write_text("{")
     (folder / "list.json").write_text("[]")
     ds_config = json.loads((ROOT / "ds_config.json").read_text())
-    (folder / "optimizer.json").write_text(json.dumps(ds_config | {"optimizer": {"type": "AdamW"}}))
     (folder / "stage3.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 3}}))
     (folder / "offload.json").write_text(
         json.dumps(ds_config | {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}})
     )
-    (folder / "fp16.json").write_text(json.dumps(ds_config | {"fp16": {"enabled": True}}))
     (folder / "stage4.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 4}}))
     (folder / "stage1.json").write_text(json.dumps(ds_config | {"zero_optimization": {"stage": 1}}))
     (folder / "autocast.json").write_text(json.dumps(ds_config | {"torch_autocast": {"enabled": True}}))
@@ -65,7 +63,6 @@ def broken(tmp_path_factory, tiny_squad, tiny_model):
     (folder / "scale.json").write_text(
         json.dumps(ds_config | {"fp16": {"enabled": "auto", "loss_scale_window": "long"}})
     )
-    (folder / "batch.json").write_text(json.dumps(ds_config | {"train_micro_batch_size_per_gpu": 4}))
     with changed_squad(tiny_squad, folder / "moved", "train") as train:
         train["data"][3]["paragraphs"][2]["qas"][0]["answers"][1]["answer_start"] += 1
     with changed_squad(tiny_squad, folder / "v2", "dev") as dev:
@@ -109,11 +106,8 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "ds_config is a folder": (["--deepspeed", "@/empty"], r"--deepspeed .*empty: .*Is a directory"),
     "ds_config not JSON": (["--deepspeed", "@/not_json.json"], r"--deepspeed .*not_json.json: Expecting property name"),
     "ds_config not an object": (["--deepspeed", "@/list.json"], r"--deepspeed .*list.json: not a JSON object"),
-    "ds_config with optimizer": (["--deepspeed", "@/optimizer.json"], r"remove 'optimizer'"),
-    "ds_config with batch size": (["--deepspeed", "@/batch.json"], r'train_micro_batch_size_per_gpu must be "auto"'),
     "ds_config with stage 3": (["--deepspeed", "@/stage3.json"], r"stage 3 splits a model over GPUs"),
     "ds_config with offload": (["--deepspeed", "@/offload.json"], r"offload is not supported"),
-    "ds_config with fp16": (["--deepspeed", "@/fp16.json"], r'fp16: enabled must be "auto"'),
     "ds_config with a stage that is none": (
         ["--deepspeed", "@/stage4.json"],
         r"zero_optimization: stage 4 is none of 0, 1, 2, 3",
@@ -752,3 +746,35 @@ def test_what_a_full_disk_looks_like(tmp_path):
         TimeoutError(),
     ):
         assert not errors.is_storage(other)
+
+
+def test_a_ds_config_for_one_training_is_taken(tmp_path, capsys):
+    """Each setting that the search decides is replaced, with a line. What has no effect is left out."""
+    of_one_training = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-05}},
+        "scheduler": {"type": "WarmupLR"},
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "fp16": {"enabled": True, "initial_scale_power": 12},
+        "zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(of_one_training))
+    assert checks.read_ds_config(arguments.parse("", ["--deepspeed", str(tmp_path / "ds.json")])) == {
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 0},
+        "fp16": {"enabled": "auto", "initial_scale_power": 12},
+        "bf16": {"enabled": "auto"},
+    }
+    replaced = [
+        'optimizer {"type": "AdamW", "params": {"lr": 2e-05}} is replaced by '
+        "torch's AdamW with each trial's lr and wd",
+        'scheduler {"type": "WarmupLR"} is replaced by '
+        "the Trainer's schedule, linear from each trial's lr to 0 if it is not searched",
+        "train_micro_batch_size_per_gpu 4 is replaced by each trial's per_device_bs",
+        "gradient_accumulation_steps 2 is replaced by --gradient_accumulation_steps",
+        "fp16: enabled true is replaced by --precision",
+    ]
+    assert capsys.readouterr().out == "".join(f"--deepspeed {tmp_path}/ds.json: {line}\n" for line in replaced)
