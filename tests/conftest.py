@@ -1,6 +1,7 @@
 """A tiny model and a tiny data set, made in a second: what a test needs that does not look at learning."""
 
 import fcntl
+import gc
 import json
 import os
 import random
@@ -117,6 +118,36 @@ def ray_token(tmp_path_factory) -> Path:
     token.touch(mode=0o600)
     token.write_text(os.urandom(32).hex())
     return token
+
+
+@pytest.fixture(scope="session")
+def joined():
+    """The Group of trials in this process, and the environment variables of DeepSpeed. It can be made once a process:
+    DeepSpeed keeps what it knows of the first one.
+    """
+    import torch
+
+    from bench import common
+
+    before = dict(os.environ)
+    group = common.one_rank()
+    own = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    os.environ.clear()
+    os.environ.update(before)
+    gc.unfreeze()
+    yield group, own
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def one_rank(joined):
+    """The Group of trials in this process, with one rank; DeepSpeed's environment variables for the module's tests."""
+    group, own = joined
+    before = dict(os.environ)
+    os.environ.update(own)
+    yield group
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ And what a model folder may have wrong: it is refused in one line, before Ray st
 
 import copy
 import json
-import os
 import re
 
 import numpy as np
@@ -90,15 +89,9 @@ def questions(tiny_squad, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def trial_here():
-    """Trials in this process: the class that runs them. What they set in this process is undone."""
-    before = dict(os.environ)
-    yield common.TrialHere
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    common.one_rank.cache_clear()
-    os.environ.clear()
-    os.environ.update(before)
+def trial_here(one_rank):
+    """The class that runs trials in this process."""
+    return common.TrialHere
 
 
 # -- what a trial does with a model -----------------------------------------------------------------------------------
