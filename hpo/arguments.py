@@ -100,7 +100,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
     )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
-    add("--prefetch", action="store_true", help="download model, tokenizer and data, and end")
+    add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
     add("--seconds_per_iteration", help="for --plan: a number, or the iterations.csv of an earlier run")

@@ -125,8 +125,6 @@ def check_flags(space: dict, args) -> None:
 
 def fault_of(name: str, domain) -> str | None:
     """What is wrong with a hyperparameter, in words; None where nothing is."""
-    if name in INSTEAD:
-        return f"use {INSTEAD[name]}"
     if not isinstance(name, str) or not name.isidentifier():
         return "a name has letters, digits and '_' only, and begins with a letter"
     if name in (*TRIAL_FIELDS, *ITERATION_FIELDS):
@@ -200,31 +198,44 @@ def check_read(searched: dict, train) -> None:
     from transformers import TrainingArguments  # the script has imported it already
 
     others = [name for name in searched if name not in KNOWN]
-    unread = set(others) - texts_in_functions(train) if others else ()
+    unread = set(others) - names_read(train) if others else ()
     for name in others:
         if name in unread:
+            if name in INSTEAD:
+                raise BadInput(f"search space: {name}: use {INSTEAD[name]}")
             field = name in TrainingArguments.__dataclass_fields__
             what = "this field of TrainingArguments is not passed on" if field else "the training does not read it"
             raise BadInput(f'search space: {name}: {what}: use hyperparameters["{name}"] in make_trainer, or remove it')
 
 
-def texts_in_functions(train) -> set[str]:
-    """The string constants in all functions of the module of `train`, and of the user's modules that it imports.
+def names_read(train) -> set[str]:
+    """The names that functions read from a dictionary: x["name"], x.get("name") or "name" in x.
 
-    The search space itself is not in a function. hpo reads no hyperparameters but the required ones.
+    These are the functions in the module of `train`, and in the user's modules that it imports.
     """
     modules, texts = [sys.modules[train.__module__]], set()
     for module in modules:  # which grows
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                constants = (inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant))
-                texts |= {value for value in constants if isinstance(value, str)}
+                constants = (name_read_by(inner) for inner in ast.walk(node))
+                texts |= {c.value for c in constants if isinstance(c, ast.Constant) and isinstance(c.value, str)}
         for value in vars(module).values():
             name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
             other = sys.modules.get(name) if isinstance(name, str) else None
             if other and other not in modules and is_of_user(other):
                 modules.append(other)
     return texts
+
+
+def name_read_by(node: ast.AST) -> ast.AST | None:
+    """What an expression looks up in a dictionary; None where it looks nothing up."""
+    if isinstance(node, ast.Subscript):
+        return node.slice
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("get", "pop") and node.args:
+        return node.args[0]
+    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+        return node.left
+    return None
 
 
 def is_of_user(module: ModuleType) -> bool:

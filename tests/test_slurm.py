@@ -403,8 +403,8 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     Of Slurm the answers alone.
     """
     text = (ROOT / "head_node.slurm").read_text()
-    trap = re.search("^trap .*ERR$", text, re.MULTILINE).group()
-    functions = text[text.index("seconds() {") : text.index("trap cleanup EXIT")]
+    trap = re.search("^\ttrap .*ERR$", text, re.MULTILINE).group()
+    functions = text[text.index("seconds() {") : text.index("set_traps() {")]
     slurm = 'squeue() { echo 1:04:30; }; timeout() { shift; "$@"; }; die() { echo "$2"; exit 1; }; cleanup() { :; }'
     state = "SECONDS=118 time_limit=120 time_is_up=0 SLURM_JOB_ID=1; sleep 60 & script=$!"
     command = f"set -Eeuo pipefail\n{slurm}\n{functions}\n{trap}\n{state}\n"
@@ -460,11 +460,18 @@ SCRIPTS = {"head_node.slurm": "export NUM_WORKERS", "worker_node.slurm": "if [[ 
 
 @pytest.mark.parametrize("script, until", SCRIPTS.items())
 def test_cluster_env_runs_as_in_a_shell_and_the_script_does_not(site, script, until):
-    """What fails there is told and does not end the job; after it, a failure and an unset variable do."""
+    """What fails there is told and does not end the job; after it, a failure and an unset variable do.
+
+    Its traps and options end with it.
+    """
     done = run_beginning(site, script, until, 'echo "$KIND $SOURCED $NUM_WORKERS $-"; set -o | grep pipefail\nfalse\n')
     lines = re.sub(r"(?m)^\[[\d:]+ node1\] ", "", done.stdout)
     assert lines.startswith(FAILED + "activated here 3 ehuBE\npipefail       \ton\n"), done
     assert re.search(r"line \d+ failed: false\n", lines) and done.returncode == 1
+    (site / "cluster.env").write_text(CLUSTER_ENV + "trap - ERR EXIT TERM\nIFS=,\nset -f\nset +e\n")
+    same = run_beginning(site, script, until, 'trap | wc -l; echo *.sh; words="a b"; printf "%s;" $words\nfalse\n')
+    assert re.search(r"\n[45]\nactivate.sh\na;b;.*line \d+ failed: false\n", same.stdout, re.DOTALL), same
+    (site / "cluster.env").write_text(CLUSTER_ENV)
     unset = run_beginning(site, script, until, 'echo "$NO_SUCH_VARIABLE"\n')
     assert "NO_SUCH_VARIABLE: unbound variable" in unset.stderr and unset.returncode == 1
 
@@ -836,3 +843,9 @@ def refused(project, job, sentence):
     assert project.left_over() == {}
     assert not (project.folder / "results").exists()
     assert re.search(r"ended after \d+ s, exit code 2", project.log(job))
+
+
+def test_cluster_env_that_exits(site):
+    (site / "cluster.env").write_text("exit 3\n")
+    done = run_beginning(site, "head_node.slurm", "export NUM_WORKERS", "")
+    assert done.returncode == 3 and "cluster.env has ended the job: it must not call exit\n" in done.stdout, done

@@ -167,6 +167,7 @@ def special_prefix(tokenizer) -> list[int]:
 def _window_around(offsets: list[tuple[int, int]], begin: int, end: int, room: int) -> int:
     """First token of a window of `room` tokens with the characters [begin, end) in its middle."""
     inside = [j for j, (a, b) in enumerate(offsets) if a < end and b > begin]
+    inside = inside or [min(bisect.bisect([a for a, _ in offsets], begin), len(offsets) - 1)]  # it has no token
     middle = (inside[0] + inside[-1] + 1) // 2
     return min(max(0, middle - room // 2), len(offsets) - room)
 

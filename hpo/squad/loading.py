@@ -10,6 +10,7 @@ from pathlib import Path
 from hpo import errors
 from hpo.errors import BadInput
 
+VALIDATION = ("validation", "dev", "valid", "val")  # names of the split
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt"]  # configuration, weights, tokenizer
 
 
@@ -32,15 +33,22 @@ def check_model_folder(path: Path) -> None:
 def count_parameters(folder: Path) -> int:
     """The number of parameters in a model folder, from the headers of its safetensors files.
 
-    For .bin files it is estimated from their size, at two bytes a parameter.
+    For .bin files it is estimated from their size and the dtype in config.json, or two bytes a parameter.
     """
     import safetensors
 
-    count = 0
-    for file in folder.glob("*.safetensors"):
+    index, whole, count = folder / "model.safetensors.index.json", folder / "model.safetensors", 0
+    files = folder.glob("*.safetensors")
+    if index.exists():  # other files in the folder may have the same weights in another form
+        files = {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+    elif whole.exists():
+        files = [whole]
+    for file in files:
         with safetensors.safe_open(file, framework="np") as weights:
             count += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())
-    return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // 2
+    config = json.loads((folder / "config.json").read_text())
+    each = 4 if "float32" in (config.get("dtype"), config.get("torch_dtype")) else 2
+    return count or sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin")) // each
 
 
 def checkpoint_bytes(folder: Path, adapters: int = 0) -> int:
@@ -188,14 +196,16 @@ def hub_files(dataset: str, folder: Path, downloaded: bool) -> dict[str, list[Pa
     """
     configs: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(folder.rglob("*.parquet")):
-        split = re.match(r"[^\W\d]*", path.name)[0].strip("_") or path.parent.name
-        config = path.parent.parent if path.parent.name == split else path.parent
+        split, config = re.match(r"[^\W\d]*", path.name)[0].strip("_").lower(), path.parent
+        if path.parent != folder and path.parent.name.lower() in (split, "train", *VALIDATION):
+            split, config = path.parent.name.lower(), path.parent.parent
         configs.setdefault(str(config.relative_to(folder)), {}).setdefault(split, []).append(path)
     for splits in configs.values():
-        if "dev" in splits:  # as in the names of SQuAD's JSON files
-            splits.setdefault("validation", splits["dev"])
+        for name in VALIDATION:
+            if name in splits:
+                splits.setdefault("validation", splits[name])
     instead = "pass a folder with train.json and dev.json as --dataset"
-    of_search = [name for name, splits in configs.items() if {"train", "validation"} & splits.keys()]
+    of_search = [name for name, splits in configs.items() if {"train", "validation"} <= splits.keys()]
     if len(of_search) > 1:
         raise ValueError(f"{dataset}: has several configurations ({', '.join(of_search)}): {instead}")
     splits = configs[of_search[0]] if of_search else {split: [] for names in configs.values() for split in names}

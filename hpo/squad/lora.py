@@ -124,10 +124,13 @@ def check(folder: str | Path, r: int, target_modules: str, gradient_checkpointin
             raise BadInput(f"--lora_target_modules: {target} shares its weights with another layer: leave it out")
     kind = type(model).__name__
     try:
-        adapted(model, r, target_modules=target_modules)
+        model = adapted(model, r, target_modules=target_modules)
     except Exception as error:  # whatever peft raises
         if not target_modules:
             known = f"peft has no default layers for {kind}: name some with --lora_target_modules, or all-linear"
             raise BadInput(f"--lora_r: {known}") from None
         reason = errors.one_line(error, 200)
         raise BadInput(f"--lora_target_modules {target_modules}: peft cannot adapt this {kind}: {reason}") from None
+    sides = [min(m.get_base_layer().weight.shape) for m in model.modules() if hasattr(m, "lora_A")]
+    if r > min(sides):
+        raise BadInput(f"--lora_r: {r} is above {min(sides)}, the smaller side of a layer")

@@ -17,6 +17,7 @@ from hpo.squad.setup import Setup
 
 OTHER = 2 * 10**9  # bytes that this program needs besides the model
 SMALL = 10**6  # numbers of a weight that gets a gradient
+FEW = 4  # tokens of the answers that are tried
 
 
 def free_memory() -> int:
@@ -67,16 +68,38 @@ def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
         what = f"the longest sequence, {len(longest['input_ids'])} tokens"
         with torch.no_grad():
             evaluation.answer_loss(model, evaluation.collate([longest], tokenizer.pad_token_id))
+            what = "two sequences in one batch"
+            order = np.argsort(setup.selection.prompt_lengths, kind="stable")
+            pair = [setup.selection[i] for i in (order[0], order[len(order) // 2])]
+            alone = sum(_plain_loss(model, item) for item in pair)
+            together, _ = evaluation.answer_loss(model, evaluation.collate(pair, tokenizer.pad_token_id))
         what = "generating an answer"
-        question = setup.selection[int(setup.selection.prompt_lengths.argmin())]
-        ends, prompt_lengths = np.array([0, len(question["input_ids"])]), np.array([question["prompt_length"]])
-        one = TokenizedSquad(question["input_ids"], ends, prompt_lengths, references=[{"id": "a question"}])
-        evaluation.predict(model, tokenizer, one, 1, setup.max_new_tokens)
+        few = min(FEW, setup.max_new_tokens)
+        answers = [evaluation.predict(model, tokenizer, _data_set([item]), 1, few) for item in pair]
+        batch = evaluation.predict(model, tokenizer, _data_set(pair), 10**6, few)
+        same = [answer["prediction_text"] for (answer,) in answers] == [answer["prediction_text"] for answer in batch]
+        if not same or not math.isclose(alone, together.item(), rel_tol=1e-3):
+            raise BadInput("padding on the left of a batch changes its results, so it cannot be used here")
     except BadInput as error:
         raise BadInput(f"--model {setup.model}: {error}") from None
     except Exception as error:  # whatever a model raises
         reason = errors.one_line(f"{type(error).__name__}: {error}")
         raise BadInput(f"--model {setup.model}: it fails at {what}: {reason}") from error
+
+
+def _plain_loss(model, item: dict) -> float:
+    """The sum of the cross entropy (nats) over the answer tokens of one sequence, by the plain forward pass."""
+    ids = torch.from_numpy(item["input_ids"].astype(np.int64))
+    logits = model(input_ids=ids[None]).logits[0, item["prompt_length"] - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits.float(), ids[item["prompt_length"] :], reduction="sum").item()
+
+
+def _data_set(items: list[dict]) -> TokenizedSquad:
+    """Items of a data set as a data set of their own."""
+    ends = np.cumsum([0] + [len(item["input_ids"]) for item in items], dtype=np.int64)
+    prompt_lengths = np.array([item["prompt_length"] for item in items], np.int64)
+    tokens = np.concatenate([item["input_ids"] for item in items])
+    return TokenizedSquad(tokens, ends, prompt_lengths, references=[{"id": str(i)} for i in range(len(items))])
 
 
 def _read_weights(folder: Path) -> torch.nn.Module:

@@ -167,6 +167,8 @@ def _answers(answers, is_impossible) -> list[tuple]:
         ValueError: they have another form, or contradict is_impossible.
     """
     if answers is None:
+        if is_impossible is not True:
+            raise ValueError('it has no "answers"; a question without an answer has an empty list, or is_impossible')
         answers = []
     if isinstance(answers, dict) and isinstance(answers.get("text"), str):
         answers = [answers]
