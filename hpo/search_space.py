@@ -209,7 +209,7 @@ def check_read(searched: dict, train) -> None:
 
 
 def names_read(train) -> set[str]:
-    """The names that functions read from a dictionary: x["name"], x.get("name") or "name" in x.
+    """The names that functions read from a dictionary: x["name"], x.get("name"), "name" in x, for name in ("name",).
 
     These are the functions in the module of `train`, and in the user's modules that it imports.
     """
@@ -217,8 +217,8 @@ def names_read(train) -> set[str]:
     for module in modules:  # which grows
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                constants = (name_read_by(inner) for inner in ast.walk(node))
-                texts |= {c.value for c in constants if isinstance(c, ast.Constant) and isinstance(c.value, str)}
+                constants = (c for inner in ast.walk(node) for c in names_read_by(inner) if isinstance(c, ast.Constant))
+                texts |= {c.value for c in constants if isinstance(c.value, str)}
         for value in vars(module).values():
             name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
             other = sys.modules.get(name) if isinstance(name, str) else None
@@ -227,15 +227,15 @@ def names_read(train) -> set[str]:
     return texts
 
 
-def name_read_by(node: ast.AST) -> ast.AST | None:
-    """What an expression looks up in a dictionary; None where it looks nothing up."""
+def names_read_by(node: ast.AST) -> list[ast.AST]:
+    """What a piece of code looks up in a dictionary, or loops over."""
     if isinstance(node, ast.Subscript):
-        return node.slice
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("get", "pop") and node.args:
-        return node.args[0]
+        return [node.slice]
+    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("get", "pop"):
+        return node.args[:1]
     if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
-        return node.left
-    return None
+        return [node.left]
+    return getattr(node.iter, "elts", []) if isinstance(node, ast.For | ast.comprehension) else []
 
 
 def is_of_user(module: ModuleType) -> bool:

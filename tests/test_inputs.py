@@ -301,6 +301,7 @@ REFUSED = {  # a hyperparameter, and what is said of it
         tune.uniform(0, 0.2),
         f"this field of TrainingArguments is not passed on: {read('label_smoothing_factor')}",
     ),
+    "a text that no function looks up": ("cuda", tune.uniform(0, 1), f"the training does not read it: {read('cuda')}"),
     "not read": ("dropout", tune.uniform(0, 0.2), f"the training does not read it: {read('dropout')}"),
     "kwargs without a schedule": ("lr_scheduler_kwargs", {"num_cycles": 2}, SCHEDULE),
 }

@@ -232,6 +232,12 @@ def test_layers_that_cannot_be_adapted_are_refused(tiny_model, target_modules, s
     assert str(refused.value).startswith(says) and (str(refused.value) == says or says.endswith("LayerNorm"))
 
 
+def test_a_rank_above_the_size_of_a_layer_is_refused(tiny_model):
+    lora.check(tiny_model, 32, "", False)
+    with pytest.raises(errors.BadInput, match="^--lora_r: 33 is above 32, the smaller side of a layer$"):
+        lora.check(tiny_model, 33, "", False)
+
+
 def test_models_that_peft_does_not_know(tmp_path):
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1}
     transformers.OlmoConfig(**sizes, intermediate_size=16, num_attention_heads=2).save_pretrained(tmp_path / "olmo")

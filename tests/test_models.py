@@ -406,6 +406,7 @@ def of(kind, family, **more):
 T5 = {"d_model": 32, "d_kv": 8, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 CODE = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
 UNKNOWN = f"transformers {transformers.__version__} has no causal language model of model_type "
+PADDING = "padding on the left of a batch changes its results, so it cannot be used here"
 SHAPE = "of its weights are missing or do not have the shape of config.json: first "
 
 
@@ -413,6 +414,7 @@ SHAPE = "of its weights are missing or do not have the shape of config.json: fir
     "spoil, message",
     [
         (of("AutoModelForCausalLM", "bert"), NO_CACHE),
+        (of("AutoModelForCausalLM", "roberta", is_decoder=True, max_position_embeddings=600), PADDING),
         (of("AutoModelForMaskedLM", "distilbert"), f"{UNKNOWN}'distilbert'"),
         (of("AutoModelForSeq2SeqLM", "t5", **T5), "t5 is an encoder-decoder, and a causal language model is needed"),
         (of("AutoModelForSeq2SeqLM", "bart"), "bart is an encoder-decoder, and a causal language model is needed"),

@@ -5,6 +5,7 @@ import dataclasses
 import gzip
 import json
 import math
+import shutil
 import string
 import threading
 from collections import Counter
@@ -184,6 +185,8 @@ INSTEAD = "pass a folder with train.json and dev.json as --dataset"
         ("plain_text/train-{}.parquet", "plain_text/dev-{}.parquet", ["plain_text/test-0.parquet"]),
         ("train_{}.parquet", "validation_{}.parquet", ["validation_matched_0.parquet", "other/test-0.parquet"]),
         ("data/train/{}.parquet", "data/validation/{}.parquet", []),
+        ("data/Train-{}.parquet", "data/valid-{}.parquet", ["more/train-0.parquet"]),
+        ("train/part-{}.parquet", "val/part-{}.parquet", ["0000.parquet"]),
         ("train/train-{}.parquet", "validation/validation-{}.parquet", []),
     ],
 )
@@ -706,3 +709,26 @@ def test_damaged_gzip_files_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="train.json.gz: not a SQuAD JSON file .error: Error -3"):
         reading.read_squad(path)
+
+
+def test_weights_in_a_second_form_are_counted_once(tiny_model, tmp_path):
+    """As in repositories of Mistral's models."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    count = loading.count_parameters(tiny_model)
+    shutil.copy(tmp_path / "model" / "model.safetensors", tmp_path / "model" / "consolidated.safetensors")
+    assert loading.count_parameters(tmp_path / "model") == count
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.rename(file.with_name("pytorch_model.bin"))
+    assert 1 <= loading.count_parameters(tmp_path / "model") / count < 1.2  # config.json says float32
+
+
+def test_a_question_without_the_key_of_its_answers_is_refused(tmp_path, tiny_squad):
+    """Another name of the key would make all questions unanswerable."""
+    text = (tiny_squad / "dev.json").read_text()
+    (tmp_path / "dev.json").write_text(text.replace('"answers"', '"answer"', 1))
+    with pytest.raises(ValueError) as error:
+        reading.read_squad(tmp_path / "dev.json")
+    assert str(error.value) == (
+        f'{tmp_path}/dev.json: question dev-0-0: it has no "answers"; a question without an answer has an empty list, '
+        "or is_impossible"
+    )
