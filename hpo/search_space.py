@@ -128,7 +128,7 @@ def fault_of(name: str, domain) -> str | None:
     if not isinstance(name, str) or not name.isidentifier():
         return "a name has letters, digits and '_' only, and begins with a letter"
     if name in (*TRIAL_FIELDS, *ITERATION_FIELDS):
-        return "the tables have another column of this name"
+        return f"use {INSTEAD[name]}" if name in INSTEAD else "the tables have another column of this name"
     if not isinstance(domain, Domain):
         if isinstance(domain, dict) and "grid_search" in domain:
             return "BOHB draws from a domain such as tune.choice or tune.loguniform"
