@@ -382,7 +382,8 @@ def main(args, train=train) -> None:
         loading.prefetch(args.model, args.dataset, args.drop_bad_answers)
     largest = search_space.largest_trial(SEARCH_SPACE, args)
     setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest["sequences"])
-    try_model(setup, test_set, largest)
+    if not args.resume:
+        try_model(setup, test_set, largest)
     if args.prefetch:
         return
     run = Run(args, SEARCH_SPACE, setup, len(test_set))
