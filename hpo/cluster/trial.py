@@ -95,10 +95,9 @@ def run(config: dict, train, setup) -> None:
         train: called as train(config, setup, context) in each rank.
         setup: what all trials share, see hpo/squad/setup.py.
     """
-    from hpo.cluster import gpu_check, ray_private
+    from hpo.cluster import gpu_check
     from hpo.squad import ranks
 
-    ray_private.rename_checkpoints()
     try:
         if setup.gpus_per_trial:
             gpu_check.visible(setup.precision)
@@ -112,8 +111,10 @@ def run_rank(config: dict, group, train, setup) -> None:
     """One rank's part of a trial, from its start or its last checkpoint."""
     import torch
 
+    from hpo.cluster import ray_private
     from hpo.squad import models
 
+    ray_private.rename_checkpoints()
     gc.collect()  # what the trial before it has left
     torch.set_num_threads(max(1, setup.cpus_per_trial // group.size))
     with contextlib.ExitStack() as stack:
