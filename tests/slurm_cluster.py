@@ -35,10 +35,11 @@ def copy_project(folder: Path) -> None:
 
 
 NO_GPU = ROOT / "tests" / "no_gpu"  # on PYTHONPATH: a stand-in for CUDA
-NODES = ["node1", "node2", "node3"]
+GPU_TYPES = {"node1": "v100", "node2": "v100", "node3": "a100"}
+NODES = list(GPU_TYPES)
 HOSTS = [*NODES, "controller"]
 NETWORK = "10.77.0"
-PROGRAMS = ["slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare"]
+PROGRAMS = ["slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sbatch", "ip", "nsenter", "unshare"]
 
 
 def missing() -> str | None:
@@ -46,7 +47,8 @@ def missing() -> str | None:
     if os.getuid() != 0:
         return "only root can make network namespaces"
     absent = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"not installed: {', '.join(absent)} (Debian packages slurm-wlm munge iproute2)" if absent else None
+    packages = "slurm-wlm slurmdbd mariadb-server munge iproute2"
+    return f"not installed: {', '.join(absent)} (Debian packages {packages})" if absent else None
 
 
 def sh(command: str, check: bool = True, timeout: float = 60) -> str:
@@ -83,10 +85,11 @@ class SlurmCluster:
             if sh("munge -n | unmunge", check=False) == "":  # unless this machine has one running
                 self._munge()
             sh(f"mkdir -p {self.folder}/state")
+            self._accounting()
             self._start("slurmctld", self.command("controller", "slurmctld", "-D", "-f", f"{self.folder}/slurm.conf"))
             for node in NODES:
                 self.start_node(node)
-            wait_for("three idle nodes", lambda: self.states() == ["idle"] * 3)
+            wait_for("three idle nodes", lambda: self.states() == ["idle"] * 3, 60)
         except BaseException:
             self.__exit__()
             raise
@@ -99,7 +102,7 @@ class SlurmCluster:
                 wait_for("an empty queue", lambda: not self.queue(), 40)
             except RuntimeError:
                 pass  # the processes are ended below
-        for name in [*NODES, "slurmctld", "munged"]:
+        for name in [*NODES, "slurmctld", "slurmdbd", "mariadbd", "munged"]:
             self.stop(name)
         self._remove_hosts()
         shutil.rmtree(self.folder / "state", ignore_errors=True)
@@ -110,8 +113,8 @@ class SlurmCluster:
         for device in devices:
             sh(f"mknod {device} c 1 3")
         nodes = "\n".join(
-            f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:v100:{self.gpus} Feature=fast"
-            for n in NODES
+            f"NodeName={n} NodeAddr={self.address(n)} CPUs=16 RealMemory=24000 Gres=gpu:{kind}:{self.gpus} Feature=fast"
+            for n, kind in GPU_TYPES.items()
         )
         (f / "slurm.conf").write_text(f"""
 ClusterName=test
@@ -130,7 +133,9 @@ SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost={self.address("controller")}
+AccountingStorageEnforce=associations,limits,qos
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=1000
@@ -143,7 +148,10 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
 PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
 """)
         (f / "gres.conf").write_text(
-            f"AutoDetect=off\nNodeName=node[1-3] Name=gpu Type=v100 File={f}/gpu[0-{self.gpus - 1}]\n"
+            "AutoDetect=off\n"
+            + "".join(
+                f"NodeName={n} Name=gpu Type={kind} File={f}/gpu[0-{self.gpus - 1}]\n" for n, kind in GPU_TYPES.items()
+            )
         )
         (f / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (f / "private").mkdir()
@@ -174,12 +182,46 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
         )
         wait_for("munged", lambda: sh("munge -n | unmunge", check=False))
 
+    def _accounting(self):
+        """Starts slurmdbd with a database of its own. There is an account, and a QOS of one job a user."""
+        data, socket, f = self.folder / "database", self.folder / "mysql", self.folder
+        sh(f"mkdir -p {data} && chown mysql: {data} && chmod 755 {f}")
+        sh(f"mariadb-install-db --user=mysql --datadir={data} --auth-root-authentication-method=normal --skip-test-db")
+        sh(f"mkdir -p {socket} && chown mysql: {socket}")
+        options = [f"--datadir={data}", f"--socket={socket}/socket", f"--pid-file={socket}/pid", "--skip-networking"]
+        small = ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0"]
+        self._start("mariadbd", ["mariadbd", "--no-defaults", "--user=mysql", *options, *small])
+        wait_for("the database", lambda: sh(f"mariadb -S {socket}/socket -e 'select 1'", check=False), 60)
+        (f / "slurmdbd.conf").write_text(f"""
+AuthType=auth/munge
+DbdHost=controller
+DbdAddr={self.address("controller")}
+SlurmUser=root
+LogFile={f}/slurmdbd.log
+PidFile={f}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=slurm
+""")
+        (f / "slurmdbd.conf").chmod(0o600)
+        self.environment["MYSQL_UNIX_PORT"] = f"{socket}/socket"
+        self._start("slurmdbd", self.command("controller", "slurmdbd", "-D", "-v"))
+        for what in ("cluster test", "account lab", "user root account=lab", "qos single MaxJobsPerUser=1"):
+            add = ["sacctmgr", "-i", "add", *what.split()]
+            wait_for(f"sacctmgr: {what}", lambda add=add: self.run("controller", *add, check=False), 60, every=0.5)
+        self.run("controller", "sacctmgr", "-i", "modify", "user", "root", "set", "qos+=single")
+
     def start_node(self, node: str):
-        """Starts the node's slurmd: in the node's network, with its host name and its own `private` folder."""
+        """Starts the node's slurmd: in the node's network, with its host name and its own `private` folder.
+
+        All but the first may not submit jobs: /bin/false stands for sbatch there.
+        """
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
         script = (
             f"hostname {node}; mount -t tmpfs tmpfs {self.folder}/private; "
-            f"exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
+            + f"mount --bind /bin/false {shutil.which('sbatch')}; " * (node != NODES[0])
+            + f"exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
         )
         namespace = f"--net=/var/run/netns/{node}"
         self._start(node, ["nsenter", namespace, "unshare", "--uts", "--mount", "sh", "-c", script])

@@ -106,7 +106,7 @@ def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_p
         text += CUDA.format(number, address)
         (tmp_path / "error.txt").write_text(text)
         watch.on_trial_recover(0, [], victim)
-    assert said == ["worker job 71 is given up: a GPU of its node fails"]
+    assert said == ["worker 71 is given up: a GPU of its node fails"]
     assert (
         tmp_path / "bad-71"
     ).read_text() == "a GPU fails here, 2 times so far: CUDA error: an illegal memory access\n"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -219,7 +220,77 @@ def train(config, setup, trial):
     assert "goes on from iteration" not in project.log(job)
 
 
-# -- 2. side by side
+# -- 2. three ways: worker jobs (above), one job on one node, one job on several nodes ---------------------------------
+
+
+def gpus_used(project, name="x") -> list[str]:
+    """Where iterations ran, as written by `reporting(WITH_GPU)`."""
+    return sorted({i["node"] for i in files.read_csv(project.folder / "results" / name / "iterations.csv")})
+
+
+WITH_GPU = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]'
+OWN = ["--gpus-per-node=2", "--cpus-per-task=3", "--mem=6G"]  # what a head job asks for, to train in it
+
+
+def test_one_job_on_one_node(project, tiny):
+    """On a node that may not submit jobs."""
+    project.hand(reporting(WITH_GPU, slow=True))
+    job = project.submit(*tiny, *SHORT, "--run_name", "x", node="node2", options=OWN, NUM_WORKERS="0")
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    log = project.log(job)
+    assert f"[head] job {job} on node2: trials run in this job, on node2, as NUM_WORKERS is 0\n" in log
+    assert "worker on node2 joined node2, 3 CPUs, 2 GPUs (0,1), 6144 MB" in log and "worker job" not in log
+    assert len(closing_block(log)[1]) == 2 + 6 and "on 2 slots" in log
+    assert gpus_used(project) == ["node2 GPU 0", "node2 GPU 1"]
+    run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
+    assert 0 < run["gpu_minutes"]["busy"] < run["gpu_minutes"]["allocated"]
+    assert project.left_over() == {}
+
+
+def test_one_job_on_one_node_without_gpus(project, tiny):
+    job = project.submit(*tiny, *SHORT, options=["--cpus-per-task=2", "--mem=6G"], NUM_WORKERS="0")
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    assert "no GPU: training in fp32 on the CPU" in project.log(job) and "on 2 slots" in project.log(job)
+    assert project.left_over() == {}
+
+
+def test_one_job_on_several_nodes(project, tiny):
+    """One of them is lost during the search: its trials go on on the others."""
+    project.hand(reporting(WITH_GPU, slow=True))
+    arguments = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x"]
+    job = project.submit(*tiny, *arguments, node="node[1-3]", options=["--nodes=3", *OWN])
+    try:
+        project.wait_for_search(job)
+        project.wait_for("trials on all nodes", lambda: len(gpus_used(project)) == 6)
+        project.cluster.stop("node3", signal.SIGKILL)
+        for pid in project.cluster.processes("node3"):
+            os.kill(pid, signal.SIGKILL)
+        project.cluster.run("node1", "scontrol", "update", "node=node3", "state=down", "reason=lost")
+        project.wait_for("the loss", lambda: "the worker on node3 has ended" in project.log(job))
+        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    finally:
+        project.cluster.start_node("node3")
+    log = project.log(job)
+    assert "trials run in this job, on its 3 nodes, as it has several (--nodes)" in log and "worker job" not in log
+    assert all(f"worker on node{i} joined node{i}, 3 CPUs, 2 GPUs" in log for i in (1, 2, 3))
+    assert "on 6 slots" in log and "goes on from iteration" in log and "another one is started" not in log
+    trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
+    assert project.left_over() == {}
+
+
+def test_the_head_s_own_gpus_take_part(project, tiny):
+    project.hand(reporting(WITH_GPU, slow=True))
+    job = project.submit(*tiny, *LONG, "--run_name", "x", options=OWN, GPUS_PER_NODE="a100:1", CPUS_PER_NODE="1")
+    project.wait_for("trials on all GPUs", lambda: len(gpus_used(project)) == 3)
+    log = project.log(job)
+    assert "as NUM_WORKERS is 1, and in this job, as it has GPUs; worker jobs" in log and "on 3 slots" in log
+    assert gpus_used(project) == ["node1 GPU 0", "node1 GPU 1", "node3 GPU 0"]  # node3 has the a100
+    project.cluster.run("node1", "scancel", job)
+    wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
+
+
+# -- side by side
 # ----------------------------------------------------------------------------------------------------
 
 
@@ -382,6 +453,7 @@ trap '[[ ${FUNCNAME[0]-} != cleanup ]] || { echo >> steps; [[ $(wc -l < steps) !
     (rendezvous / "head").write_text("down\n")
     (rendezvous / "version").write_text(ray.__version__ + "\n")
     shutil.copy(ROOT / "cluster.env", tmp_path)  # and no raytune_bayesian.py for the head
+    copy_functions(tmp_path)
     environment = {
         **os.environ,
         "VENV": sys.prefix,
@@ -443,7 +515,13 @@ def site(tmp_path):
     (tmp_path / "raytune_bayesian.py").touch()
     (tmp_path / "rendezvous").mkdir()
     (tmp_path / "rendezvous" / "head").write_text("down\n")
+    copy_functions(tmp_path)
     return tmp_path
+
+
+def copy_functions(folder):
+    (folder / "hpo" / "cluster").mkdir(parents=True)
+    shutil.copy(ROOT / "hpo/cluster/slurm.sh", folder / "hpo/cluster")
 
 
 def run_beginning(site, script, until, after):
@@ -455,7 +533,7 @@ def run_beginning(site, script, until, after):
     return subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=60)
 
 
-SCRIPTS = {"head_node.slurm": "export NUM_WORKERS", "worker_node.slurm": "if [[ $VENV ]]"}
+SCRIPTS = {"head_node.slurm": ': "${GPU_REQUEST', "worker_node.slurm": "ray_version 1"}
 
 
 @pytest.mark.parametrize("script, until", SCRIPTS.items())
@@ -465,7 +543,7 @@ def test_cluster_env_runs_as_in_a_shell_and_the_script_does_not(site, script, un
     Its traps and options end with it.
     """
     done = run_beginning(site, script, until, 'echo "$KIND $SOURCED $NUM_WORKERS $-"; set -o | grep pipefail\nfalse\n')
-    lines = re.sub(r"(?m)^\[[\d:]+ node1\] ", "", done.stdout)
+    lines = re.sub(r"(?m)^\[([\d:]+ node1|head)\] ", "", done.stdout)
     assert lines.startswith(FAILED + "activated here 3 ehuBE\npipefail       \ton\n"), done
     assert re.search(r"line \d+ failed: false\n", lines) and done.returncode == 1
     (site / "cluster.env").write_text(CLUSTER_ENV + "trap - ERR EXIT TERM\nIFS=,\nset -f\nset +e\n")
@@ -647,7 +725,7 @@ def train(config, setup, trial):
     broken.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
-    assert f"worker job {bad} is given up: a GPU of its node fails" in log, log
+    assert f"worker {bad} is given up: a GPU of its node fails" in log, log
     others = [w for w in re.findall(r"worker job (\d+) replaces it", log)]
     assert others and all(project.cluster.job(w).get("NodeList") != "node2" for w in others), log
     trials = files.read_csv(rows.parent / "trials.csv")
@@ -847,5 +925,5 @@ def refused(project, job, sentence):
 
 def test_cluster_env_that_exits(site):
     (site / "cluster.env").write_text("exit 3\n")
-    done = run_beginning(site, "head_node.slurm", "export NUM_WORKERS", "")
+    done = run_beginning(site, "head_node.slurm", SCRIPTS["head_node.slurm"], "")
     assert done.returncode == 3 and "cluster.env has ended the job: it must not call exit\n" in done.stdout, done

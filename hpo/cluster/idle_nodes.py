@@ -7,7 +7,7 @@ import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from hpo.cluster.watchdogs import worker_jobs
+from hpo.cluster.watchdogs import workers
 from hpo.results.slot_time import SlotTime, slots_of
 
 
@@ -53,7 +53,7 @@ class IdleNodeRelease(Callback):
         if len(self.slot_time.log.trials) < self.slot_time.log.num_samples or starting or None in busy:
             self.idle_since.clear()
             return
-        jobs = {address: job for address, job in worker_jobs().items() if job not in self.given_back}
+        jobs = {address: job for address, job in workers("job").items() if job not in self.given_back}
         slots = {}
         for node in ray.nodes():
             if node["Alive"] and node["NodeManagerAddress"] in jobs:

@@ -13,14 +13,18 @@ from ray.tune.experiment import Trial
 from hpo import errors
 
 
-def worker_jobs() -> dict[str, str]:
-    """The Slurm job of each live worker node, by the node's address. Empty where workers are not jobs of their own."""
-    jobs = {}
+def workers(kinds: str = "job|step") -> dict[str, str]:
+    """The name of each live worker, by its node's address: its Slurm job, or its node in the head's own job.
+
+    Args:
+        kinds: "job" for worker jobs alone. worker_node.slurm gives each worker a resource of such a name.
+    """
+    found = {}
     for node in ray.nodes():
-        names = [name for name in node["Resources"] if name.startswith("slurm_job_")]
-        if node["Alive"] and names:
-            jobs[node["NodeManagerAddress"]] = names[0].removeprefix("slurm_job_")
-    return jobs
+        for resource in node["Resources"] if node["Alive"] else ():
+            if match := re.fullmatch(f"slurm_({kinds})_(.+)", resource):
+                found[node["NodeManagerAddress"]] = match.group(2)
+    return found
 
 
 class Watchdog(Callback):
@@ -73,12 +77,12 @@ class Watchdog(Callback):
 
 
 class FaultyNodes(Callback):
-    """Gives up the worker job of a node where a GPU fails.
+    """Gives up the worker of a node where a GPU fails.
 
     A trial that fails at once frees its slot for the next one, so one broken GPU would fail all trials in turn. A
     node is given up after MOST CUDA errors that errors.py assigns to the node, if it had more of them than all other
-    nodes together, and if other nodes are there. The worker job is told by a file in the rendezvous folder. Slurm
-    then keeps the job that replaces it off that node.
+    nodes together, and if other nodes are there. The worker is told by a file in the rendezvous folder. If it is a
+    job of its own, Slurm keeps the job that replaces it off that node.
 
     Args:
         folder: the rendezvous folder of head and workers; None where workers are not jobs of their own.
@@ -95,17 +99,17 @@ class FaultyNodes(Callback):
         """Counts the error that has ended a trial's process."""
         text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         last = text[text.rfind("Failure #") :]
-        found, reasons = re.search(r"\bip=([\d.]+)", last), re.findall(r"CUDA error.*", last)
+        found, reasons = re.search(r"\bip=([\d.]+|[\da-f:]+)", last), re.findall(r"CUDA error.*", last)
         if not found or not reasons or errors.kind_of(reasons[-1]) is not errors.Kind.NODE:
             return
         address = found.group(1)
         self.errors[address] += 1
         if self.folder is None or self.errors[address] < self.MOST or 2 * self.errors[address] <= self.errors.total():
             return
-        jobs = worker_jobs()
-        if address in jobs and len(jobs) > 1:
+        found = workers()
+        if address in found and len(found) > 1:
             reason = f"a GPU fails here, {self.errors[address]} times so far: {reasons[-1]}\n"
-            (self.folder / f"bad-{jobs[address]}").write_text(reason)
-            self.log(f"worker job {jobs[address]} is given up: a GPU of its node fails")
+            (self.folder / f"bad-{found[address]}").write_text(reason)
+            self.log(f"worker {found[address]} is given up: a GPU of its node fails")
 
     on_trial_error = on_trial_recover
