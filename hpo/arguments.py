@@ -17,12 +17,14 @@ import sys
 import time
 from pathlib import Path
 
+from hpo import disk
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
 from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
 ROOT = Path(__file__).parent.parent
+FILES = 500  # more than a run has at a time
 # Arguments that a run does not keep:
 NOT_OF_THE_SEARCH = ("given", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
@@ -157,11 +159,13 @@ def check_values(args: argparse.Namespace) -> None:
 
 
 def check_disk(output_dir: Path, needed: int) -> None:
-    """Raises BadInput unless the file system has as many bytes free as the run needs at its peak."""
-    free = shutil.disk_usage(next(p for p in (output_dir, *output_dir.parents) if p.exists())).free
-    if free < needed:
-        needs = f"the run needs up to {needed / 1e9:.3g} GB there, and {free / 1e9:.3g} GB are free"
-        raise BadInput(f"--output_dir {output_dir}: {needs}")
+    """Raises BadInput unless the run may write as many bytes, and files, as it needs at its peak."""
+    left = disk.room(output_dir)
+    if left.bytes < needed:
+        free = f"{left.bytes / 1e9:.3g} GB are free" + f" ({left.by})" * (left.by != "the file system")
+        raise BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free}")
+    if left.files < FILES:
+        raise BadInput(f"--output_dir {output_dir}: the run needs up to {FILES} files there, and {left.files} are free")
 
 
 def kept(args: argparse.Namespace) -> dict:

@@ -38,7 +38,7 @@ NO_GPU = ROOT / "tests" / "no_gpu"  # on PYTHONPATH: a stand-in for CUDA
 GPU_TYPES = {"node1": "v100", "node2": "v100", "node3": "a100"}
 NODES = list(GPU_TYPES)
 HOSTS = [*NODES, "controller"]
-NETWORK = "10.77.0"
+NETWORK, IPV6 = "10.77.0", "fd77"
 PROGRAMS = ["slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sbatch", "ip", "nsenter", "unshare"]
 
 
@@ -166,12 +166,17 @@ PartitionName=closed Nodes=ALL AllocNodes=elsewhere MaxTime=INFINITE
                 f"ip -n {host} addr add {self.address(host)}/24 dev eth0 && ip -n {host} link set eth0 up "
                 f"&& ip -n {host} link set lo up"
             )
+            # a second network, which has IPv6 only
+            six = f"{IPV6}::{HOSTS.index(host) + 1}/64"
+            sh(f"ip link add six-{host} type veth peer name six netns {host}")
+            sh(f"ip link set six-{host} master slurmtest && ip link set six-{host} up")
+            sh(f"ip -n {host} addr add {six} dev six nodad && ip -n {host} link set six up")
 
     def _remove_hosts(self):
         for host in HOSTS:
             for pid in sh(f"ip netns pids {host}", check=False).split():
                 os.kill(int(pid), signal.SIGKILL)
-            sh(f"ip link del veth-{host}; ip netns del {host}", check=False)
+            sh(f"ip link del veth-{host}; ip link del six-{host}; ip netns del {host}", check=False)
         sh("ip link del slurmtest", check=False)
 
     def _munge(self):

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [  # from the bottom; a module imports from lower floors, and from its own room
-    {"errors", "files"},
+    {"errors", "files", "disk"},
     {"bohb", "squad", "results"},
     {"search_space"},
     {"arguments"},

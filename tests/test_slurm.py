@@ -247,10 +247,29 @@ def test_one_job_on_one_node(project, tiny):
     assert project.left_over() == {}
 
 
-def test_one_job_on_one_node_without_gpus(project, tiny):
-    job = project.submit(*tiny, *SHORT, options=["--cpus-per-task=2", "--mem=6G"], NUM_WORKERS="0")
+def test_without_gpus_in_a_container_and_with_ipv6(project, tiny):
+    """One job on two nodes, on an interface that has an IPv6 address only. A command stands in for a container: it
+    alone has a Python with the packages.
+    """
+    tools = project.folder / "tools"
+    tools.mkdir()
+    (tools / "container").write_text(f"""#!/usr/bin/env bash
+echo "$2" >> "{tools}/ran-$(hostname)"
+PATH={sys.prefix}/bin:$PATH exec "${{@:2}}"
+""")
+    for name in ("python", "ray"):
+        (tools / name).write_text("#!/bin/sh\nexit 1\n")
+    for path in tools.iterdir():
+        path.chmod(0o755)
+    job = project.submit(
+        *tiny, *SHORT, options=["--nodes=2", "--cpus-per-task=2", "--mem=6G"], node="node[1-2]", VENV="/nowhere",
+        CONTAINER=f"{tools}/container exec", PATH=f"{tools}:{os.environ['PATH']}", NETWORK_INTERFACE="six",
+    )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
-    assert "no GPU: training in fp32 on the CPU" in project.log(job) and "on 2 slots" in project.log(job)
+    log = project.log(job)
+    assert "Ray is up at [fd77::1]:" in log and "no GPU: training in fp32 on the CPU" in log and "on 4 slots" in log
+    assert (tools / "ran-node1").read_text().split() == ["python", "python", "ray", "python", "python", "ray"]
+    assert (tools / "ran-node2").read_text().split() == ["python", "ray"]
     assert project.left_over() == {}
 
 
@@ -399,12 +418,13 @@ def drain(project, *nodes):
         project.cluster.run("node1", "scontrol", "update", f"node={node}", "state=drain", "reason=test")
 
 
-@pytest.mark.parametrize("phase", ["before workers", "waiting", "searching"])
+@pytest.mark.parametrize("phase", ["before workers", "waiting", "searching", "searching in one job"])
 def test_scancel_is_clean(project, tiny, phase):
     if phase == "waiting":
         drain(project, "node2", "node3")
     project.hand(SLOW)
-    job = project.submit(*tiny, *LONG)
+    options = ["--nodes=2", *OWN] if phase == "searching in one job" else []
+    job = project.submit(*tiny, *LONG, node="node[1-2]" if options else "node1", options=options)
     if phase == "before workers":
         project.wait_for(
             "the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values())
@@ -579,12 +599,19 @@ def test_cluster_env_of_a_plan(site, monkeypatch, capsys):
 
 
 def test_no_worker_comes(project, tiny):
-    drain(project, "node2", "node3")
-    job = project.submit(*tiny, *LONG, NUM_WORKERS="2", WORKER_TIMEOUT="15")
+    """The workers have the head's QOS, which allows one job: the log says so, in Slurm's word and in plain words."""
+    options = ["--qos=single", "--account=lab"]
+    job = project.submit(*tiny, *LONG, options=options, NUM_WORKERS="2", WORKER_TIMEOUT="25")
+    project.wait_for("the workers", lambda: "worker jobs" in project.log(job))
+    for worker in project.workers(job):
+        found = project.cluster.job(worker)
+        assert (found["QOS"], found["Account"]) == ("single", "lab")
     assert project.wait_for_end(job) == ("FAILED", "1:0")
     assert project.left_over() == {}
     log = project.log(job)
-    assert "no worker joined within 15 s (WORKER_TIMEOUT)" in log
+    waits = r"waiting in the queue:( \d+){2} \(QOSMaxJobsPerUserLimit: a limit of its QOS is reached\)"
+    assert re.search(waits, log), log
+    assert "no worker joined within 25 s (WORKER_TIMEOUT)" in log
     for worker in project.workers(job):
         assert re.search(rf"^ +{worker} .* PD .*\(.*\)$", log, re.MULTILINE), log  # what squeue says, with the reason
 
@@ -604,9 +631,21 @@ def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
         "the worker's end", lambda: project.cluster.job(worker)["JobState"] not in ("RUNNING", "COMPLETING")
     )
     assert "the head at" in (project.folder / "logs" / f"ray_worker_bloom_bohb-{worker}.out").read_text()
-    shutil.rmtree(next(project.folder.glob("results/.ray-*")))  # what the killed head could not remove
-    for path in project.temporary.iterdir():
-        shutil.rmtree(path)
+    project.wait_for_end(job)
+    # The next job on that node, and in that folder, removes what the head could not. Others' folders stay.
+    left = [*project.folder.glob("results/.ray-*"), *project.temporary.iterdir()]
+    assert len(left) == 2
+    others = {"ray-abcdef": f"another_cluster {job}", "ray-ghijkl": None}
+    for name, owner in others.items():
+        (project.temporary / name).mkdir()
+        if owner:
+            (project.temporary / name / "job").write_text(f"{owner}\n")
+    after = project.submit(*tiny, "--gpus_per_trial", 9)
+    assert project.wait_for_end(after) == ("FAILED", "2:0")
+    assert all(f"removed {path}, which job {job} has left behind" in project.log(after) for path in left)
+    assert {path.name for path in project.temporary.iterdir()} == set(others)
+    for name in others:
+        shutil.rmtree(project.temporary / name)
 
 
 # -- what happens to clusters ------------------------------------------------------------------------------------------
@@ -632,27 +671,33 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
         "--max_concurrent_trials",
         1,
     ]
-    through = project.submit(*slow, "--run_name", "through")  # on another node, at the same time
-    job = project.submit(*slow, options=["--time=20", "--signal=B:USR1@70"])
-    project.wait_for_search(job)
-    hours, minutes, _ = map(int, project.cluster.job(job)["RunTime"].split(":"))
-    limit = 60 * hours + minutes + 2  # a minute from now, or two; Slurm may warn a minute earlier than it was told
-    project.cluster.run("node1", "scontrol", "update", f"jobid={job}", f"timelimit={limit}")
-    project.wait_for("the requeue", lambda: project.cluster.job(job).get("Restarts") == "1")
-    project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "timelimit=20")
-    for each in (through, job):
-        assert project.wait_for_end(each) == ("COMPLETED", "0:0"), project.log(each)
-    log = project.log(job)
-    assert (
-        "the time is nearly up: saving all running trials" in log
-        and "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
-    )
-    assert "going on with a search" in log and log.count("Best Trial Result:") == 1
-    folders = [project.folder / "results" / name for name in ("through", f"bloom_bohb-{job}")]
-    rows = [[[t[k] for k in KEYS] for t in files.read_csv(f / "trials.csv")] for f in folders]
-    assert rows[0] == rows[1] and len(rows[0]) == 6
-    pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(folders[1] / "iterations.csv")]
-    assert len(pairs) == len(set(pairs))
+    def rows(folder):
+        return [[t[key] for key in KEYS] for t in files.read_csv(project.folder / "results" / folder / "trials.csv")]
+
+    through = project.submit(*slow, "--run_name", "through")
+    limited = ["--time=20", "--signal=B:USR1@70"]
+    in_one = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4G"]
+    jobs = [project.submit(*slow, options=limited), project.submit(*slow, node="node[1,3]", options=limited + in_one)]
+    for job in jobs:
+        project.wait_for_search(job)
+        hours, minutes, _ = map(int, project.cluster.job(job)["RunTime"].split(":"))
+        limit = 60 * hours + minutes + 2  # a minute from now, or two; Slurm may warn a minute earlier than it was told
+        project.cluster.run("node1", "scontrol", "update", f"jobid={job}", f"timelimit={limit}")
+    for job in jobs:
+        project.wait_for("the requeue", lambda job=job: project.cluster.job(job).get("Restarts") == "1")
+        project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "timelimit=20")
+    assert project.wait_for_end(through) == ("COMPLETED", "0:0"), project.log(through)
+    for job in jobs:
+        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+        log = project.log(job)
+        assert "the time is nearly up: saving all running trials" in log
+        assert "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
+        assert "going on with a search" in log and log.count("Best Trial Result:") == 1
+        assert rows(f"bloom_bohb-{job}") == rows("through") and len(rows("through")) == 6
+        iterations = files.read_csv(project.folder / "results" / f"bloom_bohb-{job}" / "iterations.csv")
+        pairs = [(i["trial_id"], i["training_iteration"]) for i in iterations]
+        assert len(pairs) == len(set(pairs))
+    assert "trials run in this job, on its 2 nodes" in log
     assert project.left_over() == {}
 
 
@@ -780,30 +825,43 @@ def train(config, setup, trial):
 
 def test_a_port_taken_before_ray_binds_it(project, tiny):
     """Another program stands by to take every port that Ray's command line names, before Ray does; and Ray's first
-    start fails.
+    start on the head fails, and the first three on the worker, whose job is replaced.
 
-    The scripts name none: each process of Ray binds the port that the system gives it.
+    The scripts name no port: each process of Ray binds the port that the system gives it.
     """
-    hijacker = subprocess.Popen(
-        project.cluster.command("node1", sys.executable, "-uc", HIJACKER),
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    hijackers = [
+        subprocess.Popen(
+            project.cluster.command(node, sys.executable, "-uc", HIJACKER, process, times),
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        for node, process, times in (("node1", "gcs_server", 1), ("node2", "raylet", 3))
+    ]
+    drain(project, "node3")
     try:
         job = project.submit(*tiny, *SHORT)
         assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     finally:
-        hijacker.kill()
-        taken = hijacker.communicate()[0].split()
-    assert set(taken) == {"start"} and len(taken) >= 2, taken  # both starts were seen, and no port to take
-    assert "Ray's head did not start (try 1)" in project.log(job)
-    closing_block(project.log(job))
+        for hijacker in hijackers:
+            hijacker.kill()
+        taken = [hijacker.communicate()[0].split() for hijacker in hijackers]
+    for on_node, starts in zip(taken, (2, 4), strict=True):  # each start was seen, and no port to take
+        assert set(on_node) == {"start"} and len(on_node) >= starts, taken
+    log = project.log(job)
+    assert "Ray's head did not start (try 1)" in log
+    (first,) = project.workers(job)
+    tries = (project.folder / "logs" / f"ray_worker_bloom_bohb-{first}.out").read_text()
+    assert all(f"Ray did not start (try {i})" in tries for i in (1, 2, 3)), tries
+    assert f"worker job {first} failed node2: Ray did not start" in log
+    assert re.search(r"worker job \d+ replaces it \(1 of at most 10\)", log), log
+    closing_block(log)
 
 
 HIJACKER = """
-import glob, os, re, signal, socket, time
-here, seen, held, killed = os.readlink("/proc/self/ns/net"), set(), [], False
+import glob, os, re, signal, socket, sys, time
+process, times = sys.argv[1], int(sys.argv[2])
+here, seen, held, killed = os.readlink("/proc/self/ns/net"), set(), [], set()
 while True:
     for folder in glob.glob("/proc/[0-9]*"):
         try:
@@ -813,15 +871,15 @@ while True:
         except OSError:  # has ended
             continue
         pid = int(folder.split("/")[2])
-        if command[2:4] == ["start", "--head"] and pid not in seen:  # python, ray, start, --head
+        if command[1:2] and command[1].endswith("/ray") and command[2] == "start" and pid not in seen:
             seen.add(pid)
             print("start")
             for port in re.findall("port=([1-9][0-9]*)", " ".join(command)):
                 held.append(socket.create_server(("", int(port))))
                 print(port)
-        if command[0].endswith("gcs_server") and not killed:
+        if command[0].endswith(process) and len(killed) < times and pid not in killed:
             os.kill(pid, signal.SIGKILL)
-            killed = True
+            killed.add(pid)
     time.sleep(0.02)
 """
 

@@ -1,10 +1,11 @@
 """Waiting for a file system that is full or gone."""
 
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
+
+from hpo import disk
 
 
 def wait_for_storage(run_dir: Path, needed: int, patience: float) -> bool:
@@ -26,7 +27,7 @@ def wait_for_storage(run_dir: Path, needed: int, patience: float) -> bool:
                 file.flush()
                 os.fsync(file.fileno())
             used = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
-            if shutil.disk_usage(run_dir).free >= needed - used:
+            if disk.room(run_dir).bytes >= needed - used:
                 return True
         except OSError:
             pass
