@@ -295,7 +295,9 @@ def test_one_job_on_several_nodes(project, tiny):
     assert "on 6 slots" in log and "goes on from iteration" in log and "another one is started" not in log
     trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
-    assert project.left_over() == {}
+    assert project.left_over().keys() <= {"temporary"}
+    for path in project.temporary.iterdir():  # of the lost node: its next job would remove it
+        shutil.rmtree(path)
 
 
 def test_the_head_s_own_gpus_take_part(project, tiny):
