@@ -28,11 +28,11 @@ from pathlib import Path
 from unittest import mock
 
 import common
+import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 import raytune_bayesian
-from hpo import arguments
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 
@@ -213,7 +213,7 @@ def starts() -> None:
 
 def main() -> None:
     """Prints the tables."""
-    with common.ray_session(arguments.machines()[1]):
+    with common.ray_session(torch.cuda.device_count()):
         if "--starts" in sys.argv:
             return starts()
         ratio = table("demo's model", common.DEMO / "model", TRIALS)

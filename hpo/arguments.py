@@ -26,7 +26,7 @@ from hpo.squad.scores import ARTICLES
 ROOT = Path(__file__).parent.parent
 FILES = 500  # more than a run has at a time
 # Arguments that a run does not keep:
-NOT_OF_THE_SEARCH = ("given", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
+NOT_OF_THE_SEARCH = ("given", "cluster", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -45,21 +45,8 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(message)
 
 
-def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads the command line and checks all values that can be checked alone.
-
-    With --resume, or after Slurm has requeued the job, the arguments are those of the run.
-
-    Args:
-        description: for --help.
-        argv: the command line; None for the program's own.
-
-    Returns:
-        The arguments. `given` is the set of names that the command line has.
-
-    Raises:
-        BadInput: an argument is wrong.
-    """
+def make_parser(description: str) -> Parser:
+    """The flags, with their defaults and help texts."""
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
@@ -106,6 +93,26 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
     add("--seconds_per_iteration", help="for --plan: a number, or the iterations.csv of an earlier run")
+    return parser
+
+
+def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads the command line and checks all values that can be checked alone.
+
+    With --resume, or after Slurm has requeued the job, the arguments are those of the run.
+
+    Args:
+        description: for --help.
+        argv: the command line; None for the program's own.
+
+    Returns:
+        The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
+        it is None if the trials run on this machine.
+
+    Raises:
+        BadInput: an argument is wrong.
+    """
+    parser = make_parser(description)
     args = parser.parse_args(argv)
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
@@ -130,7 +137,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     else:
         if args.seconds_per_iteration is not None:
             args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
-        use_cluster_env()
+    args.cluster = read_cluster_env() if args.plan else cluster_of_job()
     return args
 
 
@@ -150,8 +157,10 @@ def check_values(args: argparse.Namespace) -> None:
         raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
     if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
         raise BadInput(f"--lora_alpha {args.lora_alpha}: must be above 0")
-    if args.lora_target_modules and not all(re.fullmatch(r"[\w.-]+", n) for n in args.lora_target_modules.split(",")):
-        raise BadInput(f"--lora_target_modules {args.lora_target_modules}: names separated by commas, or all-linear")
+    layers = args.lora_target_modules.split(",") if args.lora_target_modules else []
+    if not all(re.fullmatch(r"[\w.-]+", name) for name in layers) or ("all-linear" in layers and len(layers) > 1):
+        what = "names separated by commas, or all-linear alone"
+        raise BadInput(f"--lora_target_modules {args.lora_target_modules}: {what}")
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.num_train_epochs < math.inf:
@@ -219,18 +228,25 @@ def load_from_run(args: argparse.Namespace) -> None:
 # machines and slots
 
 
-def machines() -> tuple[int, int, int]:
-    """(nodes, GPUs a node, CPUs a node) for trials: this machine, or on a cluster what cluster.env says."""
+def cluster_of_job() -> dict[str, int] | None:
+    """The numbers of cluster.env that head_node.slurm has exported. None if the trials run on this machine."""
     if "RAY_ADDRESS" in os.environ:
-        return tuple(int(os.environ.get(name, 1)) for name in CLUSTER_ENV)
+        return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV}
+    return None
+
+
+def machines(args: argparse.Namespace) -> tuple[int, int, int]:
+    """(nodes, GPUs a node, CPUs a node) for trials."""
+    if args.cluster:
+        return tuple(args.cluster[name] for name in CLUSTER_ENV)
     import torch  # slow, and only needed on a single machine
 
-    return 1, torch.cuda.device_count(), node_cpus()
+    return 1, torch.cuda.device_count(), node_cpus(args)
 
 
-def node_cpus() -> int:
+def node_cpus(args: argparse.Namespace) -> int:
     """CPUs of a node, for trials."""
-    return int(os.environ.get("CPUS_PER_NODE", 1)) if "RAY_ADDRESS" in os.environ else len(os.sched_getaffinity(0))
+    return args.cluster["CPUS_PER_NODE"] if args.cluster else len(os.sched_getaffinity(0))
 
 
 def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
@@ -240,19 +256,19 @@ def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
         args: the arguments of the run.
         at_a_time: in place of --max_concurrent_trials; 0: as many as there is room for.
     """
-    nodes, gpus, cpus = machines()
+    nodes, gpus, cpus = machines(args)
     room = nodes * min(cpus // args.cpus_per_trial, gpus // args.gpus_per_trial if args.gpus_per_trial else cpus)
     at_a_time = args.max_concurrent_trials if at_a_time is None else at_a_time
     return min(room, at_a_time or room)
 
 
-def use_cluster_env() -> None:
-    """For a plan on a machine with Slurm: the nodes are those of cluster.env. Raises BadInput where it is wrong.
+def read_cluster_env() -> dict[str, int] | None:
+    """The numbers of cluster.env, for a plan on a machine with Slurm. Raises BadInput where the file is wrong.
 
     A command that fails there is told on stderr, as in the log of a job.
     """
     if not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
-        return
+        return cluster_of_job()
     says = 'echo "cluster.env: line $LINENO: $BASH_COMMAND failed with exit code $failed" >&3'
     trap = f"trap 'failed=$?; [[ ${{BASH_SOURCE[0]}} != ./cluster.env ]] || {says}' ERR"
     script = f"bash -n ./cluster.env || exit; exec 3>&2; {trap}; set -a; source ./cluster.env &> /dev/null; env -0"
@@ -270,7 +286,7 @@ def use_cluster_env() -> None:
     for name in CLUSTER_ENV:
         if not re.fullmatch(r"\d+", found.get(name, "")):
             raise BadInput(f"{ROOT}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
-    os.environ.update({name: found[name] for name in CLUSTER_ENV}, RAY_ADDRESS="none: this is a plan")
+    return {name: int(found[name]) for name in CLUSTER_ENV}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

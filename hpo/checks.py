@@ -7,7 +7,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import re
 import sys
 import tempfile
@@ -40,10 +39,11 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 def check_resources(args: argparse.Namespace) -> None:
     """GPUs and CPUs of a trial. The default is one GPU, or none where there are none."""
-    where = "a worker node (cluster.env)" if "RAY_ADDRESS" in os.environ else "this machine"
-    if args.cpus_per_trial > arguments.node_cpus():  # first: to look for GPUs is slow
-        raise BadInput(f"--cpus_per_trial {args.cpus_per_trial}: {where} has {arguments.node_cpus()}")
-    gpus = arguments.machines()[1]
+    where = "a worker node (cluster.env)" if args.cluster else "this machine"
+    cpus = arguments.node_cpus(args)
+    if args.cpus_per_trial > cpus:  # first: to look for GPUs is slow
+        raise BadInput(f"--cpus_per_trial {args.cpus_per_trial}: {where} has {cpus}")
+    gpus = arguments.machines(args)[1]
     if args.gpus_per_trial is None:
         args.gpus_per_trial = min(1, gpus)
     args.precision = args.precision or ("fp16" if args.gpus_per_trial else "fp32")

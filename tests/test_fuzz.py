@@ -239,7 +239,7 @@ def test_states(content):
             state_file.load_state(file.parent)
 
 
-FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "help")]
+FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "cluster", "help")]
 VALUES = (
     st.text(max_size=12)
     | st.integers().map(str)

@@ -177,7 +177,7 @@ def refusal(*flags, **searched) -> str:
 
 
 NO_ADAPTERS = "no adapters: use --lora_r, or add lora_r to the search space"
-NAMES = "names separated by commas, or all-linear"
+NAMES = "names separated by commas, or all-linear alone"
 
 
 @pytest.mark.parametrize("flags, searched, says", [
@@ -185,6 +185,7 @@ NAMES = "names separated by commas, or all-linear"
     (["--lora_r", 4, "--lora_alpha", 0], {}, "--lora_alpha 0.0: must be above 0"),
     (["--lora_r", 4, "--lora_alpha", "inf"], {}, "--lora_alpha inf: must be above 0"),
     (["--lora_r", 4, "--lora_target_modules", "a,,b"], {}, f"--lora_target_modules a,,b: {NAMES}"),
+    (["--lora_r", 4, "--lora_target_modules", "all-linear,x"], {}, f"--lora_target_modules all-linear,x: {NAMES}"),
     (["--lora_alpha", 4], {}, f"--lora_alpha 4.0: {NO_ADAPTERS}"),
     (["--lora_target_modules", "all-linear"], {}, f"--lora_target_modules all-linear: {NO_ADAPTERS}"),
     ([], {"lora_alpha": tune.choice([4, 8])}, f"search space: lora_alpha: {NO_ADAPTERS}"),

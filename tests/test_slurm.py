@@ -590,14 +590,11 @@ def test_a_cluster_env_that_is_not_bash_ends_the_job(site, script, until):
 def test_cluster_env_of_a_plan(site, monkeypatch, capsys):
     (site / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
-    for name in ("RAY_ADDRESS", *arguments.CLUSTER_ENV):
-        monkeypatch.setenv(name, "to be set")
     monkeypatch.setattr(arguments, "ROOT", site)
-    arguments.use_cluster_env()
-    assert arguments.machines() == (3, 2, 1) and capsys.readouterr() == ("", FAILED)
+    assert arguments.machines(arguments.parse("", ["--plan"])) == (3, 2, 1) and capsys.readouterr() == ("", FAILED)
     (site / "cluster.env").write_text("fi\n")
     with pytest.raises(errors.BadInput, match=r"^\./cluster\.env: line 1: syntax error near unexpected token `fi'$"):
-        arguments.use_cluster_env()
+        arguments.parse("", ["--plan"])
 
 
 def test_no_worker_comes(project, tiny):

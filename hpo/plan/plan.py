@@ -1,7 +1,6 @@
 """The plan of a search: a forecast by simulation, as text for --plan."""
 
 import math
-import os
 import random
 import statistics
 from dataclasses import dataclass
@@ -188,13 +187,13 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
     forecasts = [forecast(space, **setting) for setting in settings]
     seconds, limit = args.seconds_per_iteration, arguments.time_limit()
-    where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
+    where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
     print(plan(space, settings, forecasts, seconds, disk_bytes, limit), flush=True)
     if model is None:
         print("memory of a GPU: known once the model is there (--prefetch)", flush=True)
     else:
-        print(f"\n{memory_plan(args, space, model, max_length, eval_tokens)}", flush=True)
+        print(f"\n{memory_plan(args, space, largest, model, max_length, eval_tokens)}", flush=True)
     if disk_bytes and len(forecasts) == 1:
         arguments.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(*disk_bytes))
 
@@ -209,8 +208,8 @@ def count_adapters(args, r: int, model: Path) -> int:
     return lora.count_trained(model, r, args.lora_target_modules)
 
 
-def memory_plan(args, space: dict, model: Path, max_length: int, eval_tokens: int) -> str:
-    """The GPUs that a trial fits on, as text. The arguments are those of `show`.
+def memory_plan(args, space: dict, largest: dict, model: Path, max_length: int, eval_tokens: int) -> str:
+    """The GPUs that a trial fits on, as text. `largest` is of search_space.largest_trial, the others as for `show`.
 
     Without --precision the forecast is for fp16, also on a machine that has no GPU: the plan tells which GPU to ask
     for.
@@ -220,15 +219,14 @@ def memory_plan(args, space: dict, model: Path, max_length: int, eval_tokens: in
     from hpo.squad.models import max_positions
 
     precision = args.precision if "precision" in args.given else "fp16"
-    domain = space["train_loop_config"]["per_device_bs"]
-    options = {"lora_r": search_space.largest_trial(space, args)["lora_r"]}
+    options = {"lora_r": largest["lora_r"]}
     options |= {"target_modules": args.lora_target_modules, "checkpointing": args.gradient_checkpointing}
 
     def forecast_of(ds_config: dict, batch_size: int, ranks: int) -> memory.Forecast:
         lengths = min(max_length, max_positions(model) or max_length), ANSWER_ROOM, eval_tokens, ANSWER_ROOM
         return memory.forecast(model, ds_config, precision, batch_size, *lengths, ranks, **options)
 
-    sizes = [int(search_space.smallest(domain)), int(search_space.largest(domain))]
+    sizes = [int(search_space.smallest(space["train_loop_config"]["per_device_bs"])), largest["per_device_bs"]]
     try:
         text = memory.plan(forecast_of, precision, args.ds_config, sizes, max(1, args.gpus_per_trial))
     except Exception as error:  # FakeTensors cannot follow every model
