@@ -44,7 +44,7 @@ def test_reads_plain_and_gzipped_files(tiny_squad, tmp_path):
 
 def squad_json(folder, *answers, name="train", **fields) -> Path:
     """Writes a set with one passage and one question for each answer; gives the file."""
-    context = "In 1984 the  old\xa0town\nhad 7 gates."
+    context = "In 1984 the  old\xa0town\nhad 7 gates of 5.5 m."
     qas = [{"id": f"q{i}", "question": "?", "answers": [a]} | fields for i, a in enumerate(answers)]
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [{"context": context, "qas": qas}]}]}))
@@ -69,15 +69,21 @@ def test_numbers_as_texts_and_other_white_space_are_read(tmp_path):
     answers = [
         {"text": "1984", "answer_start": "3"},
         {"text": 1984, "answer_start": 3.0},
+        {"text": 5.5, "answer_start": 37},
         {"text": "the old town", "answer_start": 8},
         {"text": " old\ttown  had ", "answer_start": 13},
-        {"text": "gates .", "answer_start": 28},
+        {"text": "5.5 m .", "answer_start": 37},
     ]
     found = [e["answers"] for e in reading.read_squad(squad_json(tmp_path, *answers))]
     assert found == [
         {"text": [text], "answer_start": [start]}
-        for text, start in [("1984", 3), ("1984", 3), ("the  old\xa0town", 8), ("old\xa0town\nhad", 13), ("gates.", 28)]
+        for text, start in [
+            ("1984", 3), ("1984", 3), ("5.5", 37), ("the  old\xa0town", 8), ("old\xa0town\nhad", 13), ("5.5 m.", 37)
+        ]  # fmt: skip
     ]
+
+
+HINT = "correct them, or leave them out with --drop_bad_answers"
 
 
 def test_bad_answers_are_refused_or_dropped(tmp_path):
@@ -86,8 +92,7 @@ def test_bad_answers_are_refused_or_dropped(tmp_path):
     with pytest.raises(ValueError) as error:
         reading.read_squad(path)
     first = "; ".join(f"question {i}: answer 'old' is not at answer_start 26" for i in ("q0", "q2", "q3"))
-    hint = "correct them, or leave them out with --drop_bad_answers"
-    assert str(error.value) == f"{path}: 4 of 5 answers cannot be used: {first}; {hint}"
+    assert str(error.value) == f"{path}: 4 of 5 answers cannot be used: {first}; {HINT}"
 
     dropped = Counter()
     assert [e["id"] for e in reading.read_squad(path, dropped)] == ["q1"]
@@ -153,19 +158,53 @@ def test_questions_without_an_answer_are_read(tmp_path, form):
     ],
 )
 def test_is_impossible_must_agree_with_the_answers(tmp_path, answers, told, has, must):
-    for dropped in (None, Counter()):
-        path = squad_json(tmp_path, None, answers=answers, is_impossible=told)
-        with pytest.raises(ValueError) as error:
-            reading.read_squad(path, dropped)
-        what = f"it has {has}, so is_impossible must be {must} or missing, and it is {told!r}"
-        assert str(error.value) == f"{path}: question q0: {what}"
-    row = {"id": "q0", "context": "In 1984 the  old\xa0town\nhad 7 gates.", "question": "?", "is_impossible": told}
+    what = f"question q0: it has {has}, so is_impossible must be {must} or missing, and it is {told!r}"
+    path = squad_json(tmp_path, None, None, None, None, answers=answers, is_impossible=told)
+    with pytest.raises(ValueError) as error:
+        reading.read_squad(path)
+    named = "; ".join(what.replace("q0", name) for name in ("q0", "q1", "q2"))
+    assert str(error.value) == f"{path}: 4 of 4 answers cannot be used: {named}; {HINT}"
+    content = json.loads(path.read_text())
+    del content["data"][0]["paragraphs"][0]["qas"][1]["is_impossible"]
+    path.write_text(json.dumps(content))
+    dropped = Counter()
+    assert [e["id"] for e in reading.read_squad(path, dropped)] == ["q1"]
+    assert dropped == {"answers": 3, "questions": 3, "read": 4}
+    (paragraph,) = content["data"][0]["paragraphs"]
+    row = {"id": "q0", "context": paragraph["context"], "question": "?", "is_impossible": told}
     of_lists = {"text": [x["text"] for x in answers], "answer_start": [x["answer_start"] for x in answers]}
     table = pyarrow.Table.from_pylist([row | {"answers": of_lists}])
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
     with pytest.raises(ValueError) as error:
         reading.read_parquet([tmp_path / "train.parquet"], "set", "train")
-    assert str(error.value) == f"set, train: question q0: {what}"
+    assert str(error.value) == f"set, train: 1 of 1 answers cannot be used: {what}; {HINT}"
+
+
+@pytest.mark.parametrize(
+    "answers, count, fault",
+    [
+        ([{"text": "7"}], 1, "answer '7' has no answer_start"),
+        ([{"answer_start": 26}], 1, "answer None is empty"),
+        ([{"text": "7", "answer_start": 26}, {"text": "", "answer_start": 26}], 2, "answer '' is empty"),
+        ([{"text": "7", "answer_start": 26}, {"text": "7"}], 2, "answer '7' has no answer_start"),
+        ({"text": 5.5, "answer_start": 26}, 1, "answer 5.5 is not at answer_start 26"),
+        ({"text": ["7"]}, 1, "not a SQuAD list of answers, with text and answer_start: {'text': ['7']}"),
+        (["7"], 1, "not a SQuAD list of answers, with text and answer_start: ['7']"),
+        (None, 1, 'it has no "answers"; a question without an answer has an empty list, or is_impossible'),
+    ],
+)
+def test_answers_of_a_wrong_form_are_counted_or_dropped(tmp_path, answers, count, fault):
+    good = {"text": "7", "answer_start": 26}
+    path = squad_json(tmp_path, good, good)
+    content = json.loads(path.read_text())
+    content["data"][0]["paragraphs"][0]["qas"][1]["answers"] = answers
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError) as error:
+        reading.read_squad(path)
+    assert str(error.value) == f"{path}: 1 of {1 + count} answers cannot be used: question q1: {fault}; {HINT}"
+    dropped = Counter()
+    found = [e["answers"]["text"] for e in reading.read_squad(path, dropped)]
+    assert found == [["7"]] * count and dropped == {"answers": 1, "questions": 2 - count, "read": 2}
 
 
 def test_a_question_with_bad_answers_only_does_not_become_unanswerable(tmp_path):
@@ -692,8 +731,8 @@ def test_files_are_checked(tmp_path):
         json.dumps(article(text="two", answer_start=3)): "question 7: answer 'two' is not at answer_start 3",
         json.dumps(article(text="two", answer_start=-3)): "not at answer_start",
         json.dumps(article(text="two", answer_start=True)): "answer 'two' is not at answer_start True",
-        json.dumps(article(text=" ", answer_start=3)): "answer ' ' is not at answer_start 3",
-        json.dumps(article(text="two")): "question 7: not a SQuAD list of answers, with text and answer_start: ",
+        json.dumps(article(text=" ", answer_start=3)): "answer ' ' is empty",
+        json.dumps(article(text="two")): "question 7: answer 'two' has no answer_start",
     }.items():
         path = tmp_path / "train.json"
         path.write_text(content)
@@ -729,6 +768,6 @@ def test_a_question_without_the_key_of_its_answers_is_refused(tmp_path, tiny_squ
     with pytest.raises(ValueError) as error:
         reading.read_squad(tmp_path / "dev.json")
     assert str(error.value) == (
-        f'{tmp_path}/dev.json: question dev-0-0: it has no "answers"; a question without an answer has an empty list, '
-        "or is_impossible"
+        f"{tmp_path}/dev.json: 1 of 119 answers cannot be used: question dev-0-0: "
+        f'it has no "answers"; a question without an answer has an empty list, or is_impossible; {HINT}'
     )
