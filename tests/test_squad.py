@@ -1,6 +1,5 @@
 """Data, objective and metric: squad.py, and SquadMetric in raytune_bayesian.py."""
 
-import copy
 import dataclasses
 import gzip
 import json
@@ -479,19 +478,6 @@ def random_model(family: str, tokenizer, std: float = 0.02):
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes)).eval()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_padding_changes_nothing_for_models_with_positions(tokenizer, tiny_squad, family):
-    """BLOOM has none: another model of --model must not see its prompt move with the padding."""
-    model = random_model(family, tokenizer)
-    examples = reading.read_squad(tiny_squad / "dev.json")[:3]
-    examples[1]["context"] *= 2
-    data = squad_data.tokenize(examples, tokenizer, 512, training=False)
-    assert len(set(data.lengths)) > 1
-    assert evaluation.evaluate_loss(model, data, 0, 3 * int(data.lengths.max())) == pytest.approx(
-        evaluation.evaluate_loss(model, data, 0, 1), rel=1e-5
-    )
-
-
 def test_fused_gelu_is_the_same_function(tiny_model, tokenizer, data):
     plain, fused = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
     evaluation.fuse_gelu(fused)
@@ -533,41 +519,6 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, tiny_squad, un
     if unanswerable:  # a batch in which all rows end at once
         none = squad_data.tokenize(examples[::2], tokenizer, 1024, training=False)
         assert [p["prediction_text"] for p in evaluation.predict(model, tokenizer, none, 8192, 12)] == [""] * 4
-
-
-@pytest.mark.parametrize("family", ["bloom", "gpt2", "llama"])
-def test_batched_predictions_equal_generate_one_at_a_time(tokenizer, data, family):
-    """Also where the rows of a batch end at different steps, some at the first and some not at all."""
-    model, n = random_model(family, tokenizer, std=0.3), 8
-
-    def generate(i: int, eos: int | None = None) -> list[int]:
-        prompt = torch.tensor(data[i]["input_ids"][: data[i]["prompt_length"]].astype(np.int64))[None]
-        output = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=n,
-            eos_token_id=eos,
-            pad_token_id=0,
-        )
-        return [token for token in output[0, prompt.shape[1] :].tolist() if token != eos]
-
-    endless = [generate(i) for i in range(len(data))]
-
-    def ends(token):  # the steps at which rows would end, were this EOS
-        return {answer.index(token) if token in answer else n for answer in endless}
-
-    eos = max(range(len(tokenizer)), key=lambda token: len(ends(token) & {0, n}) * n + len(ends(token)))
-    assert {0, n} < ends(eos) and len(ends(eos)) > 3, ends(eos)
-    other = copy.deepcopy(tokenizer)
-    other.eos_token = other.convert_ids_to_tokens(eos)
-    alone = [other.decode(generate(i, eos), skip_special_tokens=True).strip() for i in range(len(data))]
-    longest = int(data.prompt_lengths.max())
-    for batch_tokens in (7 * longest, 60 * longest):
-        predictions = evaluation.predict(model, other, data, batch_tokens, max_new_tokens=n)
-        assert [p["prediction_text"] for p in predictions] == alone
-        assert [p["id"] for p in predictions] == [r["id"] for r in data.references]
-    assert len(set(alone)) > 10
 
 
 @pytest.mark.parametrize("size", [2, 3])
