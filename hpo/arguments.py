@@ -52,8 +52,8 @@ def make_parser(description: str) -> Parser:
     add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
     add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json and dev*.json [.gz], "
         "in the form of SQuAD v1.1 or 2.0")  # fmt: skip
-    add("--drop_bad_answers", action="store_true", help="leave out answers that are not at their answer_start, and "
-        "questions that have no other; the log says how many")  # fmt: skip
+    add("--drop_bad_answers", action="store_true", help="leave out answers that cannot be used, such as those that "
+        "are not at their answer_start, and questions that have no other; the log says how many")  # fmt: skip
     add("--max_train_samples", type=int, help="train on at most this many questions (default: all)")
     add("--max_eval_samples", type=int, help="use at most this many questions for selection (default: 1000) and for "
         "the test (default: all)")  # fmt: skip

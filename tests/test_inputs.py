@@ -137,7 +137,8 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     ),
     "question without an answer that should have one": (
         ["--dataset", "@/v2"],
-        r"v2/dev.json: question dev-1-4: it has no answer, so is_impossible must be true or missing, and it is False$",
+        r"v2/dev.json: 1 of \d+ answers cannot be used: question dev-1-4: it has no answer, so is_impossible must be "
+        r"true or missing, and it is False; correct them, or leave them out with --drop_bad_answers$",
     ),
     "data set with an id twice": (
         ["--dataset", "@/twice"],

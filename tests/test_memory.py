@@ -233,5 +233,5 @@ def test_forecast_of_evaluation(demo_model, kind):
     ids = torch.full((rows, SIZES["max_length"]), 5)
     with live, precision.autocast(with_stage(0), kind, "cpu"), torch.no_grad():
         evaluation.evaluate_loss(model, long, 0, SIZES["eval_tokens"])
-        evaluation._greedy(model, ids, torch.ones_like(ids), -1, 2, groups.ONE_RANK)
+        evaluation.greedy(model, ids, torch.ones_like(ids), -1, 2, groups.ONE_RANK)
     assert live.peak - weights == pytest.approx(f.evaluation, rel=0.15)

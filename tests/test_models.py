@@ -137,6 +137,7 @@ def test_batched_answers_equal_generate_one_at_a_time(family, tokenizer, questio
     for rows in (1, 7, 24):
         found = evaluation.predict(model, other, questions, rows * longest, max_new_tokens=n)
         assert [prediction["prediction_text"] for prediction in found] == alone
+        assert [prediction["id"] for prediction in found] == [reference["id"] for reference in questions.references]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -161,6 +162,21 @@ def test_paused_trial_and_best_model_equal_one_that_ran_through(family, tmp_path
         model = AutoModelForCausalLM.from_pretrained(path)
         found = evaluation.evaluate_loss(model, setup.selection, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
         assert found == pytest.approx(loss, rel=1e-6)
+
+
+def test_best_model_ends_its_answers_at_the_eos_that_it_has_learnt(tmp_path, tokenizer, questions):
+    """Its own configuration has another: `generate` of transformers would go on after the answer."""
+    model = lively_model("llama", tokenizer)
+    prompt = torch.tensor(questions[0]["input_ids"][: questions[0]["prompt_length"]].astype(np.int64))[None]
+    first, second = model.generate(prompt, do_sample=False, max_new_tokens=2, eos_token_id=None)[0, -2:].tolist()
+    assert first != second
+    learnt, other = copy.deepcopy(tokenizer), first
+    learnt.eos_token = learnt.convert_ids_to_tokens(second)
+    model.generation_config.eos_token_id = other
+    folder = save(tmp_path / "model", model, learnt)
+    models.save_best_model(folder, folder, "fp32", tmp_path / "best_model")
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "best_model")
+    assert best.generate(prompt, do_sample=False, max_new_tokens=9)[0, prompt.shape[1] :].tolist() == [first, second]
 
 
 # -- positions --------------------------------------------------------------------------------------------------------
@@ -373,6 +389,17 @@ def test_mamba_is_refused_on_the_command_line(tmp_path, tokenizer, tiny_squad):
     assert process.stderr.splitlines()[-1] == f"raytune_bayesian.py: error: --model {folder}: {NO_CACHE}"
 
 
+def test_a_cache_that_loses_the_wrong_row_is_refused(tmp_path, tokenizer, tiny_squad, monkeypatch):
+    """When an answer ends, its row leaves the batch."""
+    setup, test = prepared(save(tmp_path / "model", lively_model("llama", tokenizer), tokenizer), tiny_squad)
+    largest = {"per_device_bs": 2, "lora_r": 0}
+    try_model(setup, test, largest)
+    reorder = transformers.DynamicCache.reorder_cache
+    monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda cache, rows: reorder(cache, 1 - rows))
+    with pytest.raises(BadInput, match="an answer changes when another one in its batch has ended, so it cannot be"):
+        try_model(setup, test, largest)
+
+
 def edited(folder, **values):
     """A model folder with other values in its config.json."""
     path = folder / "config.json"
@@ -394,7 +421,7 @@ def of(kind, family, **more):
     """Replaces a model by a random one of another kind."""
 
     def replace(folder):
-        tokenizer = models.load_tokenizer(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         config = random_config(family, tokenizer, **more)
         for file in ("config.json", "model.safetensors"):
             (folder / file).unlink()

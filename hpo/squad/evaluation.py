@@ -143,7 +143,7 @@ def predict(
         prompts = [{**data[i], "input_ids": data[i]["input_ids"][: data[i]["prompt_length"]]} for i in indices]
         batch = collate(prompts, tokenizer.pad_token_id)
         input_ids, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        answers = _greedy(model, input_ids, mask, tokenizer.eos_token_id, max_new_tokens, group)
+        answers = greedy(model, input_ids, mask, tokenizer.eos_token_id, max_new_tokens, group)
         for i, text in zip(indices, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             texts[i] = text.strip()
     for of_rank in group.gather(texts):
@@ -151,7 +151,7 @@ def predict(
     return [{"id": reference["id"], "prediction_text": texts[i]} for i, reference in enumerate(data.references)]
 
 
-def _greedy(
+def greedy(
     model, input_ids: torch.Tensor, mask: torch.Tensor, eos_token_id: int, max_new_tokens: int, group
 ) -> list[list[int]]:
     """The tokens that model.generate would give, without EOS, for prompts that are padded on the left.

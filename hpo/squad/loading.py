@@ -154,7 +154,7 @@ def load_examples(
     Args:
         dataset: a folder with SQuAD's JSON files, or a repository of the hub with parquet files.
         download: complete the cache from the network.
-        drop_bad_answers: leave out answers that are not at their answer_start, instead of refusing the data set.
+        drop_bad_answers: leave out answers that cannot be used, instead of refusing the data set.
 
     Returns:
         Training questions, validation questions, and for "train" and "validation" what was left out, as

@@ -139,8 +139,10 @@ def save_best_model(
             "train with --precision bf16 or fp32",
             flush=True,
         )
+    tokenizer = load_tokenizer(pretrained_folder)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # ends what it has learnt; its own may be another
     model.save_pretrained(folder)
-    load_tokenizer(pretrained_folder).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     sync(*folder.rglob("*"), folder)
     folder.rename(path)
     sync(path.parent)

@@ -87,13 +87,10 @@ def read_parquet(files: list[Path], name: str, split: str, dropped: Counter | No
 def check_questions(questions: list[dict], where: str, split: str, dropped: Counter | None = None) -> list[dict]:
     """Makes examples, as this module has them, of the questions of a file.
 
-    A question without an id gets one from its split and its place in it, counted from 0: "train#7". An answer is bad
-    if it is not at its answer_start. If it differs there in white space only, the context's own text replaces it.
+    A question without an id gets one from its split and its place in it, counted from 0: "train#7".
 
     Args:
-        questions: {"id", "title", "context", "question", "answers", "is_impossible"}; answers are a list of {"text",
-            "answer_start"}, one of them, or {"text": [...], "answer_start": [...]}. A question has no answer if there
-            is none or all texts are empty. is_impossible may be missing.
+        questions: {"id", "title", "context", "question", "answers", "is_impossible"}, see `_example`.
         where: the file or the split, for messages.
         split: "train" or "validation".
         dropped: None to refuse bad answers. A Counter to leave them out, with the questions that have no other
@@ -107,38 +104,16 @@ def check_questions(questions: list[dict], where: str, split: str, dropped: Coun
         name = question.get("id")
         name = f"{split}#{place}" if name in (None, "") else str(name)
         try:
-            _check_texts(name, question.get("context"), question.get("question"))
-            answers = _answers(question.get("answers"), question.get("is_impossible"))
+            example, faults, count = _example(name, question)
         except ValueError as error:
             raise ValueError(f"{where}: {_named(name)}: {error}") from None
-        context, title = question["context"], question.get("title")
-        texts, starts = [], []
-        for answer in answers:
-            begin, end = _locate(*answer, context)
-            if begin < end:
-                texts.append(context[begin:end])
-                starts.append(begin)
-            else:
-                bad.append((name, *answer))
-        answer_count += len(answers)
-        if texts or not answers:
-            example = {
-                "id": name,
-                "title": "" if title is None else str(title),
-                "context": context,
-                "question": question["question"],
-                "answers": {"text": texts, "answer_start": starts},
-            }
-            examples.append(example)
+        examples += [example] if example else []
+        bad += [f"{_named(name)}: {fault}" for fault in faults]
+        answer_count += count
     if bad and dropped is None:
-        first = "; ".join(
-            f"{_named(name)}: answer {_short(answer)} is not at answer_start {_short(start)}"
-            for name, answer, start in bad[:3]
-        )
-        raise ValueError(
-            f"{where}: {len(bad)} of {answer_count} answers cannot be used: {first}; "
-            "correct them, or leave them out with --drop_bad_answers"
-        )
+        hint = "correct them, or leave them out with --drop_bad_answers"
+        first = "; ".join(bad[:3])
+        raise ValueError(f"{where}: {len(bad)} of {answer_count} answers cannot be used: {first}; {hint}")
     if dropped is not None:
         dropped.update(answers=len(bad), questions=len(questions) - len(examples), read=len(questions))
     if not examples:
@@ -147,6 +122,49 @@ def check_questions(questions: list[dict], where: str, split: str, dropped: Coun
         repeated = [name for name, count in Counter(e["id"] for e in examples).items() if count > 1]
         raise ValueError(f"{where}: question ids are not unique: {len(repeated)} repeated, first {_named(repeated[0])}")
     return examples
+
+
+def _example(name: str, question: dict) -> tuple[dict | None, list[str], int]:
+    """The example that is made of a question.
+
+    An answer is bad if it is not at its answer_start. If it differs there in white space only, the context's own text
+    replaces it. Answers of a wrong form, or that contradict is_impossible, count as one bad answer.
+
+    Args:
+        name: its id.
+        question: see `check_questions`. Answers are a list of {"text", "answer_start"}, one of them, or {"text": [...],
+            "answer_start": [...]}. A question has no answer if there is none or all texts are empty. is_impossible may
+            be missing.
+
+    Returns:
+        The example, or None if all its answers are bad; what is wrong with each bad answer; the number of its answers.
+
+    Raises:
+        ValueError: a text is none.
+    """
+    context, title = question.get("context"), question.get("title")
+    _check_texts(context, question.get("question"))
+    try:
+        answers = _answers(question.get("answers"), question.get("is_impossible"))
+    except ValueError as error:
+        return None, [str(error)], 1
+    _check_texts(*(text for text, _ in answers if isinstance(text, str)))
+    faults, texts, starts = [], [], []
+    for text, start in answers:
+        begin, end = _locate(text, start, context)
+        if begin < end:
+            texts.append(context[begin:end])
+            starts.append(begin)
+        else:
+            faults.append(_fault(text, start))
+    example = {
+        "id": name,
+        "title": "" if title is None else str(title),
+        "context": context,
+        "question": question["question"],
+        "answers": {"text": texts, "answer_start": starts},
+    }
+    return example if texts or not answers else None, faults, len(answers)
 
 
 def _check_texts(*texts) -> None:
@@ -170,17 +188,15 @@ def _answers(answers, is_impossible) -> list[tuple]:
         if is_impossible is not True:
             raise ValueError('it has no "answers"; a question without an answer has an empty list, or is_impossible')
         answers = []
-    if isinstance(answers, dict) and isinstance(answers.get("text"), str):
+    if isinstance(answers, dict) and isinstance(answers.get("text"), (str, int, float)):
         answers = [answers]
     elif isinstance(answers, dict):
         texts, starts = answers.get("text") or [], answers.get("answer_start") or []
         if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
             answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
-    try:
-        pairs = [(answer["text"], answer["answer_start"]) for answer in answers]
-    except (TypeError, KeyError):
-        raise ValueError(f"not a SQuAD list of answers, with text and answer_start: {_short(answers)}") from None
-    _check_texts(*(text for text, _ in pairs if isinstance(text, str)))
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise ValueError(f"not a SQuAD list of answers, with text and answer_start: {_short(answers)}")
+    pairs = [(answer.get("text"), answer.get("answer_start")) for answer in answers]
     if all(text == "" for text, _ in pairs):
         pairs = []
     if is_impossible not in (None, not pairs):
@@ -191,7 +207,7 @@ def _answers(answers, is_impossible) -> list[tuple]:
 
 def _locate(text, start, context: str) -> tuple[int, int]:
     """The characters [begin, end) of a context that are an answer, white space left aside; (0, 0) if it is bad."""
-    text = str(text) if type(text) is int else text
+    text = str(text) if type(text) in (int, float) else text
     try:
         start = float(start) if isinstance(start, str) else start
     except ValueError:
@@ -213,6 +229,15 @@ def _locate(text, start, context: str) -> tuple[int, int]:
             return 0, 0
         end += 1
     return begin, end
+
+
+def _fault(text, start) -> str:
+    """What is wrong with an answer that `_locate` does not find."""
+    if text is None or isinstance(text, str) and not text.strip():
+        return f"answer {_short(text)} is empty"
+    if start is None:
+        return f"answer {_short(text)} has no answer_start"
+    return f"answer {_short(text)} is not at answer_start {_short(start)}"
 
 
 def _named(name: str) -> str:
