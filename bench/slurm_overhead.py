@@ -1,13 +1,15 @@
 """The time that the scripts add to a search, on a real Slurm cluster of three nodes on this machine (as root).
 
-    .venv/bin/python bench/slurm_overhead.py        # two minutes
+    .venv/bin/python bench/slurm_overhead.py        # some minutes
 
-It needs demo/model (make demo-data) and Debian's packages slurm-wlm, munge and iproute2. The baseline is the sleeps of
+It needs demo/model (make demo-data) and Debian's packages slurm-wlm, slurmdbd, mariadb-server, munge and iproute2. A
+second search of each run is cancelled while BUSY other processes want the processor. The baseline is the sleeps of
 the textbook scripts, before they start anything: 10 s for the head and 30 s for the workers.
 """
 
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +26,27 @@ from hpo import files
 DEMO = Path(__file__).parent.parent / "demo"
 RUNS = 3
 TEXTBOOK_SLEEPS = 40  # seconds
-LIMITS = {"job start to first trial running": 45, "last trial's end to an empty queue": 10}
+BUSY = 8
+LIMITS = {"job start to first trial running": 45, "last trial's end to an empty queue": 10, "cancel to nothing left": 5}
+
+
+def cancel(cluster: SlurmCluster, project: Project) -> float:
+    """Seconds from scancel of a running search until no process, port, job or folder of it is left."""
+    job = project.submit(
+        "--model", DEMO / "model", "--dataset", DEMO / "squad", "--max_t", 50, "--num_train_epochs", 10,
+        "--max_eval_samples", 40, NUM_WORKERS="2",
+    )  # fmt: skip
+    project.wait_for_search(job)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
+    try:
+        started = time.time()
+        cluster.run("node1", "scancel", job)
+        project.wait_for("nothing left of the job", lambda: not project.left_over(), 300)
+        return time.time() - started
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 def main() -> None:
@@ -48,6 +70,7 @@ def main() -> None:
             started = datetime.fromisoformat(state["StartTime"]).timestamp()  # in whole seconds
             seconds["job start to first trial running"].append(min(i["started_at"] for i in iterations) - started)
             seconds["last trial's end to an empty queue"].append(ended - max(i["ended_at"] for i in iterations))
+            seconds["cancel to nothing left"].append(cancel(cluster, project))
             shutil.rmtree(place)
     print(f"{'':36} {'median':>8} {'worst':>8} {'limit':>8}   seconds, {RUNS} runs of 2 workers with 2 GPUs")
     for name, values in seconds.items():
