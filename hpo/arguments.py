@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
+from hpo.results.slots import slots_of
 from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
@@ -33,6 +34,21 @@ LEAST = {
     "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0, "lora_r": 0,
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
+
+
+def gpus(text: str) -> int | float:
+    """The value of --gpus_per_trial: a whole number, or 1/n for n = 2 to 100. Raises BadInput where it is another."""
+    share = re.fullmatch(r"1/(\d{1,3})", text)
+    try:
+        value = 1 / int(share[1]) if share else float(text)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if value.is_integer():
+        return int(value)
+    n = round(1 / value) if 0.01 <= value < 1 else 0
+    if n < 2 or abs(n * value - 1) > 0.001:  # 0.333 is 1/3
+        raise BadInput(f"--gpus_per_trial {text}: must be whole, or 1/n such as 0.5, 1/3 or 0.25 (n up to 100)")
+    return 1 / n
 
 
 class Parser(argparse.ArgumentParser):
@@ -59,7 +75,8 @@ def make_parser(description: str) -> Parser:
     add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
-    add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs; one process for each")
+    add("--gpus_per_trial", type=gpus, help="default: 1, and 0 on a machine without GPUs; several: one process "
+        "for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
     add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
@@ -197,11 +214,14 @@ def load_from_run(args: argparse.Namespace) -> None:
         for name, value in kept(args).items():
             if name == "run_name":
                 continue
+            if name == "gpus_per_trial" and earlier[name] is not None:
+                earlier[name] = gpus(str(earlier[name]))
+                continue
             number = (int, float, type(None)) if value is None else (int, float)
             kind = number if value is None or isinstance(value, float) else type(value)
             if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                 raise ValueError(name)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, BadInput):
         raise BadInput(
             f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
         ) from None
@@ -253,7 +273,7 @@ def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
         at_a_time: in place of --max_concurrent_trials; 0: as many as there is room for.
     """
     nodes, gpus, cpus = machines(args)
-    room = nodes * min(cpus // args.cpus_per_trial, gpus // args.gpus_per_trial if args.gpus_per_trial else cpus)
+    room = nodes * slots_of({"CPU": cpus, "GPU": gpus}, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial})
     at_a_time = args.max_concurrent_trials if at_a_time is None else at_a_time
     return min(room, at_a_time or room)
 
