@@ -20,6 +20,7 @@ from pathlib import Path
 from hpo import disk
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
+from hpo.results.slots import slots_of
 from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
@@ -35,6 +36,21 @@ LEAST = {
     "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0, "lora_r": 0,
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
+
+
+def gpus(text: str) -> int | float:
+    """The value of --gpus_per_trial: a whole number, or 1/n for n = 2 to 100. Raises BadInput where it is another."""
+    share = re.fullmatch(r"1/(\d{1,3})", text)
+    try:
+        value = 1 / int(share[1]) if share else float(text)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if value.is_integer():
+        return int(value)
+    n = round(1 / value) if 0.01 <= value < 1 else 0
+    if n < 2 or abs(n * value - 1) > 0.001:  # 0.333 is 1/3
+        raise BadInput(f"--gpus_per_trial {text}: must be whole, or 1/n such as 0.5, 1/3 or 0.25 (n up to 100)")
+    return 1 / n
 
 
 class Parser(argparse.ArgumentParser):
@@ -61,7 +77,8 @@ def make_parser(description: str) -> Parser:
     add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
-    add("--gpus_per_trial", type=int, help="default: 1, and 0 on a machine without GPUs; one process for each")
+    add("--gpus_per_trial", type=gpus, help="default: 1, and 0 on a machine without GPUs; several: one process "
+        "for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
     add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
@@ -201,11 +218,14 @@ def load_from_run(args: argparse.Namespace) -> None:
         for name, value in kept(args).items():
             if name == "run_name":
                 continue
+            if name == "gpus_per_trial" and earlier[name] is not None:
+                earlier[name] = gpus(str(earlier[name]))
+                continue
             number = (int, float, type(None)) if value is None else (int, float)
             kind = number if value is None or isinstance(value, float) else type(value)
             if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                 raise ValueError(name)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, BadInput):
         raise BadInput(
             f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
         ) from None
@@ -229,9 +249,13 @@ def load_from_run(args: argparse.Namespace) -> None:
 
 
 def cluster_of_job() -> dict[str, int] | None:
-    """The numbers of cluster.env that head_node.slurm has exported. None if the trials run on this machine."""
+    """What head_node.slurm has exported: the numbers of cluster.env, and what the head job has for trials.
+
+    None if the trials run on this machine.
+    """
     if "RAY_ADDRESS" in os.environ:
-        return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV}
+        of_head = {name: int(os.environ.get(name, 0)) for name in ("HEAD_GPUS", "HEAD_CPUS")}
+        return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV} | of_head
     return None
 
 
@@ -257,7 +281,10 @@ def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
         at_a_time: in place of --max_concurrent_trials; 0: as many as there is room for.
     """
     nodes, gpus, cpus = machines(args)
-    room = nodes * min(cpus // args.cpus_per_trial, gpus // args.gpus_per_trial if args.gpus_per_trial else cpus)
+    of_trial = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+    room = nodes * slots_of({"CPU": cpus, "GPU": gpus}, of_trial)
+    if args.cluster and "HEAD_GPUS" in args.cluster:
+        room += slots_of({"CPU": args.cluster["HEAD_CPUS"], "GPU": args.cluster["HEAD_GPUS"]}, of_trial)
     at_a_time = args.max_concurrent_trials if at_a_time is None else at_a_time
     return min(room, at_a_time or room)
 
@@ -286,7 +313,8 @@ def read_cluster_env() -> dict[str, int] | None:
     for name in CLUSTER_ENV:
         if not re.fullmatch(r"\d+", found.get(name, "")):
             raise BadInput(f"{ROOT}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
-    return {name: int(found[name]) for name in CLUSTER_ENV}
+    cluster = {name: int(found[name]) for name in CLUSTER_ENV}
+    return cluster | {"NUM_WORKERS": max(1, cluster["NUM_WORKERS"])}  # 0: one job, on a node like these
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ class Kind(enum.Enum):
     """The values are the words of docs/failures.md."""
 
     TRIAL = "trial"  # the trial has failed, and would fail again with the same hyperparameters
+    MEMORY = "out of memory"  # of the GPU: as TRIAL. Where trials share a GPU, the trial is tried once more
     PROCESS = "trial and process"  # the trial has failed, and CUDA cannot be used any more in its process
     NODE = "node"  # the node, its GPU or the connection is at fault: the trial is tried again elsewhere
     STORAGE = "storage"  # the file system of the results is full or gone: the search waits
@@ -39,11 +40,11 @@ TEXTS = [
     ("PTX was compiled with an unsupported toolchain", Kind.SETUP, OLD_DRIVER),
     ("this GPU has no bf16", Kind.SETUP, "`--precision bf16` needs an A100, an H100 or newer"),
     ("not compiled with CUDA enabled", Kind.SETUP, "a torch for the CPU is installed where a trial has a GPU"),
-    ("CUDA out of memory", Kind.TRIAL, "the trial needs more memory than the GPU has"),
-    ("CUDA error: out of memory", Kind.TRIAL, "the same, outside of torch's own allocator"),
-    ("Cuda failure.*out of memory", Kind.TRIAL, "the same, in NCCL"),
-    ("CUBLAS_STATUS_ALLOC_FAILED", Kind.TRIAL, "the same, in cuBLAS"),
-    ("CUDNN_STATUS_.*ALLOC.*FAILED", Kind.TRIAL, "the same, in cuDNN"),
+    ("CUDA out of memory", Kind.MEMORY, "the trial needs more memory than the GPU has"),
+    ("CUDA error: out of memory", Kind.MEMORY, "the same, outside of torch's own allocator"),
+    ("Cuda failure.*out of memory", Kind.MEMORY, "the same, in NCCL"),
+    ("CUBLAS_STATUS_ALLOC_FAILED", Kind.MEMORY, "the same, in cuBLAS"),
+    ("CUDNN_STATUS_.*ALLOC.*FAILED", Kind.MEMORY, "the same, in cuDNN"),
     (
         "device-side assert triggered",
         Kind.PROCESS,
@@ -96,7 +97,7 @@ def kind_of(error: BaseException | str) -> Kind:
     # Classes are compared by name, because importing torch and Ray is slow.
     classes = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}
     if "torch.OutOfMemoryError" in classes:
-        return Kind.TRIAL
+        return Kind.MEMORY
     for pattern, kind, _ in TEXTS:
         if re.search(pattern, str(error)):
             return kind

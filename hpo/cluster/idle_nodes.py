@@ -8,7 +8,8 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from hpo.cluster.watchdogs import workers
-from hpo.results.slot_time import SlotTime, slots_of
+from hpo.results.slot_time import SlotTime
+from hpo.results.slots import slots_of
 
 
 class IdleNodeRelease(Callback):

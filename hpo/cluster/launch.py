@@ -29,7 +29,7 @@ if platform.libc_ver()[0] == "glibc" and tuple(map(int, platform.libc_ver()[1].s
     MALLOC |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
-def start_ray(gpus_per_trial: int, temp_dir: str, trials_dir: str) -> None:
+def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine, with a token that only this user has.
 
     Args:

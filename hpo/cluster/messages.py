@@ -10,6 +10,7 @@ from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
 from hpo.files import to_json
 from hpo.results import report, slot_time, tables
+from hpo.results.slots import trials_per_gpu
 from hpo.results.trial_log import TrialLog
 from hpo.squad import loading, precision
 
@@ -41,6 +42,8 @@ def announce(run: Run) -> None:
         model = loading.count_parameters(setup.model)
         print(f"LoRA: up to {run.adapters:,} trained parameters; the {model:,} of the model are frozen")
     brackets = rungs(args.max_t, args.reduction_factor)
+    if setup.shares_gpu:
+        print(f"{trials_per_gpu(args.gpus_per_trial)} trials share each GPU")
     print(f"search: {trials} trials on {run.slots} slots, brackets of (trials, iterations) {brackets}")
     print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")
     print(f"model: {forecast.model_based} of {trials} suggestions come after it has enough results; a third of them")

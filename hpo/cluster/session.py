@@ -12,10 +12,11 @@ from hpo.cluster.idle_nodes import IdleNodeRelease
 from hpo.cluster.ray_private import ResumableSearch
 from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
-from hpo.cluster.watchdogs import FaultyNodes, Watchdog
+from hpo.cluster.watchdogs import FaultyNodes, SharedGpus, Watchdog
 from hpo.results import trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
+from hpo.results.slots import trials_per_gpu
 from hpo.results.trial_log import TrialLog
 
 
@@ -61,6 +62,7 @@ class SearchSession:
             preemption.PauseOnSignal(scheduler, self.search_alg, self.setup.stop_file, self.log.save),
             Watchdog(args.trial_timeout, self.log.log),
             FaultyNodes(folder, self.log.log),
+            SharedGpus(trials_per_gpu(args.gpus_per_trial), self.log.log),
             *trackers.tracker(args.report_to, run.folder),
         ]
         # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
@@ -71,7 +73,10 @@ class SearchSession:
         self.setup.stop_file.unlink(missing_ok=True)
 
     def trainable(self, train):
-        """What Tune runs for a trial: `train` of the script, with its resources: one bundle a rank, on one node."""
+        """What Tune runs for a trial: `train` of the script, with its resources: one bundle a rank, on one node.
+
+        Ray lets processes that ask for a part of a GPU share one, and sets CUDA_VISIBLE_DEVICES for them.
+        """
         ranks = max(1, self.setup.gpus_per_trial)
         bundle = {"CPU": self.setup.cpus_per_trial / ranks, "GPU": min(1, self.setup.gpus_per_trial)}
         resources = tune.PlacementGroupFactory([bundle] * ranks, strategy="STRICT_PACK")

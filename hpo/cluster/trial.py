@@ -74,9 +74,10 @@ class TrialContext:
                     sync(*checkpoint.rglob("*"), checkpoint)
                 self.begin("report")
                 parts = {f"{part}_seconds": seconds for part, seconds in self._seconds.items() if part != "training"}
+                memory = gpu_memory()
                 times = {"started_at": self._started_at, "ended_at": time.time(), "node": socket.gethostname()}
                 saved = checkpoint and tune.Checkpoint.from_directory(checkpoint)
-                tune.report({**parts, **times, **metrics}, checkpoint=saved)
+                tune.report({**parts, **times, **memory, **metrics}, checkpoint=saved)
                 goes_on = True
         finally:  # Tune ends a paused trial by SystemExit, raised in tune.report
             goes_on = self.group.broadcast(goes_on)
@@ -85,6 +86,19 @@ class TrialContext:
 
             raise TrialPaused
         self.start_iteration()
+
+
+def gpu_memory() -> dict[str, int]:
+    """The most of its GPU that this process has reserved so far, and all that the GPU has, in bytes.
+
+    It is what torch has reserved; CUDA itself takes more. Empty on a CPU.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return {"gpu_reserved_bytes": torch.cuda.max_memory_reserved(), "gpu_bytes": whole}
 
 
 def run(config: dict, train, setup) -> None:
@@ -128,6 +142,8 @@ def run_rank(config: dict, group, train, setup) -> None:
                 train(config, setup, TrialContext(group, folder, checkpoint, setup.stop_file))
         finally:
             gc.collect()
+            if setup.shares_gpu:  # torch keeps freed memory, which the other trials on this GPU may need
+                torch.cuda.empty_cache()
 
 
 def trial_folder(setup) -> Path:
@@ -148,6 +164,15 @@ def checkpoint_folder(setup) -> tempfile.TemporaryDirectory:
     return tempfile.TemporaryDirectory(prefix="saving-", dir=folder, ignore_cleanup_errors=True)
 
 
+def first_time_out_of_memory(setup) -> bool:
+    """Whether the running trial was not out of memory before. Notes it in the trial's folder."""
+    file = trial_folder(setup) / "out_of_memory.txt"
+    first = not file.exists()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(traceback.format_exc())
+    return first
+
+
 def report_failure(error: Exception, setup) -> None:
     """Reports a failed trial to Tune as a result, or raises where another try in another process is of use.
 
@@ -162,6 +187,8 @@ def report_failure(error: Exception, setup) -> None:
         tune.report({**result, "setup": f"{reason} (on {socket.gethostname()}); {errors.what_to_install(error)}"})
     elif kind is errors.Kind.NODE or isinstance(error, errors.TrialFailed):
         raise error
+    elif kind is errors.Kind.MEMORY and setup.shares_gpu and first_time_out_of_memory(setup):
+        raise error  # Tune starts the trial again: its neighbour may have taken the memory
     elif kind is errors.Kind.PROCESS:
         raise errors.TrialFailed(reason) from error
     else:

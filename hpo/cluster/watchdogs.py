@@ -1,4 +1,4 @@
-"""Callbacks of Tune that end worker processes that hang, and give up nodes whose GPU fails."""
+"""Callbacks of Tune that end worker processes that hang, give up nodes whose GPU fails, and look at shared GPUs."""
 
 import math
 import re
@@ -11,6 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from hpo import errors
+from hpo.plan.memory import CONTEXT
 
 
 def workers(kinds: str = "job|step") -> dict[str, str]:
@@ -113,3 +114,27 @@ class FaultyNodes(Callback):
             self.log(f"worker {found[address]} is given up: a GPU of its node fails")
 
     on_trial_error = on_trial_recover
+
+
+class SharedGpus(Callback):
+    """Warns once where the trials that share a GPU need more of its memory than it has.
+
+    Args:
+        sharing: how many trials share a GPU.
+        log: called with a line for the log.
+    """
+
+    def __init__(self, sharing: int, log):
+        self.sharing, self.log, self.warned = sharing, log, False
+
+    def on_trial_result(self, iteration, trials, trial, result, **info):
+        """Compares what a trial has reserved, and CUDA's own part, with the GPU."""
+        need = self.sharing * (result.get("gpu_reserved_bytes", 0) + CONTEXT)
+        if self.sharing > 1 and not self.warned and need > result.get("gpu_bytes", math.inf):
+            self.warned = True
+            peak, whole = result["gpu_reserved_bytes"] / 1e9, result["gpu_bytes"] / 1e9
+            self.log(
+                f"WARNING: trial {trial.trial_id} has reserved {peak:.3g} GB of its GPU, and CUDA takes about "
+                f"{CONTEXT / 1e9:.1f} GB more: {self.sharing} such trials do not fit into its {whole:.3g} GB. Start a "
+                "new run with a larger --gpus_per_trial, or with smaller batches"
+            )

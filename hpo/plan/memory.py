@@ -374,11 +374,12 @@ def plan(
     ds_config: dict,
     batch_sizes: list[int],
     ranks: int,
+    sharing: int = 1,
 ) -> str:
-    """The forecast as text: its parts, and which GPUs the trial fits on.
+    """The forecast as text: its parts, and which GPUs the trial, or all trials that share a GPU, fit on.
 
-    For a GPU that is too small, the text names the first setting that fits: the smallest batch size, or a higher ZeRO
-    stage, on up to two GPUs.
+    For a GPU that is too small, the text names the first setting that fits: fewer trials on a GPU, the smallest batch
+    size, or a higher ZeRO stage, on up to two GPUs.
 
     Args:
         forecast_of: computes a Forecast from a DeepSpeed configuration, a batch size and a number of ranks.
@@ -386,6 +387,7 @@ def plan(
         ds_config: the DeepSpeed configuration of the search.
         batch_sizes: the smallest and the largest batch size of the search space.
         ranks: GPUs of a trial of the search.
+        sharing: trials that share a GPU. Each has all parts of the memory for itself, CUDA's context too.
     """
     least, most = batch_sizes
     stage = zero_stage(ds_config)
@@ -399,6 +401,7 @@ def plan(
         f"optimizer step {gb['step']} (gradients {gb['gradients']}), evaluation {gb['evaluation']};",
         f"  reserve {gb['reserve']} (CUDA {CONTEXT / 1e9:.1f}, fragmentation {FRAGMENTATION:.0%}); "
         f"at its peak {f.peak / 1e9:.3g}",
+        *[f"{sharing} trials share a GPU: {sharing * f.peak / 1e9:.3g} in all"] * (sharing > 1),
         "",
     ]
     others = [(ds_config, least, ranks)] if least < most else []
@@ -408,16 +411,19 @@ def plan(
             others.append((ds_config | {"zero_optimization": zero}, most, gpus))
     lines.append(f"{'GPU, GB':>10}  {'fits':>4}  {'free, GB':>8}  would fit with")
     for size in GPUS:
-        fits, hint = f.peak <= size * 1e9, ""
-        if not fits:
+        room, hint = int(size * 1e9 // f.peak), ""  # trials
+        if sharing > room >= 1:
+            hint = "--gpus_per_trial " + ("1" if room == 1 else f"1/{room}")
+        elif room == 0:
             found = next((choice for choice in others if forecast_of(*choice).peak <= size * 1e9), None)
             nothing = "none of the smaller choices either: batch size, ZeRO stages on 2 GPUs"
-            hint = in_words(*found) if found else nothing
-        lines.append(f"{size:>10}  {'yes' if fits else 'no':>4}  {size - f.peak / 1e9:>8.1f}  {hint}".rstrip())
+            hint = in_words(*found, shared=sharing > 1) if found else nothing
+        fits, free = "yes" if room >= sharing else "no", size - sharing * f.peak / 1e9
+        lines.append(f"{size:>10}  {fits:>4}  {free:>8.1f}  {hint}".rstrip())
     return "\n".join(lines)
 
 
-def in_words(ds_config: dict, batch_size: int, ranks: int) -> str:
-    """A setting as text: GPUs per trial, batch size, ZeRO stage."""
-    gpus = f"--gpus_per_trial {ranks}, " * (ranks > 1)
+def in_words(ds_config: dict, batch_size: int, ranks: int, shared: bool) -> str:
+    """A setting as text: GPUs per trial (unless the search has one, too), batch size, ZeRO stage."""
+    gpus = f"--gpus_per_trial {ranks}, " * (shared or ranks > 1)
     return f"{gpus}batch size {batch_size}, ZeRO stage {zero_stage(ds_config)}"

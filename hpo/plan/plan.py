@@ -13,6 +13,7 @@ from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
 from hpo.plan.simulator import Simulation
+from hpo.results.slots import trials_per_gpu
 from hpo.squad import loading
 
 
@@ -102,6 +103,7 @@ def plan(
     seconds: float | None,
     disk_bytes: tuple[int, int] | None,
     time_limit: int | None,
+    gpus_per_trial: float = 0,
 ) -> str:
     """The plan of one search, or the comparison of several settings with a line for each.
 
@@ -112,9 +114,10 @@ def plan(
         seconds: duration of one iteration, if known.
         disk_bytes: the sizes of a checkpoint and of the best model, if known.
         time_limit: of one Slurm job in seconds, if known.
+        gpus_per_trial: with 0 and 1 there is no line of GPU-hours.
     """
     if len(settings) > 1:
-        return compare(settings, forecasts, seconds, disk_bytes)
+        return compare(settings, forecasts, seconds, disk_bytes, gpus_per_trial)
     (s,), (f,) = settings, forecasts
     wide = [["bracket", "rung at iteration", "trials", "iterations", "share"]]
     wide += [[bracket, budget, trials, run, f"{run / f.iterations:.0%}"] for bracket, budget, trials, run in f.rungs]
@@ -134,6 +137,8 @@ def plan(
         hours = f.time * seconds / 3600
         busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy"
         lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {busy}")
+        if gpus_per_trial not in (0, 1):
+            lines.append(f"a slot takes {gpus_per_trial:.3g} GPUs: {hours * s['slots'] * gpus_per_trial:.2f} GPU-hours")
         if time_limit:  # the job is warned 5 minutes before its end, and takes one to start
             jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))
             fits = "it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"
@@ -151,18 +156,25 @@ def plan(
 
 
 def compare(
-    settings: list[dict], forecasts: list[Forecast], seconds: float | None, disk_bytes: tuple[int, int] | None
+    settings: list[dict],
+    forecasts: list[Forecast],
+    seconds: float | None,
+    disk_bytes: tuple[int, int] | None,
+    gpus_per_trial: float,
 ) -> str:
     """A table with a line for each of several settings. The arguments are those of `plan`."""
     head = ["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy"]
     head += ["iterations' time"]
-    rows = [head + ["hours", "slot-hours"] * bool(seconds) + ["disk GB"] * bool(disk_bytes)]
+    hours_of_gpus = bool(seconds) and gpus_per_trial not in (0, 1)
+    head += ["hours", "slot-hours"] * bool(seconds) + ["GPU-hours"] * hours_of_gpus
+    rows = [head + ["disk GB"] * bool(disk_bytes)]
     for s, f in zip(settings, forecasts, strict=True):
         row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}"]
         row += [f.model_based, f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
         if seconds:
             hours = f.time * seconds / 3600
             row += [f"{hours:.2f}", f"{hours * s['slots']:.2f}"]
+            row += [f"{hours * s['slots'] * gpus_per_trial:.2f}"] * hours_of_gpus
         if disk_bytes:
             row.append(f"{f.disk(*disk_bytes) / 1e9:.3g}")
         rows.append(row)
@@ -189,7 +201,7 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     seconds, limit = args.seconds_per_iteration, arguments.time_limit()
     where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
-    print(plan(space, settings, forecasts, seconds, disk_bytes, limit), flush=True)
+    print(plan(space, settings, forecasts, seconds, disk_bytes, limit, args.gpus_per_trial), flush=True)
     if model is None:
         print("memory of a GPU: known once the model is there (--prefetch)", flush=True)
     else:
@@ -228,7 +240,8 @@ def memory_plan(args, space: dict, largest: dict, model: Path, max_length: int, 
 
     sizes = [int(search_space.smallest(space["train_loop_config"]["per_device_bs"])), largest["per_device_bs"]]
     try:
-        text = memory.plan(forecast_of, precision, args.ds_config, sizes, max(1, args.gpus_per_trial))
+        ranks, sharing = max(1, args.gpus_per_trial), trials_per_gpu(args.gpus_per_trial)
+        text = memory.plan(forecast_of, precision, args.ds_config, sizes, ranks, sharing)
     except Exception as error:  # FakeTensors cannot follow every model
         return f"memory of a GPU: no forecast for this model: {errors.one_line(error, 200)}"
     told = [f"LoRA rank {options['lora_r']}"] * (options["lora_r"] > 0)

@@ -1,8 +1,8 @@
 """Slot time: what the slots of a search did, and why they were idle.
 
-A slot is what one trial takes: a GPU, or a CPU on a machine without GPUs. Times are slot-seconds in this module, and
-slot-minutes in run.json and in the log. The time before the search (Slurm's queue, loading) and after it (the test of
-the best model) does not count.
+A slot is what one trial takes: a GPU, several or a part of one, or a CPU on a machine without GPUs. Times are
+slot-seconds in this module, and slot-minutes in run.json and in the log. The time before the search (Slurm's queue,
+loading) and after it (the test of the best model) does not count.
 """
 
 import time
@@ -10,6 +10,8 @@ import time
 import ray
 from ray.tune import Callback
 from ray.tune.experiment import Trial
+
+from hpo.results.slots import slots_of
 
 # What a running trial does. "run again": iterations that were reported before, and were lost in an interruption.
 WORK = ("training", "evaluation", "checkpoints", "run again")
@@ -35,7 +37,7 @@ class SlotTime(Callback):
 
     EVERY = 5.0  # seconds between two counts of the slots: nodes join and leave
 
-    def __init__(self, log, resources: dict[str, int], at_a_time: int, searcher):
+    def __init__(self, log, resources: dict[str, float], at_a_time: int, searcher):
         self.log, self.resources, self.at_a_time, self.searcher = log, resources, at_a_time, searcher
         self.spent = dict.fromkeys(("running", *WORK, *IDLE, "given back"), 0.0)
         self.seen: set[tuple[str, int]] = set()  # iterations that were reported
@@ -129,11 +131,6 @@ class SlotTime(Callback):
         parts |= {f"idle: {cause}": spent[cause] for cause in IDLE}
         minutes = {name: seconds / 60 for name, seconds in parts.items()}
         return {"allocated": sum(minutes.values()), **minutes, "given back": spent["given back"] / 60}
-
-
-def slots_of(have: dict[str, float], resources: dict[str, int]) -> int:
-    """How many trials fit into the resources of a node."""
-    return int(min(have.get(name.upper(), 0) // n for name, n in resources.items() if n))
 
 
 def summary(minutes: dict[str, float], iterations: int, max_t: int, num_samples: int, grid: int) -> str:

@@ -49,7 +49,7 @@ class TrialLog(Callback):
         searcher,
         metric: str,
         num_samples: int,
-        gpus_per_trial: int,
+        gpus_per_trial: float,
         first_rung: int = 10**9,
         save_state: Callable[[dict, list[dict]], None] = lambda state, live: None,
     ):

@@ -308,7 +308,7 @@ def check_gradients(make_trainer, loss_of, ranks: int) -> float:
             try:
                 trainer.train()
             except Exception as error:
-                if errors.kind_of(error) is errors.Kind.TRIAL and not isinstance(error, torch.OutOfMemoryError):
+                if errors.kind_of(error) is errors.Kind.TRIAL:
                     raise errors.CannotTrain(f"{type(error).__name__} {errors.one_line(error)}") from error
                 raise
             engine = trainer.model_wrapped

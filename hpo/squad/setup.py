@@ -28,7 +28,7 @@ class Setup:
     metric: str  # trials are compared by it
     metric_language: str  # answers are normalised as in this language, see hpo/squad/scores.py
     seed: int
-    gpus_per_trial: int
+    gpus_per_trial: float  # 0.5: two trials share a GPU
     cpus_per_trial: int
     unanswerable: bool = False  # a question for training or validation has no answer: scored as in SQuAD 2.0
     dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
@@ -47,6 +47,11 @@ class Setup:
         """
         names = ("gradient_accumulation_steps", "lora_r", "lora_alpha")
         return {name: getattr(self, name) for name in names} | searched
+
+    @property
+    def shares_gpu(self) -> bool:
+        """Whether other trials run on the GPU of a trial."""
+        return 0 < self.gpus_per_trial < 1
 
     @property
     def stop_file(self) -> Path:

@@ -1,0 +1,20 @@
+"""How many trials run at a time. Imports nothing: the command line asks it before the slow imports of the script."""
+
+
+def trials_per_gpu(gpus_per_trial: float) -> int:
+    """How many trials share a GPU; 1 where a trial has whole GPUs, or none."""
+    return round(1 / gpus_per_trial) if 0 < gpus_per_trial < 1 else 1
+
+
+def slots_of(have: dict[str, float], resources: dict[str, float]) -> int:
+    """How many trials fit into the resources of a node.
+
+    Args:
+        have: of the node, {"CPU", "GPU"}; others are not looked at.
+        resources: of a trial, {"cpu", "gpu"}.
+    """
+    room = []
+    for name, n in resources.items():
+        if n:  # 2 GPUs with half a one for each trial are as 4 of which each trial takes one; 1 // 0.2 would be 4
+            room.append(have.get(name.upper(), 0) * trials_per_gpu(n) // max(1, n))
+    return int(min(room))
