@@ -31,6 +31,7 @@ ask() { # [command ...]: sets $answer to its first line, or to nothing. A signal
 	answer=''
 	read -r -u "$output" answer || true
 	exec {output}<&-
+	asked=''
 }
 
 ray_version() { # sets $answer to Ray's version, or ends the job
