@@ -316,6 +316,21 @@ def test_the_head_s_own_gpus_take_part(project, tiny):
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
 
 
+def test_check(project, tiny):
+    """--check on two nodes: one is ok, the GPU of the other fails."""
+    with open(project.folder / "cluster.env", "a") as file:
+        file.write("[[ $SLURMD_NODENAME != node3 ]] || export GPU_CHECK_SAYS='CUDA error: uncorrectable ECC error'\n")
+    job = project.submit(*tiny, *SHORT, "--check", NUM_WORKERS="2")
+    assert project.wait_for_end(job) == ("FAILED", "2:0"), project.log(job)
+    log = project.log(job)
+    assert re.search(r"(?m)^node2 .* ok$", log), log
+    assert re.search(r"(?m)^node3 .* CUDA error: uncorrectable ECC error", log), log
+    assert "--check: 1 of 2 nodes are not ok, see the table above" in log and "GPU-hours" in log
+    found = json.loads((project.folder / "results" / f"check-{job}" / "check.json").read_text())
+    assert [len(node["trials"]) for node in found["nodes"]] == [2, 0] and not found["ok"]
+    assert project.left_over() == {}
+
+
 # -- side by side
 # ----------------------------------------------------------------------------------------------------
 
