@@ -224,12 +224,18 @@ StorageLoc=slurm
         """
         (self.folder / f"spool-{node}").mkdir(exist_ok=True)
         script = (
-            f"hostname {node}; mount -t tmpfs tmpfs {self.folder}/private; "
+            f"hostname {node}; mount -t tmpfs tmpfs {self.folder}/private; mkdir -p /tmp/ray; "
+            "mount -t tmpfs tmpfs /tmp/ray; "  # Ray's own place for files, without those of others on this machine
             + f"mount --bind /bin/false {shutil.which('sbatch')}; " * (node != NODES[0])
             + f"exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
         )
         namespace = f"--net=/var/run/netns/{node}"
         self._start(node, ["nsenter", namespace, "unshare", "--uts", "--mount", "sh", "-c", script])
+
+    def files_of_ray(self, node: str) -> list[str]:
+        """What is in the node's own /tmp/ray."""
+        process = self.daemons.get(node)  # None while a test has taken the node away
+        return sh(f"nsenter --mount=/proc/{process.pid}/ns/mnt ls /tmp/ray").split() if process else []
 
     def _start(self, name: str, command: list[str]):
         with open(self.folder / f"{name}.out", "a") as log:
@@ -314,6 +320,7 @@ class Project:
         self.cluster, self.folder, self.temporary = cluster, folder, temporary
         copy_project(folder)
         (folder / "logs").mkdir()
+        (folder / "home").mkdir()
 
     def hand(self, body: str) -> None:
         """Makes the project's script one with another `train`, see faulty.write_script; the honest one is
@@ -328,7 +335,7 @@ class Project:
         """Submits the head job; its id."""
         settings = {
             "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
-            "WORKER_TIMEOUT": "400", "TMPDIR": str(self.temporary),
+            "WORKER_TIMEOUT": "400", "TMPDIR": str(self.temporary), "HOME": str(self.folder / "home"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(NO_GPU), os.environ.get("PYTHONPATH")])), **environment,
         }  # fmt: skip
         command = ["sbatch", "--parsable", f"--nodelist={node}", *options, "head_node.slurm", *map(str, arguments)]
@@ -370,5 +377,8 @@ class Project:
             "ports": {n: p for n, p in ports.items() if p},
             "temporary": sorted(map(str, self.temporary.iterdir())),
             "rendezvous": sorted(map(str, self.folder.glob("results/.ray-*"))),
+            # where Ray keeps things when it is left to itself
+            "home": sorted(map(str, (self.folder / "home").glob(".ray*"))),
+            "/tmp/ray": [n for n in NODES if self.cluster.files_of_ray(n)],
         }
         return {key: value for key, value in found.items() if value}
