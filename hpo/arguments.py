@@ -307,9 +307,12 @@ def read_cluster_env() -> dict[str, int] | None:
         raise BadInput(done.stderr.splitlines()[0])
     print(done.stderr, end="", file=sys.stderr)
     found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
-    request = found.get("GPU_REQUEST") or found.get("GPUS_PER_NODE", "")  # such as a100:4, or --gres=gpu:a100:4
-    if request:
-        found["GPUS_PER_NODE"] = re.split("[:=]", request)[-1]
+    # as in head_node.slurm: --gpus-per-node=[type:]number, or --gres=gpu[:type][:number], among others
+    request = found.get("GPU_REQUEST") or f"--gpus-per-node={found.get('GPUS_PER_NODE')}"
+    if match := re.search(r"gpu[a-z-]*[:=](?:[^:,=]*[^\d:,=][^:,=]*:)?(\d+)", request):
+        found["GPUS_PER_NODE"] = match.group(1)
+    elif re.search(r"gres=(.*,)?gpu(:[^:,]*[^\d:,][^:,]*)?(,|$)", request):
+        found["GPUS_PER_NODE"] = "1"
     for name in CLUSTER_ENV:
         if not re.fullmatch(r"\d+", found.get(name, "")):
             raise BadInput(f"{ROOT}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")

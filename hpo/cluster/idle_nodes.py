@@ -1,6 +1,7 @@
 """Gives worker jobs back to Slurm at the end of a search, when fewer trials than slots are left."""
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import ray
@@ -21,7 +22,7 @@ class IdleNodeRelease(Callback):
     Args:
         slot_time: is told of what was given back; its log and resources are used.
         minutes: how long a node must be idle; 0: nothing is given back.
-        folder: the rendezvous folder of head and workers; None where workers are not jobs of their own.
+        folder: the rendezvous folder of head and workers; None without head_node.slurm.
     """
 
     EVERY = 5.0  # seconds between two looks
@@ -54,19 +55,21 @@ class IdleNodeRelease(Callback):
         if len(self.slot_time.log.trials) < self.slot_time.log.num_samples or starting or None in busy:
             self.idle_since.clear()
             return
-        jobs = {address: job for address, job in workers("job").items() if job not in self.given_back}
-        slots = {}
-        for node in ray.nodes():
-            if node["Alive"] and node["NodeManagerAddress"] in jobs:
-                slots[node["NodeManagerAddress"]] = slots_of(node["Resources"], self.slot_time.resources)
+        jobs, slots = workers("job"), Counter()
+        leaving = {address for address, job in jobs.items() if job in self.given_back}
+        for node in ray.nodes():  # a head job that takes part has two at its address
+            if node["Alive"] and node["NodeManagerAddress"] not in leaving:
+                slots[node["NodeManagerAddress"]] += slots_of(node["Resources"], self.slot_time.resources)
         for address, job in sorted(jobs.items(), key=lambda pair: pair[1]):
+            if address in leaving:
+                continue
             if address in busy:
                 self.idle_since.pop(job, None)
                 continue
             idle = self.looked_at - self.idle_since.setdefault(job, self.looked_at)
-            rest = sum(n for other, n in slots.items() if other != address and jobs[other] not in self.given_back)
+            rest = slots.total() - slots[address]
             if idle >= 60 * self.minutes and rest >= len(live):
                 (self.folder / f"release-{job}").touch()
-                self.given_back[job] = slots[address]
+                self.given_back[job] = slots.pop(address)
                 left = f"{len(live)} trials are left, and {rest} slots without it"
                 print(f"worker job {job} is given back: {left}", flush=True)

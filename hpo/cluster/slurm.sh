@@ -11,9 +11,14 @@ failed() { # [exit code] [file] [line] [command]
 	[[ $2 != ./cluster.env ]] || log "cluster.env: line $3: $4 failed with exit code $1"
 }
 trap 'failed $? "${BASH_SOURCE[0]}" $LINENO "$BASH_COMMAND"' ERR
-sourcing=1
+script_arguments=("$@")
+set -- # activation scripts read them
+sourcing_cluster_env=1
 source ./cluster.env
-sourcing='' && unset IFS && set -Eeuo pipefail +f && set_traps # whatever cluster.env has set
+set -- "${script_arguments[@]}"
+# whatever cluster.env has set:
+sourcing_cluster_env='' scratch='' sockets='' ray='' asked='' && unset IFS "${!SQUEUE_@}" && shopt -u failglob nullglob
+set -Eeuo pipefail +f && set_traps
 
 read -ra container <<< "${CONTAINER-}" # comes before each python and ray; its own Python is used
 if [[ ! ${CONTAINER-} && ${VENV-} ]]; then
@@ -23,7 +28,6 @@ fi
 
 # -- functions -------------------------------------------------------------------------------------------------------
 
-asked=''
 ask() { # [command ...]: sets $answer to its first line, or to nothing. A signal is handled while it runs, not after it.
 	local output
 	exec {output}< <(exec "$@" 2> /dev/null)
@@ -34,9 +38,48 @@ ask() { # [command ...]: sets $answer to its first line, or to nothing. A signal
 	asked=''
 }
 
-ray_version() { # sets $answer to Ray's version, or ends the job
+ray_version() { # [exit code] [advice]: sets $answer to Ray's version, or ends the job
 	ask "${container[@]}" python -c 'import ray; print(ray.__version__)'
 	[[ $answer ]] || die "$1" "${CONTAINER:-$(command -v python || echo python)} cannot import ray: $2"
+}
+
+count_gpus() { # sets $gpus to the number of GPUs that this job has on this node
+	local ids
+	IFS=, read -ra ids <<< "${SLURM_STEP_GPUS:-${SLURM_JOB_GPUS-}}"
+	gpus=${SLURM_GPUS_ON_NODE:-${#ids[@]}}
+}
+
+my_jobs() { # prints the ids of this user's jobs, a line each; fails if Slurm does not answer, or leaves this job out
+	local jobs
+	jobs=$(timeout 10 squeue --all --me -h -o %A 2> /dev/null) || return 1
+	[[ $'\n'$jobs$'\n' == *$'\n'$SLURM_JOB_ID$'\n'* ]] && echo "$jobs"
+}
+
+job_of() { # [folder]: prints the job whose folder it is; fails if it is not of this user and of this cluster
+	local cluster job
+	[[ -O $1 && ! -L $1 && -f $1/job ]] || return 1
+	read -r cluster job < "$1/job" && [[ $cluster == "${SLURM_CLUSTER_NAME:-}" ]] && echo "$job"
+}
+
+remove_leftovers() { # [folder ...]: removes those of jobs that are no longer in the queue
+	local folder job jobs
+	jobs=$(my_jobs) || return 0
+	for folder; do
+		job=$(job_of "$folder") && [[ $'\n'$jobs$'\n' != *$'\n'$job$'\n'* ]] || continue
+		rm -rf "$folder"
+		log "removed $folder, which job $job has left behind"
+	done
+}
+
+make_scratch() { # a folder on this node for temporary files ($scratch), and a short one for Ray's sockets ($sockets)
+	local folder
+	[[ -d ${TMPDIR-} ]] || TMPDIR=/tmp # it may be one of the login node
+	remove_leftovers "$TMPDIR"/ray-?????? /tmp/ray-??????
+	scratch=$(mktemp -d "$TMPDIR/ray-XXXXXX") || die "$1" "$TMPDIR on $SLURMD_NODENAME cannot be written"
+	sockets=$scratch
+	((${#sockets} < 38)) || sockets=$(mktemp -d /tmp/ray-XXXXXX) # the paths of sockets may have at most 107 bytes
+	for folder in "$scratch" "$sockets"; do echo "${SLURM_CLUSTER_NAME:-} $SLURM_JOB_ID" > "$folder/job"; done
+	export TMPDIR=$scratch
 }
 
 wait_for_end() { # [tenths of a second] [process id ...]: fails if one of them is still there after this time
@@ -53,25 +96,26 @@ stop_sessions() { # [session id ...]: ends all their processes, in a second
 	pkill -KILL --session "$ids" || true
 }
 
-remove_leftovers() { # [folder ...]: removes those of this user's jobs that are no longer in the queue of this cluster
-	local folder cluster job queue
-	queue=$(timeout 10 squeue --me -h -o %A 2> /dev/null) || return 0
-	for folder; do
-		[[ -O $folder && ! -L $folder && -r $folder/job ]] || continue
-		read -r cluster job < "$folder/job" || continue
-		[[ $cluster == "${SLURM_CLUSTER_NAME:-}" && $'\n'$queue$'\n' != *$'\n'$job$'\n'* ]] || continue
-		rm -rf "$folder"
-		log "removed $folder, which job $job has left behind"
+try_to_start_ray() { # [name in the log]: three times, with more patience each time; `start_ray [seconds]` starts it
+	local try
+	for try in 1 2 3; do
+		if start_ray $((try * 60)); then return 0; fi
+		log "$1 did not start (try $try): $(tail -n 1 "$scratch/log")"
+		grep -hs Error "$sockets"/r/session_latest/logs/* | tail -n 3 || true
+		stop_sessions "$ray"
+		rm -rf "$sockets/r" # this run's own
 	done
+	return 1
 }
 
-make_scratch() { # a folder on this node for temporary files ($scratch), and a short one for Ray's sockets ($sockets)
-	local folder
-	remove_leftovers "${TMPDIR:-/tmp}"/ray-?????? /tmp/ray-??????
-	scratch=$(mktemp -d "${TMPDIR:-/tmp}/ray-XXXXXX") || die "$1" "${TMPDIR:-/tmp} on $SLURMD_NODENAME cannot be written"
-	sockets=$scratch
-	((${#sockets} < 38)) || sockets=$(mktemp -d /tmp/ray-XXXXXX) # the paths of sockets may have at most 107 bytes
-	for folder in "$scratch" "$sockets"; do echo "${SLURM_CLUSTER_NAME:-} $SLURM_JOB_ID" > "$folder/job"; done
+ray_is_up() { # [seconds]: waits until Ray has started; fails if it ends, or after twice this time
+	local i
+	for ((i = 0; i < 10 * $1; i++)); do
+		[[ ! -s $sockets/r/ray_current_cluster ]] || return 0
+		kill -0 "$ray" 2> /dev/null || return 1
+		sleep 0.2
+	done
+	return 1
 }
 
 address_of() { # [network interface]: prints its IPv4 address, or its IPv6 address if it has no other

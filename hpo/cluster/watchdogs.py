@@ -86,7 +86,7 @@ class FaultyNodes(Callback):
     job of its own, Slurm keeps the job that replaces it off that node.
 
     Args:
-        folder: the rendezvous folder of head and workers; None where workers are not jobs of their own.
+        folder: the rendezvous folder of head and workers; None without head_node.slurm.
         log: called with a line for the log.
     """
 
