@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from hpo import ranges
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
 from hpo.results.slots import slots_of
@@ -25,7 +26,7 @@ from hpo.squad.scores import ARTICLES
 
 ROOT = Path(__file__).parent.parent
 # Arguments that a run does not keep:
-NOT_OF_THE_SEARCH = ("given", "cluster", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
+NOT_OF_THE_SEARCH = ("given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -122,7 +123,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     Returns:
         The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
-        it is None if the trials run on this machine.
+        it is None if the trials run on this machine. `ranges` has the variables that change the search space.
 
     Raises:
         BadInput: an argument is wrong.
@@ -131,6 +132,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args = parser.parse_args(argv)
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    args.ranges = ranges.read(os.environ)
     for name in ("reduction_factor", "max_concurrent_trials"):
         if not args.plan:
             if len(getattr(args, name)) > 1:
@@ -198,7 +200,8 @@ def kept(args: argparse.Namespace) -> dict:
 def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
-    Arguments that are given again must be the same, except --trial_timeout, which may have been too short.
+    Arguments that are given again must be the same, except --trial_timeout, which may have been too short. So must the
+    variables of the environment that change the search space.
 
     Raises:
         BadInput: it is no run folder, or another argument is given.
@@ -211,6 +214,7 @@ def load_from_run(args: argparse.Namespace) -> None:
         older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
         earlier = older | run["arguments"]
         dict(run["search_space"])
+        ranges_of_run = ranges.read(dict(run.get("environment", {})))
         for name, value in kept(args).items():
             if name == "run_name":
                 continue
@@ -221,7 +225,7 @@ def load_from_run(args: argparse.Namespace) -> None:
             kind = number if value is None or isinstance(value, float) else type(value)
             if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                 raise ValueError(name)
-    except (OSError, ValueError, KeyError, TypeError, BadInput):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
         raise BadInput(
             f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
         ) from None
@@ -234,10 +238,14 @@ def load_from_run(args: argparse.Namespace) -> None:
         for name in sorted(args.given & set(earlier))
         if getattr(args, name) != earlier[name]
     ]
+    for name, text in args.ranges.items():
+        if name in ranges_of_run and ranges.numbers(name, text) != ranges.numbers(name, ranges_of_run[name]):
+            other.append(f"{name}={text} in the environment (the run has {ranges_of_run[name]})")
     if other:
         raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
     for name, value in earlier.items():
         setattr(args, name, value)
+    args.ranges = ranges_of_run | args.ranges  # one that the run does not have: search_space.check_same looks at it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
