@@ -37,7 +37,7 @@ LEAST = {
 }  # fmt: skip
 
 
-def gpus(text: str) -> int | float:
+def gpus_per_trial(text: str) -> int | float:
     """The value of --gpus_per_trial: a whole number, or 1/n for n = 2 to 100. Raises BadInput where it is another."""
     share = re.fullmatch(r"1/(\d{1,3})", text)
     try:
@@ -76,8 +76,8 @@ def make_parser(description: str) -> Parser:
     add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
-    add("--gpus_per_trial", type=gpus, help="default: 1, and 0 on a machine without GPUs; several: one process "
-        "for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
+    add("--gpus_per_trial", type=gpus_per_trial, help="default: 1, and 0 on a machine without GPUs; several: one "
+        "process for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
     add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
@@ -197,6 +197,36 @@ def kept(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_SEARCH}
 
 
+def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
+    """The arguments and the `ranges` of the run that --run_name and --output_dir name.
+
+    Raises:
+        BadInput: it is no run folder.
+    """
+    # Older runs have no such flags.
+    older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
+    older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
+    older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    try:
+        run = json.loads((run_dir(args) / "run.json").read_text())
+        earlier = older | run["arguments"]
+        dict(run["search_space"])
+        if earlier["gpus_per_trial"] is not None:
+            earlier["gpus_per_trial"] = gpus_per_trial(str(earlier["gpus_per_trial"]))
+        for name, value in kept(args).items():
+            if name in ("run_name", "gpus_per_trial"):
+                continue
+            number = (int, float, type(None)) if value is None else (int, float)
+            kind = number if value is None or isinstance(value, float) else type(value)
+            if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
+                raise ValueError(name)
+        return earlier, ranges.read(dict(run.get("environment", {})))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
+        raise BadInput(
+            f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
+        ) from None
+
+
 def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
@@ -206,29 +236,7 @@ def load_from_run(args: argparse.Namespace) -> None:
     Raises:
         BadInput: it is no run folder, or another argument is given.
     """
-    try:
-        run = json.loads((run_dir(args) / "run.json").read_text())
-        # Older runs have no such flags.
-        older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
-        older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
-        older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
-        earlier = older | run["arguments"]
-        dict(run["search_space"])
-        ranges_of_run = ranges.read(dict(run.get("environment", {})))
-        for name, value in kept(args).items():
-            if name == "run_name":
-                continue
-            if name == "gpus_per_trial" and earlier[name] is not None:
-                earlier[name] = gpus(str(earlier[name]))
-                continue
-            number = (int, float, type(None)) if value is None else (int, float)
-            kind = number if value is None or isinstance(value, float) else type(value)
-            if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
-                raise ValueError(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
-        raise BadInput(
-            f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
-        ) from None
+    earlier, ranges_of_run = of_run(args)
     for name in ("run_name", "output_dir"):  # they say where the run is: it may have been moved
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
@@ -238,9 +246,9 @@ def load_from_run(args: argparse.Namespace) -> None:
         for name in sorted(args.given & set(earlier))
         if getattr(args, name) != earlier[name]
     ]
-    for name, text in args.ranges.items():
-        if name in ranges_of_run and ranges.numbers(name, text) != ranges.numbers(name, ranges_of_run[name]):
-            other.append(f"{name}={text} in the environment (the run has {ranges_of_run[name]})")
+    for name in sorted(args.ranges.keys() & ranges_of_run.keys()):
+        if ranges.numbers(name, args.ranges[name]) != ranges.numbers(name, ranges_of_run[name]):
+            other.append(f"{name}={args.ranges[name]} in the environment (the run has {ranges_of_run[name]})")
     if other:
         raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
     for name, value in earlier.items():
