@@ -28,6 +28,7 @@ from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, ranges, search_space
 from hpo.bohb.searcher import TuneBOHB
+from hpo.results import report
 from hpo.squad import loading, reading
 from slurm_cluster import copy_project
 from test_run import Hub
@@ -572,6 +573,13 @@ def test_the_environment_changes_the_search_space(variables, says):
     suggested = TuneBOHB(space, seed=0).suggest("a")["train_loop_config"]
     for name, domain in space["train_loop_config"].items():
         assert search_space.smallest(domain) <= suggested[name] <= search_space.largest(domain)
+
+
+def test_the_report_shows_the_changes_of_the_environment():
+    run = {"status": "done", "arguments": {"num_samples": 3, "metric": "f1"}}
+    assert report.facts_of(run, [], [])["Started with"] == "--num_samples 3 --metric f1"  # of an older version
+    run["environment"] = {"LR_UPPER": "1e-4"}
+    assert report.facts_of(run, [], [])["Started with"] == "LR_UPPER=1e-4 --num_samples 3 --metric f1"
 
 
 def test_a_range_keeps_its_kind():
