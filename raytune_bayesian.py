@@ -32,7 +32,7 @@ import transformers
 from ray import tune
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hpo import search_space
+from hpo import ranges, search_space
 from hpo.files import write_json
 from hpo.results.tables import METRICS, MODES
 from hpo.squad import data, evaluation, loading, lora, models, precision, scores
@@ -343,7 +343,7 @@ def search(run, train):
     session = SearchSession(run, searcher, scheduler)
     tuner = tune.Tuner(
         session.trainable(train),
-        param_space=SEARCH_SPACE,
+        param_space=run.space,
         tune_config=tune.TuneConfig(
             metric=args.metric,
             mode=MODES[args.metric],
@@ -370,23 +370,22 @@ def search(run, train):
 
 def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
-    search_space.check(SEARCH_SPACE, train, args.ds_config)
-    search_space.check_flags(SEARCH_SPACE, args)
+    space = ranges.space_of_run(SEARCH_SPACE, train, args)
     from hpo.cluster import launch, messages  # imported late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
     if args.plan:
-        return plan.show(args, SEARCH_SPACE, MAX_LENGTH, EVAL_TOKENS)
+        return plan.show(args, space, MAX_LENGTH, EVAL_TOKENS)
     if args.prefetch:
         loading.prefetch(args.model, args.dataset, args.drop_bad_answers)
-    largest = search_space.largest_trial(SEARCH_SPACE, args)
+    largest = search_space.largest_trial(space, args)
     setup, test_set = prepare(args, MAX_LENGTH, SELECTION_SIZE, largest["sequences"])
     if not args.resume:
         try_model(setup, test_set, largest)
     if args.prefetch:
         return
-    run = Run(args, SEARCH_SPACE, setup, len(test_set))
+    run = Run(args, space, setup, len(test_set))
     if run.done:
         print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
         return

@@ -5,7 +5,7 @@
     squad/                  data, evaluation, scores, models, lora, precision, ranks: what a trial trains with
     results/                the run folder: tables, log lines, slot time, trackers, figures, report
     arguments, checks,      what the user hands in, and its checks
-      search_space
+      ranges, search_space
     plan/                   what a search would run and need: simulator, plan, memory
     cluster/                Ray and Slurm: launch, session, trial, saved state, signals, watchdogs, ray_private
 

@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpo import disk
+from hpo import disk, ranges
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
 from hpo.results.slots import slots_of
@@ -27,7 +27,7 @@ from hpo.squad.scores import ARTICLES
 ROOT = Path(__file__).parent.parent
 FILES = 500  # more than a run has at a time
 # Arguments that a run does not keep:
-NOT_OF_THE_SEARCH = ("given", "cluster", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
+NOT_OF_THE_SEARCH = ("given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -38,7 +38,7 @@ LEAST = {
 }  # fmt: skip
 
 
-def gpus(text: str) -> int | float:
+def gpus_per_trial(text: str) -> int | float:
     """The value of --gpus_per_trial: a whole number, or 1/n for n = 2 to 100. Raises BadInput where it is another."""
     share = re.fullmatch(r"1/(\d{1,3})", text)
     try:
@@ -77,8 +77,8 @@ def make_parser(description: str) -> Parser:
     add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
     add("--num_samples", type=int, help="number of trials (default: one whole band)")
-    add("--gpus_per_trial", type=gpus, help="default: 1, and 0 on a machine without GPUs; several: one process "
-        "for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
+    add("--gpus_per_trial", type=gpus_per_trial, help="default: 1, and 0 on a machine without GPUs; several: one "
+        "process for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
     add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
     add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
@@ -124,7 +124,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     Returns:
         The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
-        it is None if the trials run on this machine.
+        it is None if the trials run on this machine. `ranges` has the variables that change the search space.
 
     Raises:
         BadInput: an argument is wrong.
@@ -133,6 +133,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args = parser.parse_args(argv)
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    args.ranges = ranges.read(os.environ)
     for name in ("reduction_factor", "max_concurrent_trials"):
         if not args.plan:
             if len(getattr(args, name)) > 1:
@@ -199,36 +200,46 @@ def kept(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_SEARCH}
 
 
-def load_from_run(args: argparse.Namespace) -> None:
-    """Takes over the arguments of the run that --run_name and --output_dir name.
-
-    Arguments that are given again must be the same, except --trial_timeout, which may have been too short.
+def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
+    """The arguments and the `ranges` of the run that --run_name and --output_dir name.
 
     Raises:
-        BadInput: it is no run folder, or another argument is given.
+        BadInput: it is no run folder.
     """
+    # Older runs have no such flags.
+    older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
+    older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
+    older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
-        # Older runs have no such flags.
-        older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
-        older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
-        older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
         earlier = older | run["arguments"]
         dict(run["search_space"])
+        if earlier["gpus_per_trial"] is not None:
+            earlier["gpus_per_trial"] = gpus_per_trial(str(earlier["gpus_per_trial"]))
         for name, value in kept(args).items():
-            if name == "run_name":
-                continue
-            if name == "gpus_per_trial" and earlier[name] is not None:
-                earlier[name] = gpus(str(earlier[name]))
+            if name in ("run_name", "gpus_per_trial"):
                 continue
             number = (int, float, type(None)) if value is None else (int, float)
             kind = number if value is None or isinstance(value, float) else type(value)
             if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                 raise ValueError(name)
-    except (OSError, ValueError, KeyError, TypeError, BadInput):
+        return earlier, ranges.read(dict(run.get("environment", {})))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
         raise BadInput(
             f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
         ) from None
+
+
+def load_from_run(args: argparse.Namespace) -> None:
+    """Takes over the arguments of the run that --run_name and --output_dir name.
+
+    Arguments that are given again must be the same, except --trial_timeout, which may have been too short. So must the
+    variables of the environment that change the search space.
+
+    Raises:
+        BadInput: it is no run folder, or another argument is given.
+    """
+    earlier, ranges_of_run = of_run(args)
     for name in ("run_name", "output_dir"):  # they say where the run is: it may have been moved
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
@@ -238,10 +249,14 @@ def load_from_run(args: argparse.Namespace) -> None:
         for name in sorted(args.given & set(earlier))
         if getattr(args, name) != earlier[name]
     ]
+    for name in sorted(args.ranges.keys() & ranges_of_run.keys()):
+        if ranges.numbers(name, args.ranges[name]) != ranges.numbers(name, ranges_of_run[name]):
+            other.append(f"{name}={args.ranges[name]} in the environment (the run has {ranges_of_run[name]})")
     if other:
         raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
     for name, value in earlier.items():
         setattr(args, name, value)
+    args.ranges = ranges_of_run | args.ranges  # one that the run does not have: search_space.check_same looks at it
 
 
 # ---------------------------------------------------------------------------------------------------------------------

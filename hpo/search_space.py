@@ -11,7 +11,7 @@ from numbers import Integral, Real
 from types import ModuleType
 
 import numpy as np
-from ray.tune.search.sample import Categorical, Domain, Function, Integer, Normal, Quantized
+from ray.tune.search.sample import Categorical, Domain, Function, Integer, LogUniform, Normal, Quantized
 from ray.tune.search.variant_generator import parse_spec_vars
 
 from hpo.bohb import steps
@@ -164,13 +164,16 @@ def fault_of_range(domain: Domain) -> str | None:
     if isinstance(domain, Function):
         return "BOHB cannot learn from tune.sample_from: use a range or tune.choice"
     sampler, ends = domain.get_sampler(), (domain.lower, domain.upper)
-    if isinstance(getattr(sampler, "sampler", sampler), Normal):
+    kind = getattr(sampler, "sampler", sampler)
+    if isinstance(kind, Normal):
         if not all(map(is_number, ends)) or isinstance(sampler, Quantized):
             return "BOHB needs bounds, and a normal distribution has none: use tune.uniform or tune.loguniform"
     if not all(map(is_whole if isinstance(domain, Integer) else is_number, ends)):
         return f"the bounds {domain.domain_str} are not {'whole' if isinstance(domain, Integer) else 'finite'} numbers"
     if not domain.lower < domain.upper:
         return f"lower {domain.lower} is not below upper {domain.upper}"
+    if isinstance(kind, LogUniform) and domain.lower <= 0:
+        return f"lower {domain.lower} of a logarithmic range must be above 0"
     if isinstance(sampler, Quantized):
         q = sampler.q
         if not is_number(q) or q <= 0 or (isinstance(domain, Integer) and not is_whole(q)):

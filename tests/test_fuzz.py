@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pyarrow.parquet
 import pytest
@@ -17,7 +18,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import raytune_bayesian
-from hpo import arguments, checks, errors
+from hpo import arguments, checks, errors, ranges
+from hpo.bohb.searcher import TuneBOHB
 from hpo.cluster import state as state_file
 from hpo.squad import loading, reading
 
@@ -218,7 +220,7 @@ def test_model_folders(config):
 
 
 ARGUMENTS = arguments.kept(args_of())
-RUN = {"arguments": ARGUMENTS, "search_space": {"lr": "1"}}
+RUN = {"arguments": ARGUMENTS, "search_space": {"lr": "1"}, "environment": {"LR_UPPER": "1", "BS_CHOICES": "1,2"}}
 
 
 @given(st.sampled_from(list(places(RUN))), JSON)
@@ -231,6 +233,34 @@ def test_records_of_runs(path, new):
             one_line(error)
 
 
+VALUES = (
+    st.text(max_size=12)
+    | st.integers().map(str)
+    | st.floats().map(str)
+    | st.sampled_from(["", "/", "..", "-1", "0", "a\0b", "x" * 300])
+)
+LISTS = st.lists(st.integers(-1, 9).map(str) | VALUES, max_size=4)
+SPACE = raytune_bayesian.SEARCH_SPACE
+
+
+@mock.patch.object(TuneBOHB, "_check_model", lambda self: None)  # it takes most of the time, and has its own test
+@given(st.dictionaries(st.sampled_from(list(ranges.VARIABLES)), LISTS, min_size=1), st.sampled_from([",", " ", ", "]))
+@FUZZ
+def test_variables_of_the_environment(lists, between):
+    variables, args = {name: between.join(words) for name, words in lists.items()}, args_of()
+    try:
+        args.ranges, args.ds_config = ranges.read(variables), {}
+        space = ranges.space_of_run(SPACE, raytune_bayesian.train, args)
+    except errors.BadInput as error:
+        one_line(error)
+        return
+    assert args.ranges.keys() == variables.keys()
+    changed = {ranges.VARIABLES[name] for name in variables}
+    for name, domain in space["train_loop_config"].items():
+        assert (domain is SPACE["train_loop_config"][name]) == (name not in changed)
+        assert type(domain) is type(SPACE["train_loop_config"][name])
+
+
 @given(st.binary(max_size=200))
 @FUZZ
 def test_states(content):
@@ -239,13 +269,8 @@ def test_states(content):
             state_file.load_state(file.parent)
 
 
-FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "cluster", "help")]
-VALUES = (
-    st.text(max_size=12)
-    | st.integers().map(str)
-    | st.floats().map(str)
-    | st.sampled_from(["", "/", "..", "-1", "0", "a\0b", "x" * 300])
-)
+FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "cluster", "ranges", "help")]
+
 
 
 @given(pairs=st.lists(st.tuples(st.sampled_from(FLAGS), VALUES), max_size=4), more=st.lists(VALUES, max_size=2))

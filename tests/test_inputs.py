@@ -26,8 +26,9 @@ from transformers import TrainingArguments
 import raytune_bayesian
 from conftest import ROOT, make_model, run_script
 from faulty import write_script
-from hpo import arguments, checks, errors, files, search_space
+from hpo import arguments, checks, errors, files, ranges, search_space
 from hpo.bohb.searcher import TuneBOHB
+from hpo.results import report
 from hpo.squad import loading, reading
 from slurm_cluster import copy_project
 from test_run import Hub
@@ -528,6 +529,163 @@ def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad, plan):
     assert not results.exists()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# variables of the environment that change the search space
+
+
+def space_of(space=raytune_bayesian.SEARCH_SPACE, **variables):
+    """The search space of a run with these variables, and what the log says of them."""
+    args = arguments.parse("", [])
+    args.ranges, args.ds_config = ranges.read(variables), {}
+    changed = ranges.space_of_run(space, raytune_bayesian.train, args)
+    return changed, ranges.changes(changed, args.ranges)
+
+
+@pytest.mark.parametrize("variables, says", [
+    ({}, []),
+    ({"LR_UPPER": "1e-4"}, ["LR_UPPER=1e-4 in the environment: lr is loguniform(5e-06, 0.0001)"]),
+    ({"LR_LOWER": " 1e-5\n", "LR_UPPER": "1"}, ["LR_LOWER=1e-5 LR_UPPER=1 in the environment: lr is "
+                                                "loguniform(1e-05, 1.0)"]),
+    ({"BS_CHOICES": "1, 2 4,"}, ["BS_CHOICES=1,2,4 in the environment: per_device_bs is choice[1, 2, 4]"]),
+    ({"WD_CHOICES": "0 .1", "BS_CHOICES": "8"}, ["BS_CHOICES=8 in the environment: per_device_bs is choice[8]",
+                                                 "WD_CHOICES=0,.1 in the environment: wd is choice[0.0, 0.1]"]),
+])  # fmt: skip
+def test_the_environment_changes_the_search_space(variables, says):
+    before = search_space.describe(raytune_bayesian.SEARCH_SPACE)
+    space, lines = space_of(**variables)
+    assert lines == says
+    assert search_space.describe(raytune_bayesian.SEARCH_SPACE) == before
+    suggested = TuneBOHB(space, seed=0).suggest("a")["train_loop_config"]
+    for name, domain in space["train_loop_config"].items():
+        assert search_space.smallest(domain) <= suggested[name] <= search_space.largest(domain)
+
+
+def test_the_report_shows_the_changes_of_the_environment():
+    run = {"status": "done", "arguments": {"num_samples": 3, "metric": "f1"}}
+    assert report.facts_of(run, [], [])["Started with"] == "--num_samples 3 --metric f1"  # of an older version
+    run["environment"] = {"LR_UPPER": "1e-4"}
+    assert report.facts_of(run, [], [])["Started with"] == "LR_UPPER=1e-4 --num_samples 3 --metric f1"
+
+
+def test_a_range_keeps_its_kind():
+    for domain, says in [
+        (tune.uniform(1e-5, 1e-4), "Uniform(1e-05, 0.001)"),
+        (tune.quniform(1e-5, 1e-4, 1e-5), "Uniform(1e-05, 0.001) in steps of 1e-05"),
+    ]:
+        space, _ = space_of(space_with(lr=domain), LR_UPPER="1e-3")
+        assert search_space.describe(space)["lr"] == says
+
+
+BS, WD = "must be whole numbers separated by commas", "must be numbers separated by commas"
+
+
+@pytest.mark.parametrize("change, says", [
+    ("LR_UPPER=high", "must be a number"),
+    ("LR_UPPER=", "must be a number"),
+    ("LR_LOWER=1e-5,1e-4", "must be a number"),
+    ("LR_LOWER=nan", "must be a number"),
+    ("BS_CHOICES=", BS),
+    ("BS_CHOICES=1,1.5", BS),
+    ("BS_CHOICES=" + "9" * 5000, BS),
+    ("WD_CHOICES=0;1", WD),
+    ("LR_UPPER=5e-6", "search space: lr: lower 5e-06 is not below upper 5e-06"),
+    ("LR_LOWER=0", "search space: lr: lower 0.0 of a logarithmic range must be above 0"),
+    ("BS_CHOICES=0,1", "search space: per_device_bs: 0 is not a whole number from 1 on"),
+    ("BS_CHOICES=2,2", "search space: per_device_bs: a value is there twice in [2, 2]"),
+    ("WD_CHOICES=-1", "search space: wd: -1.0 is not a number from 0 on"),
+], ids=lambda text: text[:30])  # fmt: skip
+def test_a_change_of_the_environment_that_is_wrong(change, says):
+    variable, _, text = change.partition("=")
+    with pytest.raises(errors.BadInput) as error:
+        space_of(**{variable: text.replace(",", " , ")})
+    assert str(error.value) == f"{change} in the environment: {says}"
+
+
+def test_a_change_that_does_not_fit_to_the_script():
+    for variable, name, domain, says in [
+        ("LR_UPPER", "lr", 1e-4, "lr is 0.0001 in SEARCH_SPACE, and not a range of numbers"),
+        ("LR_LOWER", "lr", tune.choice([1, 2]), "lr is choice[1, 2] in SEARCH_SPACE, and not a range of numbers"),
+        ("WD_CHOICES", "wd", tune.uniform(0, 1), "wd is Uniform(0, 1) in SEARCH_SPACE, and not a choice"),
+        ("BS_CHOICES", "per_device_bs", 2, "per_device_bs is 2 in SEARCH_SPACE, and not a choice"),
+    ]:
+        with pytest.raises(errors.BadInput) as error:
+            space_of(space_with(**{name: domain}), **{variable: "1"})
+        assert str(error.value) == f"{variable}=1 in the environment: {says}"
+    space = space_with()
+    del space["train_loop_config"]["wd"]
+    with pytest.raises(errors.BadInput, match="^search space: wd is missing from train_loop_config$"):
+        space_of(space, WD_CHOICES="1")
+
+
+def test_a_plan_with_changes_of_the_environment(tmp_path, tiny_model):
+    changes = {"LR_UPPER": "1e-4", "BS_CHOICES": "1 2 4"}
+    done = run_script("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, **changes)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and lines[:2] == [
+        "LR_UPPER=1e-4 in the environment: lr is loguniform(5e-06, 0.0001)",
+        "BS_CHOICES=1,2,4 in the environment: per_device_bs is choice[1, 2, 4]",
+    ]
+    assert "memory of a GPU, in GB, at batch size 4, fp16" in done.stdout
+
+
+@pytest.mark.parametrize("variables, slow_imports", [({"LR_UPPER": "x"}, False), ({"LR_UPPER": "1e-9"}, True)])
+def test_a_search_with_a_wrong_change_is_not_started(tmp_path, tiny_model, tiny_squad, variables, slow_imports):
+    """head_node.slurm checks what needs no slow import (hpo.arguments) before it starts anything."""
+    small = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results"]
+    done = run_script(*small, **variables)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"raytune_bayesian.py: error: LR_UPPER={variables['LR_UPPER']} in the environment: ")
+    assert not (tmp_path / "results").exists()
+    quick = subprocess.run(
+        [sys.executable, "-m", "hpo.arguments"], cwd=ROOT, env=os.environ | variables, capture_output=True, timeout=60
+    )
+    assert quick.returncode == (0 if slow_imports else 2)
+
+
+@pytest.mark.slow
+def test_a_resumed_search_keeps_the_changes_of_its_environment(tmp_path, tiny_model, tiny_squad):
+    """They are taken from the run. Others are refused, and the same ones in other words are not."""
+    script = write_script(
+        tmp_path / "cut.py",
+        """
+search, train = experiment.search, experiment.train
+
+
+def cut(run, train):
+    if not run.args.resume:
+        raise RuntimeError("cut")
+    return search(run, train)
+
+
+experiment.search = cut
+""",
+    )
+    run = ["--output_dir", tmp_path, "--run_name", "x"]
+    small = ["--max_t", 2, "--num_train_epochs", 0.1, "--num_samples", 2, "--max_eval_samples", 5]
+    changes = {"LR_LOWER": "1e-3", "LR_UPPER": "2e-3", "WD_CHOICES": "0.2"}
+    begun = run_script(*run, "--model", tiny_model, "--dataset", tiny_squad, *small, script=script, **changes)
+    assert begun.returncode == 1 and "RuntimeError: cut" in begun.stderr
+    facts = json.loads((tmp_path / "x" / "run.json").read_text())
+    assert facts["environment"] == changes
+    assert facts["search_space"] == {
+        "lr": "LogUniform(0.001, 0.002)", "per_device_bs": "choice[1, 2]", "wd": "choice[0.2]"
+    }  # fmt: skip
+
+    refused = "cut.py: error: --resume: "
+    for variables, says in [
+        ({"LR_UPPER": "3e-3"}, "other arguments than the run's: LR_UPPER=3e-3 in the environment (the run has 2e-3)"),
+        ({"BS_CHOICES": "4"}, "search space: per_device_bs is choice[4] now, and choice[1, 2] in the run"),
+    ]:
+        again = run_script(*run, "--resume", script=script, **variables)
+        assert again.returncode == 2 and again.stderr == f"{refused}{says}\n", again.stderr
+    resumed = run_script(*run, "--resume", script=script, LR_UPPER="0.002")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "in the environment: lr is loguniform(0.001, 0.002)" in resumed.stdout
+    trials = files.read_csv(tmp_path / "x" / "trials.csv")
+    assert len(trials) == 2 and all(1e-3 <= trial["learning_rate"] <= 2e-3 for trial in trials)
+    assert {trial["weight_decay"] for trial in trials} == {0.2}
+
+
 @pytest.mark.slow
 def test_another_search_space_is_what_runs(tmp_path, tiny_model, tiny_squad):
     process = run_script(
@@ -715,7 +873,7 @@ def test_help_lists_and_explains_all_flags():
     assert process.returncode == 0
     flags = re.findall(r"^  --(\w+)(?: [^ ]+)*? {2,}\S|^  --(\w+)(?: .*)?\n {20,}\S", process.stdout, re.MULTILINE)
     explained = {first or second for first, second in flags}
-    assert explained == set(vars(arguments.parse("", []))) - {"given", "cluster"}, process.stdout
+    assert explained == set(vars(arguments.parse("", []))) - {"given", "cluster", "ranges"}, process.stdout
 
 
 def test_defaults():

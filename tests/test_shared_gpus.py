@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
 from conftest import run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files
-from hpo.cluster import watchdogs
+from hpo.cluster import trial, watchdogs
 from hpo.plan import memory
 from hpo.results.slots import slots_of, trials_per_gpu
 from slurm_cluster import NO_GPU
@@ -115,26 +116,29 @@ def test_plan_says_how_many_trials_fit_together():
     ]  # fmt: skip
 
 
-def test_trials_that_do_not_fit_on_their_gpu_are_told_once():
-    said = []
-    watch = watchdogs.SharedGpus(2, said.append)
+def test_trials_that_do_not_fit_on_their_gpu_are_told_once(monkeypatch):
+    """With what a trial reports where torch sees a GPU of 16 GB."""
+    said, watch_of = [], lambda sharing: watchdogs.SharedGpus(sharing, said.append)
 
-    def report(trial_id, reserved):
-        result = {"gpu_reserved_bytes": reserved * 10**9, "gpu_bytes": 16 * 10**9} if reserved else {}
-        watch.on_trial_result(0, [], SimpleNamespace(trial_id=trial_id), result)
+    def report(watch, trial_id, reserved):
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: int(reserved * 1e9))
+        watch.on_trial_result(0, [], SimpleNamespace(trial_id=trial_id), trial.gpu_memory())
 
-    report("a", None)  # a failed trial, or one on a CPU
-    report("a", 7)
+    two, one = watch_of(2), watch_of(1)
+    report(two, "a", 99)  # on a CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(total_memory=16 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    report(two, "a", 7)
+    report(one, "a", 15.9)
     assert not said
-    report("b", 7.5)
-    report("c", 9)
+    report(two, "b", 7.5)
+    report(two, "c", 9)
     assert said == [
         "WARNING: trial b has reserved 7.5 GB of its GPU, and CUDA takes about 0.6 GB more: 2 such trials do not fit "
         "into its 16 GB. Start a new run with a larger --gpus_per_trial, or with smaller batches"
     ]
-    alone = watchdogs.SharedGpus(1, said.append)
-    alone.on_trial_result(0, [], SimpleNamespace(trial_id="d"), {"gpu_reserved_bytes": 10**12, "gpu_bytes": 1})
-    assert len(said) == 1
 
 
 @pytest.fixture
@@ -187,8 +191,8 @@ def test_two_trials_on_each_gpu(tmp_path, tiny_model, tiny_squad, two_gpus):
     assert Counter(mark.name.rpartition("+")[2] for mark in first[:4]) == {"0": 2, "1": 2}
 
     always, once = (mark.name.partition("+")[0] for mark in first[:2])
-    for trial in (always, once):
-        assert re.search(f"trial {trial} .* goes on from iteration 0: .*CUDA out of memory", out), out
+    for name in (always, once):
+        assert re.search(f"trial {name} .* goes on from iteration 0: .*CUDA out of memory", out), out
     assert re.search(f"trial {always} .* failed after 0 iterations: OutOfMemoryError CUDA out of memory", out), out
     assert out.count("goes on from iteration") == 2 and out.count(" failed after ") == 1
     rows = {row["trial_id"]: row for row in files.read_csv(folder / "trials.csv")}

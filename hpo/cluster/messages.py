@@ -5,6 +5,7 @@ import sys
 
 import ray
 
+from hpo import ranges
 from hpo.bohb.brackets import band_size, rungs
 from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
@@ -42,6 +43,8 @@ def announce(run: Run) -> None:
         model = loading.count_parameters(setup.model)
         print(f"LoRA: up to {run.adapters:,} trained parameters; the {model:,} of the model are frozen")
     brackets = rungs(args.max_t, args.reduction_factor)
+    for line in ranges.changes(run.space, args.ranges):
+        print(line)
     if setup.shares_gpu:
         print(f"{trials_per_gpu(args.gpus_per_trial)} trials share each GPU")
     print(f"search: {trials} trials on {run.slots} slots, brackets of (trials, iterations) {brackets}")

@@ -23,8 +23,8 @@ LOCK_PATIENCE = 120  # seconds; after a node was lost, its lock may stay for a w
 class Run:
     """A run folder, from its creation or resumption to the end of the search.
 
-    `facts` is the content of run.json, `state` the saved state of an earlier search or None, `slots` the number of
-    trials that can run at a time, `needed` the bytes that the run needs at its peak.
+    `space` is the search space, `facts` the content of run.json, `state` the saved state of an earlier search or None,
+    `slots` the number of trials that can run at a time, `needed` the bytes that the run needs at its peak.
 
     Args:
         args: the arguments of the run.
@@ -37,7 +37,7 @@ class Run:
     """
 
     def __init__(self, args: argparse.Namespace, space: dict, setup: Setup, test_size: int):
-        self.args, self.setup, self.folder, self.state = args, setup, setup.run_dir, None
+        self.args, self.space, self.setup, self.folder, self.state = args, space, setup, setup.run_dir, None
         self.slots = arguments.slots(args)
         self.forecast = forecast(space, args.num_samples, args.max_t, args.reduction_factor, self.slots)
         r = search_space.largest_trial(space, args)["lora_r"]
@@ -47,6 +47,7 @@ class Run:
             "status": "running",
             "arguments": arguments.kept(args),
             "search_space": search_space.describe(space),
+            "environment": args.ranges,
             "grid": search_space.grid_size(space),
             "ds_config": setup.ds_config,
             "seed": args.seed,

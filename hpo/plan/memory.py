@@ -424,6 +424,6 @@ def plan(
 
 
 def in_words(ds_config: dict, batch_size: int, ranks: int, shared: bool) -> str:
-    """A setting as text: GPUs per trial (unless the search has one, too), batch size, ZeRO stage."""
+    """A setting as text: GPUs per trial, batch size, ZeRO stage. `shared`: trials of the search share a GPU."""
     gpus = f"--gpus_per_trial {ranks}, " * (shared or ranks > 1)
     return f"{gpus}batch size {batch_size}, ZeRO stage {zero_stage(ds_config)}"

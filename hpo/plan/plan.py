@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ray.tune.search.sample import Domain
 
-from hpo import arguments, errors, search_space
+from hpo import arguments, errors, ranges, search_space
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
@@ -199,6 +199,8 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
     forecasts = [forecast(space, **setting) for setting in settings]
     seconds, limit = args.seconds_per_iteration, arguments.time_limit()
+    for line in ranges.changes(space, args.ranges):
+        print(line)
     where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
     print(plan(space, settings, forecasts, seconds, disk_bytes, limit, args.gpus_per_trial), flush=True)

@@ -75,8 +75,9 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         size = arguments["max_t"], arguments["num_samples"], run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)
         facts["Slot time"] = spent.replace("slot time: ", "").replace("\ncost:", "; cost:")
-    given = " ".join(f"--{key} {value}" for key, value in arguments.items() if value is not None)
-    return facts | {"Started with": given}
+    given = [f"{name}={value}" for name, value in run.get("environment", {}).items()]  # older runs have none
+    given += [f"--{key} {value}" for key, value in arguments.items() if value is not None]
+    return facts | {"Started with": " ".join(given)}
 
 
 def main(argv: list[str]) -> int:
