@@ -189,8 +189,9 @@ def shared_squad() -> Path:
     return SHARED_SQUAD
 
 
-# Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others:
-SLOW = ["memory", "launches", "bench", "trial", "lora", "precision", "trackers", "run", "faults", "slurm", "demo"]
+# Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others. The
+# shortest come last: of two processes (make test) neither then waits long for the other at the end.
+SLOW = ["run", "demo", "trial", "faults", "bench", "precision", "lora", "slurm", "trackers", "memory", "launches"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
