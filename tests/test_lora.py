@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM
 import raytune_bayesian
 from conftest import run_script
 from faulty import write_script
-from hpo import arguments, errors, search_space
+from hpo import arguments, checks, errors, search_space
+from hpo.plan import plan
 from hpo.squad import evaluation, loading, lora, models
-from test_trial import PauseAtRungs, config, losses, prepare, run_ranks, run_trials, trial, with_stage
+from hpo.squad.setup import prepare as prepare_setup
+from test_trial import PauseAtRungs, config, losses, prepare, run_ranks, trial, with_stage
 
 
 def with_more(base: dict, **more) -> dict:
@@ -43,7 +45,7 @@ def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_
     setup = with_stage(setup, stage)
     scheduler = PauseAtRungs([1, 3, 8])
     configs = [config(), config(), with_more(config(), lora_r=8)]
-    paused, through, other = run_trials(tmp_path, trial, setup, configs, scheduler)
+    paused, through, other = run_ranks(tmp_path, trial, setup, configs, scheduler, size=1)
     assert scheduler.pauses == 3 and len(losses(paused)) == 8
     assert losses(paused) == losses(through) != losses(other)
     weights = [load_file(f"{result.checkpoint.path}/adapter_model.safetensors") for result in (through, paused)]
@@ -79,32 +81,43 @@ def test_checkpoint_has_adapters_only_and_best_model_is_a_plain_model(tmp_path, 
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
 
 
-@pytest.mark.usefixtures("ray_without_gpu")
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (0, 2), (2, 2), (3, 2)])
-def test_accumulated_batches_equal_one_large_batch(tmp_path, tiny_model, uneven_squad, stage, ranks):
-    """Answers differ in length, so a mean of the batches' means would be another loss. The last step has one batch."""
+LARGE = 24  # sequences of an optimizer step
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(tmp_path_factory, ray_without_gpu, tiny_model, dropout_model, uneven_squad):
+    """A setup, and its trials of one rank: one large batch, accumulated batches; then, with dropout, one large batch
+    without and with gradient checkpointing.
+    """
     more = ("--max_train_samples", 152, "--num_train_epochs", 1, "--max_eval_samples", 20)
     setup = prepare(tiny_model, uneven_squad, "--max_t", 7, *more)
-    (one,) = run_ranks(tmp_path / "one", trial, setup, [config(per_device_bs=24, rungs=[7])], size=1)
-    several = with_more(config(per_device_bs=24 // ranks // 3, rungs=[7]), gradient_accumulation_steps=3)
-    (many,) = run_ranks(tmp_path / "many", trial, with_stage(setup, stage), [several], size=ranks)
+    dropout = dataclasses.replace(setup, model=dropout_model)
+    setups = [setup, setup, dropout, dataclasses.replace(dropout, gradient_checkpointing=True)]
+    one = config(per_device_bs=LARGE, rungs=[7])
+    configs = [one, accumulated(1), one, one]
+    return setup, run_ranks(tmp_path_factory.mktemp("one"), trial, setups, configs, size=1)
+
+
+def accumulated(ranks: int) -> dict:
+    """The config of a trial that makes its large batch of three smaller ones, on so many ranks."""
+    return with_more(config(per_device_bs=LARGE // ranks // 3, rungs=[7]), gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize("stage, ranks", [(0, 1), (0, 2), (2, 2), (3, 2)])
+def test_accumulated_batches_equal_one_large_batch(tmp_path, of_one_rank, stage, ranks):
+    """Answers differ in length, so a mean of the batches' means would be another loss. The last step has one batch."""
+    setup, (one, many, *_) = of_one_rank
+    if ranks > 1:
+        (many,) = run_ranks(tmp_path, trial, with_stage(setup, stage), [accumulated(ranks)], size=ranks)
     assert len(losses(one)) == 7 and losses(many) == pytest.approx(losses(one), rel=1e-4)
     ends = [AutoModelForCausalLM.from_pretrained(result.checkpoint.path) for result in (one, many)]
     for (name, weight), other in zip(ends[0].named_parameters(), ends[1].parameters(), strict=True):
         assert torch.allclose(weight, other, atol=1e-4), name
 
 
-@pytest.mark.usefixtures("ray_without_gpu")
-def test_gradient_checkpointing_changes_no_bit(tmp_path, dropout_model, tiny_squad):
-    setup = prepare(dropout_model, tiny_squad, "--max_t", 3, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
-    results = [
-        run_trials(
-            tmp_path / str(on), trial, dataclasses.replace(setup, gradient_checkpointing=on), [config(rungs=[3])]
-        )
-        for on in (False, True)
-    ]
-    (without,), (with_it,) = results
-    assert losses(with_it) == losses(without)
+def test_gradient_checkpointing_changes_no_bit(of_one_rank):
+    _, (plain, _, without, with_it) = of_one_rank
+    assert losses(with_it) == losses(without) != losses(plain)
     weights = [load_file(f"{result.checkpoint.path}/model.safetensors") for result in (without, with_it)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -139,6 +152,7 @@ def test_a_search_of_ranks_and_learning_rates(tmp_path, demo_model):
     script = write_script(tmp_path / "my_search.py", SEARCH)
     flags = ("--model", demo_model, "--dataset", demo_model.parent / "squad", "--output_dir", tmp_path)
     flags += ("--max_t", 2, "--reduction_factor", 2, "--num_samples", 3, "--max_train_samples", 24)
+    flags += ("--max_concurrent_trials", 1)
     flags += ("--max_eval_samples", 20, "--lora_target_modules", "all-linear", "--gradient_checkpointing")
     process = run_script(*flags, "--run_name", "run", "--report_to", "none", script=script)
     assert process.returncode == 0, process.stdout + process.stderr
@@ -158,8 +172,6 @@ def test_a_search_of_ranks_and_learning_rates(tmp_path, demo_model):
     pad = models.load_tokenizer(run / "best_model").pad_token_id
     loss = evaluation.evaluate_loss(model, test, pad, raytune_bayesian.EVAL_TOKENS)
     assert loss == pytest.approx(facts["test"]["eval_loss"], rel=1e-5)
-    again = run_script("--output_dir", tmp_path, "--run_name", "run", "--resume", script=script)
-    assert again.returncode == 0 and "is done already" in again.stdout, again.stdout + again.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,7 +263,7 @@ def test_models_that_peft_does_not_know(tmp_path):
     assert lora.count_trained(tmp_path / "olmo", 4, "q_proj") == 4 * (16 + 16)
 
 
-@pytest.mark.parametrize("more", [[], ["--plan"], ["--prefetch"]])
+@pytest.mark.parametrize("more", [[], ["--plan"]])  # --prefetch does what a search does first
 def test_wrong_layers_end_the_program_before_ray(tmp_path, tiny_model, tiny_squad, more):
     flags = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--lora_r", 4]
     process = run_script(*flags, "--max_t", 2, "--lora_target_modules", "q_proj", *more)
@@ -260,25 +272,33 @@ def test_wrong_layers_end_the_program_before_ray(tmp_path, tiny_model, tiny_squa
     assert process.stderr == says and not (tmp_path / "results").exists()
 
 
-def test_too_few_optimizer_steps_are_refused(tmp_path, tiny_model, tiny_squad):
+def test_too_few_optimizer_steps_are_refused(tiny_model, tiny_squad):
     """A step takes as many sequences as all its batches have."""
-    flags = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--max_t", 6]
-    flags += ["--max_train_samples", 40, "--num_train_epochs", 1, "--gradient_accumulation_steps", 4]
-    process = run_script(*flags)
-    assert process.returncode == 2 and process.stderr == (
-        "raytune_bayesian.py: error: --max_t 6: a full training on 40 questions has only 5 optimizer steps at batch "
-        "size 8; use more questions or epochs, or a smaller --max_t\n"
+    more = ("--max_t", 6, "--max_train_samples", 40, "--num_train_epochs", 1, "--gradient_accumulation_steps", 4)
+    args = arguments.parse("", [*map(str, ("--model", tiny_model, "--dataset", tiny_squad, *more))])
+    largest = search_space.largest_trial(raytune_bayesian.SEARCH_SPACE, checks.check(args))
+    with pytest.raises(errors.BadInput) as refused:
+        prepare_setup(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, largest["sequences"])
+    assert str(refused.value) == (
+        "--max_t 6: a full training on 40 questions has only 5 optimizer steps at batch size 8; use more questions or "
+        "epochs, or a smaller --max_t"
     )
 
 
-def test_plan_with_adapters(tmp_path, demo_model):
+def test_plan_with_adapters(tmp_path, demo_model, capsys):
     """Optimizer state and checkpoints of the adapters only, and best_model as a whole."""
-    flags = ["--plan", "--max_concurrent_trials", 1, "--model", demo_model, "--output_dir", tmp_path]
-    said = [run_script(*flags, *more).stdout for more in ([], ["--lora_r", 8, "--gradient_checkpointing"])]
-    sizes = [re.search(r"checkpoints of ([\d.]+) GB", text).group(1) for text in said]
+
+    def said(*more) -> str:
+        flags = ("--plan", "--max_concurrent_trials", 1, "--model", demo_model, "--output_dir", tmp_path, *more)
+        args = checks.check(arguments.parse("", list(map(str, flags))))
+        script = raytune_bayesian
+        plan.show(args, script.SEARCH_SPACE, script.MAX_LENGTH, script.EVAL_TOKENS)
+        return capsys.readouterr().out
+
+    plain, small = said(), said("--lora_r", 8, "--gradient_checkpointing")
+    sizes = [float(re.search(r"checkpoints of ([\d.]+) GB", text).group(1)) for text in (plain, small)]
     adapters = lora.count_trained(demo_model, 8, "")
-    assert float(sizes[0]) > 5 * float(sizes[1]) and float(sizes[1]) == pytest.approx(
-        loading.checkpoint_bytes(demo_model, adapters) / 1e9, rel=0.01
-    )
-    assert "\nmemory of a GPU, in GB, at batch size 2" in said[0]
-    assert "\nwith LoRA rank 8 and gradient checkpointing: memory of a GPU, in GB, at batch size 2" in said[1]
+    assert sizes[0] > 5 * sizes[1]
+    assert sizes[1] == pytest.approx(loading.checkpoint_bytes(demo_model, adapters) / 1e9, rel=0.01)
+    assert "\nmemory of a GPU, in GB, at batch size 2" in plain
+    assert "\nwith LoRA rank 8 and gradient checkpointing: memory of a GPU, in GB, at batch size 2" in small

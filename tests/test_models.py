@@ -164,6 +164,22 @@ def test_paused_trial_and_best_model_equal_one_that_ran_through(family, tmp_path
         assert found == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_trial_learns_from_real_squad(tmp_path, demo_model, shared_squad, trial_here):
+    flags = ["--model", demo_model, "--dataset", shared_squad, "--max_train_samples", 128, "--max_eval_samples", 32]
+    args = [*flags, "--max_t", 4, "--num_train_epochs", 0.5, "--report_to", "none"]
+    args = common.checks.check(common.arguments.parse("", list(map(str, args))))
+    setup, test = prepare(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, 2)
+    assert setup.held_out == "passages"  # the real training subset has one title only
+    assert [len(part) for part in (setup.train, setup.selection, test)] == [128, 32, 32]
+    try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
+    trial = trial_here(tmp_path)
+    trial.run(setup, [1, 4])
+    losses = [report["eval_loss"] for report in trial.reports]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    models.save_best_model(trial.last_checkpoint, demo_model, "fp32", tmp_path / "best_model")
+    assert 0 <= raytune_bayesian.test(tmp_path / "best_model", test, setup)["f1"] <= 1
+
+
 def test_best_model_ends_its_answers_at_the_eos_that_it_has_learnt(tmp_path, tokenizer, questions):
     """Its own configuration has another: `generate` of transformers would go on after the answer."""
     model = lively_model("llama", tokenizer)

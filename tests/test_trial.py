@@ -44,9 +44,13 @@ def prepare(model, dataset, *more):
 
 
 def fit(folder, trainable, setup, configs, resources, scheduler=None, max_failures=0, at_a_time=None, callbacks=()):
-    """One trial a config; Tune's results in the order of the configs, those of trials that failed among them."""
+    """One trial a config; Tune's results in the order of the configs, those of trials that failed among them.
+
+    `setup` is that of all trials, or a list with one for each.
+    """
     if setup:
-        setup = dataclasses.replace(setup, run_dir=folder)
+        setups = setup if isinstance(setup, list) else [setup] * len(configs)
+        setup = [dataclasses.replace(one, run_dir=folder) for one in setups]
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(trainable, setup=setup), resources),
         param_space={"i": tune.grid_search(list(range(len(configs)))), "configs": configs},
@@ -74,11 +78,17 @@ def run_trials(folder, trainable, setup, configs, scheduler=None, cpus=1):
 
 def run_in_ranks(config, train, setup):
     """As hpo.cluster.trial.run, but an error of a trial is raised and not reported."""
-    from hpo.cluster.trial import run_rank
     from hpo.squad import ranks
 
-    body = functools.partial(run_rank, train=train, setup=setup)
-    ranks.of_this_process(body, max(1, setup.gpus_per_trial)).run(config["configs"][config["i"]])
+    body = functools.partial(run_rank_of, train=train, setups=setup)
+    ranks.of_this_process(body, max(1, setup[0].gpus_per_trial)).run(config)
+
+
+def run_rank_of(config, group, train, setups):
+    """One rank of a trial. The processes keep their `setups`, so that of the trial is chosen here."""
+    from hpo.cluster.trial import run_rank
+
+    run_rank(config["configs"][config["i"]], group, train, setups[config["i"]])
 
 
 def trial(config, setup):
@@ -124,20 +134,42 @@ def test_trial_reports_the_metrics_of_squad_v2(tmp_path, tiny_model, tiny_squad)
     assert [set(tables.V2_METRICS) <= set(report) for report in reports] == [False, True]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad, batch_size):
-    """Same weights to the last bit and same eval_loss: optimizer, schedule, data order and RNG (dropout) carry on."""
+def trial_that_looks_at_its_files(config, setup):
+    """Writes to the file `same` whether it goes on from the very files that it has written."""
+
+    def inodes(folder):
+        return str(sorted(file.stat().st_ino for file in Path(folder).rglob("*") if file.is_file()))
+
+    def train(config, setup, trial):
+        import raytune_bayesian
+
+        def report(metrics, checkpoint=None):
+            if checkpoint:
+                written.write_text(inodes(checkpoint))
+            report_to_tune(metrics, checkpoint)
+
+        written, report_to_tune = setup.run_dir / Path(trial.folder).parent.name, trial.report  # of this trial
+        trial.report = report
+        if trial.checkpoint:
+            print(written.read_text() == inodes(trial.checkpoint), file=open(setup.run_dir / "same", "a"))
+        raytune_bayesian.train(config, setup, trial)
+
+    run_in_ranks(config, train, setup)
+
+
+def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_squad):
+    """Same weights to the last bit and same eval_loss: optimizer, schedule, data order and RNG (dropout) carry on.
+
+    Its checkpoints are written once. Tune would copy them.
+    """
     setup = prepare(dropout_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 1.5, "--max_eval_samples", 20)
-    configs = [
-        config(per_device_bs=batch_size),
-        config(per_device_bs=batch_size),
-        config(per_device_bs=batch_size, lr=2e-3),
-    ]
+    configs = [config(), config(), config(lr=2e-3)]
     scheduler = PauseAtRungs(
         [1, 3, 8]
     )  # the first, at 8 as where a search is cut before it has heard that the trial is through
-    paused, through, other = run_trials(tmp_path, trial, setup, configs, scheduler)
+    paused, through, other = run_trials(tmp_path, trial_that_looks_at_its_files, setup, configs, scheduler)
     assert scheduler.pauses == 3
+    assert (tmp_path / "same").read_text().split() == ["True"] * 2  # what is through does not train again
     assert paused.metrics["eval_loss"] == through.metrics["eval_loss"]
     iterations = paused.metrics_dataframe["training_iteration"].tolist()
     assert iterations == through.metrics_dataframe["training_iteration"].tolist() == list(range(1, 9))
@@ -206,12 +238,12 @@ def test_deepspeed_engine_trains_with_the_trial_s_hyperparameters(tmp_path, tiny
         assert frame["saved"].tolist() == [0, 1, 0, 1]  # at the rungs, nowhere else, and the Trainer keeps none
 
 
-def test_thirty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
+def test_twenty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
     data = demo_model.parent / "squad"
     setup = prepare(
         demo_model, data, "--max_t", 2, "--max_train_samples", 16, "--num_train_epochs", 1, "--max_eval_samples", 5
     )
-    configs = [config(1e-4 * (i + 1), 1 + i % 2, 0.01, [1, 2]) for i in range(30)]
+    configs = [config(1e-4 * (i + 1), 1 + i % 2, 0.01, [1, 2]) for i in range(20)]
     results = run_trials(tmp_path, spying_trial, setup, configs, cpus=2)
     assert len({r.metrics["pid"] for r in results}) == 1
     warm = sorted(r.metrics["first_step"] for r in results[1:])
@@ -220,10 +252,10 @@ def test_thirty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
     with capsys.disabled():
         print(f"\nfirst optimizer step after {fresh:.2f} s in a fresh process, {warm[len(warm) // 2]:.2f} s "
               f"in a warm one (median of {len(warm)}, worst {warm[-1]:.2f}); "
-              f"memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 30")  # fmt: skip
+              f"memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 20")  # fmt: skip
     assert warm[len(warm) // 2] < 1
     assert {r.metrics["engines"] for r in results} == {1}  # the engines of earlier trials are gone
-    assert max(rss[-5:]) - max(rss[4:9]) < 40, rss  # MB; 25 trials that stay would be 190
+    assert max(rss[-5:]) - max(rss[4:9]) < 40, rss  # MB; 15 trials that stay would be 114
 
 
 class OneRung(FIFOScheduler):
@@ -411,7 +443,7 @@ def trial_after_a_lost_process(config, setup):
     from hpo.cluster.trial import trial_folder
 
     for name in ("checkpoint_000000", "saving-lost"):
-        folder = trial_folder(setup) / name
+        folder = trial_folder(setup[0]) / name
         folder.mkdir(parents=True)
         (folder / "left").touch()
     trial(config, setup)
@@ -435,7 +467,8 @@ def test_what_a_lost_process_has_left_is_in_nobody_s_way(tmp_path, tiny_model, t
 def run_ranks(folder, trainable, setup, configs, scheduler=None, size=2, max_failures=0):
     """As fit, one at a time, of trials with a bundle for each rank."""
     bundles = tune.PlacementGroupFactory([{"CPU": 1 / size}] * size, strategy="STRICT_PACK")
-    setup = dataclasses.replace(setup, gpus_per_trial=size)
+    setups = setup if isinstance(setup, list) else [setup] * len(configs)
+    setup = [dataclasses.replace(one, gpus_per_trial=size) for one in setups]
     return fit(folder, trainable, setup, configs, bundles, scheduler, max_failures, at_a_time=1)
 
 
@@ -449,11 +482,19 @@ def losses(result):
     return result.metrics_dataframe["eval_loss"].tolist()
 
 
+@pytest.fixture(scope="module")
+def global_batch(tmp_path_factory, tiny_model, uneven_squad):
+    """A setup, and what a trial of one rank gives at ZeRO stage 0 and at stage 2."""
+    setup = prepare(tiny_model, uneven_squad, "--max_t", 8, "--num_train_epochs", 0.5, "--max_eval_samples", 20)
+    setups = [with_stage(setup, stage) for stage in (0, 2)]
+    return setup, run_ranks(tmp_path_factory.mktemp("one"), trial, setups, [config(per_device_bs=2)] * 2, size=1)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, tiny_model, uneven_squad, stage):
+def test_two_ranks_equal_one_at_the_same_global_batch(tmp_path, global_batch, stage):
     """Also where the trial was paused at two rungs: to the last bit what it is without a pause."""
-    setup = prepare(tiny_model, uneven_squad, "--max_t", 8, "--num_train_epochs", 0.5, "--max_eval_samples", 45)
-    one = run_ranks(tmp_path / "one", trial, with_stage(setup, min(stage, 2)), [config(per_device_bs=2)], size=1)[0]
+    setup, of_one = global_batch
+    one = of_one[min(stage, 1)]
     scheduler = PauseAtRungs([1, 3])
     configs = [config(per_device_bs=1), config(per_device_bs=1)]
     two, through = run_ranks(tmp_path / "two", trial, with_stage(setup, stage), configs, scheduler)
@@ -524,7 +565,7 @@ def harmed_trial(config, setup):
 
 def test_a_dead_rank_costs_the_trial_its_work_since_the_last_rung(tmp_path, tiny_model, tiny_squad):
     """kill -9: the trial goes on from its checkpoint, in other processes, and comes to what it would have come to."""
-    setup = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 4, "--max_eval_samples", 45)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 2, "--max_eval_samples", 10)
     c = config(per_device_bs=1, rungs=(1, 8))
     harmed, through = run_ranks(tmp_path, harmed_trial, setup, [c | {"folder": str(tmp_path)}, c], max_failures=1)
     assert (tmp_path / "harmed").read_text() and harmed.error is None and through.error is None
@@ -607,7 +648,7 @@ def test_what_to_make_of_errors(raised, killed, kind, text):
 
 def test_what_one_rank_alone_fails_at_is_the_trial_s_failure(tmp_path, tiny_model, tiny_squad):
     """The reason comes from that rank, and the next trial has processes of its own. NaN is what all ranks see."""
-    setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 45)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
     good = config(per_device_bs=1, rungs=(1, 4)) | {"bad": False}
     nan = config(lr=1e30, per_device_bs=1, rungs=(1, 4)) | {"bad": False}
     results = run_ranks(tmp_path, failing_trial, setup, [nan, good | {"bad": True}, good])

@@ -1,7 +1,7 @@
 """Every use of a private name of Ray, in one file. Tested with the Ray in TESTED_WITH; another Ray may differ.
 
 - StorageContext.persist_current_checkpoint copies a checkpoint. rename_checkpoints replaces it in a worker process.
-  Tested in tests/test_run.py::test_a_checkpoint_is_written_once.
+  Tested in tests/test_trial.py::test_paused_trial_equals_one_that_ran_through.
 - TuneController ends the search, or loses a trial, in some cases in which a worker process is lost, and it does not
   keep enough worker processes. It is replaced when this module is imported. Tested in tests/test_trial.py,
   tests/test_faults.py.

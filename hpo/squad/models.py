@@ -31,11 +31,16 @@ def pretrained(folder: str | Path) -> torch.nn.Module:
     return copy.deepcopy(_pretrained(str(folder)))
 
 
+@functools.lru_cache(maxsize=1)
+def _config(folder: str) -> transformers.PretrainedConfig:
+    return transformers.AutoConfig.from_pretrained(folder)
+
+
 def check_kind(folder: Path) -> None:
     """Raises BadInput unless the config.json of a folder is that of a causal language model."""
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     try:
-        config = transformers.AutoConfig.from_pretrained(folder) if kind in transformers.CONFIG_MAPPING else None
+        config = _config(str(folder)) if kind in transformers.CONFIG_MAPPING else None
     except Exception as error:  # whatever a wrong value raises
         raise BadInput(f"--model {folder}: its config.json cannot be used: {errors.one_line(error, 200)}") from None
     if getattr(config, "is_encoder_decoder", False):
@@ -60,7 +65,7 @@ def load_tokenizer(folder: str | Path):
 
 def text_config(folder: str | Path) -> transformers.PretrainedConfig:
     """The configuration of a model, or of its part for text."""
-    return transformers.AutoConfig.from_pretrained(folder).get_text_config()
+    return _config(str(folder)).get_text_config()
 
 
 def max_positions(folder: str | Path) -> int | None:

@@ -13,7 +13,10 @@ from hpo.squad.data import TokenizedSquad
 
 @dataclass
 class Setup:
-    """What all trials of a search share. Ray sends it to each node once."""
+    """What all trials of a search share. Ray sends it to each node once.
+
+    A field with the name of a flag has the value of the flag; only `model` is a folder here.
+    """
 
     run_dir: Path
     model: Path  # folder of the pretrained model
@@ -32,7 +35,7 @@ class Setup:
     cpus_per_trial: int
     unanswerable: bool = False  # a question for training or validation has no answer: scored as in SQuAD 2.0
     dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
-    # Flags of these names. A trial whose hyperparameters have one of the first three takes that.
+    # A trial whose hyperparameters have one of the first three takes that.
     gradient_accumulation_steps: int = 1
     lora_r: int = 0
     lora_alpha: float | None = None
@@ -77,12 +80,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
     model = loading.model_folder(args.model)
     models.check_kind(model)
     *examples, dropped = loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)
-    try:
-        tokenizer = models.load_tokenizer(model)
-    except Exception as error:  # whatever a broken tokenizer raises
-        raise BadInput(f"--model {model}: no usable tokenizer: {errors.one_line(error, 200)}") from None
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        raise BadInput(f"--model {model}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    tokenizer = _load_tokenizer(model)
     positions, embeddings = models.max_positions(model), models.text_config(model).vocab_size
     try:
         train, selection = data.hold_out(examples[0], args.max_eval_samples or selection_size, args.seed)
@@ -90,43 +88,60 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         raise BadInput(f"--dataset {args.dataset}: {error}") from None
     titles = [{example["title"] for example in part} for part in (train, selection)]
     train = data.subset(train, args.max_train_samples, args.seed)
+    test = data.subset(examples[1], args.max_eval_samples, args.seed)
     try:
-        train = data.tokenize(train, tokenizer, min(max_length, positions or max_length), training=True)
-        test = data.subset(examples[1], args.max_eval_samples, args.seed)
-        selection, test = (
-            _tokenize_for_evaluation(part, tokenizer, max_length, positions, train.longest_answer)
-            for part in (selection, test)
-        )
+        train, selection, test = _tokenize(train, selection, test, tokenizer, max_length, positions)
     except ValueError as error:
         takes = f" ({args.model} takes {positions})" if positions else ""
         raise BadInput(f"--dataset {args.dataset}: {error}{takes}") from None
     largest = max(int(part.tokens.max()) for part in (train, selection, test))
     if largest >= embeddings:
         raise BadInput(f"--model {model}: its tokenizer gives token {largest}, and it has {embeddings} embeddings")
+    _check_steps(args, len(train), batch * max(1, args.gpus_per_trial or 0))  # None on a login node
+    flags = {name: getattr(args, name) for name in Setup.__annotations__.keys() & vars(args).keys()}
+    of_questions = {
+        "run_dir": Path(args.output_dir).absolute() / args.run_name,
+        "model": model,
+        "train": train,
+        "selection": selection,
+        "max_new_tokens": train.longest_answer,
+        "held_out": "articles" if titles[0].isdisjoint(titles[1]) else "passages",
+        "unanswerable": any(not example["answers"]["text"] for part in examples for example in part),
+        "dropped": dropped,
+    }
+    return Setup(**flags | of_questions), test
+
+
+def _load_tokenizer(model: Path):
+    """The tokenizer of a model. Raises BadInput unless it is a fast one with an EOS token."""
+    try:
+        tokenizer = models.load_tokenizer(model)
+    except Exception as error:  # whatever a broken tokenizer raises
+        raise BadInput(f"--model {model}: no usable tokenizer: {errors.one_line(error, 200)}") from None
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        raise BadInput(f"--model {model}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    return tokenizer
+
+
+def _tokenize(train, selection, test, tokenizer, max_length: int, positions: int | None) -> list[TokenizedSquad]:
+    """Tokenises the three parts. Raises ValueError where a question does not fit into the lengths of `prepare`."""
+    train = data.tokenize(train, tokenizer, min(max_length, positions or max_length), training=True)
     train.references = []  # no score is computed on them, so they need not be sent to each trial
-    batch *= max(1, args.gpus_per_trial or 0)  # None on a login node
-    steps = math.ceil(max(1, round(len(train) * args.num_train_epochs)) / batch)
+    others = [
+        _tokenize_for_evaluation(part, tokenizer, max_length, positions, train.longest_answer)
+        for part in (selection, test)
+    ]
+    return [train, *others]
+
+
+def _check_steps(args, questions: int, batch: int) -> None:
+    """Raises BadInput where a full training has fewer optimizer steps than iterations."""
+    steps = math.ceil(max(1, round(questions * args.num_train_epochs)) / batch)
     if steps < args.max_t:
         raise BadInput(
-            f"--max_t {args.max_t}: a full training on {len(train)} questions has only {steps} optimizer steps "
+            f"--max_t {args.max_t}: a full training on {questions} questions has only {steps} optimizer steps "
             f"at batch size {batch}; use more questions or epochs, or a smaller --max_t"
         )
-    same = ("precision", "max_t", "num_train_epochs", "metric", "seed", "gpus_per_trial", "cpus_per_trial")
-    same += ("gradient_accumulation_steps", "lora_r", "lora_alpha", "lora_target_modules", "gradient_checkpointing")
-    setup = Setup(
-        run_dir=Path(args.output_dir).absolute() / args.run_name,
-        model=model,
-        train=train,
-        selection=selection,
-        max_new_tokens=train.longest_answer,
-        ds_config=args.ds_config,
-        held_out="articles" if titles[0].isdisjoint(titles[1]) else "passages",
-        metric_language=args.metric_language,
-        unanswerable=any(not example["answers"]["text"] for part in examples for example in part),
-        dropped=dropped,
-        **{name: getattr(args, name) for name in same},
-    )
-    return setup, test
 
 
 def _tokenize_for_evaluation(examples, tokenizer, max_length: int, positions: int | None, max_new_tokens: int):
