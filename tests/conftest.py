@@ -190,7 +190,8 @@ def shared_squad() -> Path:
 
 
 # Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others:
-SLOW = ["memory", "launches", "bench", "trial", "lora", "precision", "trackers", "run", "faults", "slurm", "demo"]
+SLOW = ["memory", "launches", "bench", "check", "trial", "lora", "precision", "trackers", "run", "faults", "slurm"]
+SLOW += ["demo"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks

@@ -75,8 +75,7 @@ class TrialContext:
                 self.begin("report")
                 parts = {f"{part}_seconds": seconds for part, seconds in self._seconds.items() if part != "training"}
                 times = {"started_at": self._started_at, "ended_at": time.time(), "node": socket.gethostname()}
-                saved = checkpoint and tune.Checkpoint.from_directory(checkpoint)
-                tune.report({**parts, **times, **metrics}, checkpoint=saved)
+                self.send({**parts, **times, **metrics}, checkpoint)
                 goes_on = True
         finally:  # Tune ends a paused trial by SystemExit, raised in tune.report
             goes_on = self.group.broadcast(goes_on)
@@ -85,6 +84,16 @@ class TrialContext:
 
             raise TrialPaused
         self.start_iteration()
+
+    def send(self, metrics: dict, checkpoint: Path | None) -> None:
+        """Hands a report of rank 0 to Tune. Raises where the trial is paused or ended."""
+        tune.report(metrics, checkpoint=checkpoint and tune.Checkpoint.from_directory(checkpoint))
+
+
+def bundles(setup) -> list[dict[str, float]]:
+    """The resources of a trial: one bundle a rank."""
+    ranks = max(1, setup.gpus_per_trial)
+    return [{"CPU": setup.cpus_per_trial / ranks, "GPU": min(1, setup.gpus_per_trial)}] * ranks
 
 
 def run(config: dict, train, setup) -> None:

@@ -13,6 +13,7 @@ from hpo import arguments, errors, search_space
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
+from hpo.plan import pace
 from hpo.plan.simulator import Simulation
 from hpo.squad import loading
 
@@ -100,7 +101,7 @@ def plan(
     space: dict,
     settings: list[dict],
     forecasts: list[Forecast],
-    seconds: float | None,
+    seconds: list[float] | None,
     disk_bytes: tuple[int, int] | None,
     time_limit: int | None,
 ) -> str:
@@ -110,7 +111,7 @@ def plan(
         space: the search space.
         settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
         forecasts: one for each setting.
-        seconds: duration of one iteration, if known.
+        seconds: duration of one iteration in each of them, if known.
         disk_bytes: the sizes of a checkpoint and of the best model, if known.
         time_limit: of one Slurm job in seconds, if known.
     """
@@ -132,17 +133,18 @@ def plan(
         "by tenths of the time: " + " ".join(f"{share:.0%}" for share in f.busy),
     ]
     if seconds:
-        hours = f.time * seconds / 3600
-        busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy"
-        lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {busy}")
+        each, hours = seconds[0], f.time * seconds[0] / 3600
+        busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * each / 3600:.2f} of them busy"
+        lines.append(f"at {each:.3g} s an iteration: {hours:.2f} hours, {busy}")
         if time_limit:  # the job is warned 5 minutes before its end, and takes one to start
-            jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))
+            jobs = math.ceil(f.time * each / max(60, time_limit - 360))
             fits = "it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"
             lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: {fits}")
         else:
             lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
     else:
-        lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
+        lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run; or after")
+        lines.append("  a --check, with --from_check")
     if disk_bytes:
         each = f"{f.checkpoints} checkpoints of {disk_bytes[0] / 1e9:.3g} GB and the best model"
         lines.append(f"disk at its peak: up to {f.disk(*disk_bytes) / 1e9:.3g} GB, for {each}")
@@ -152,17 +154,17 @@ def plan(
 
 
 def compare(
-    settings: list[dict], forecasts: list[Forecast], seconds: float | None, disk_bytes: tuple[int, int] | None
+    settings: list[dict], forecasts: list[Forecast], seconds: list[float] | None, disk_bytes: tuple[int, int] | None
 ) -> str:
     """A table with a line for each of several settings. The arguments are those of `plan`."""
     head = ["slots", "reduction factor", "trials", "iterations", "full trainings", "model-based", "busy"]
     head += ["iterations' time"]
     rows = [head + ["hours", "slot-hours"] * bool(seconds) + ["disk GB"] * bool(disk_bytes)]
-    for s, f in zip(settings, forecasts, strict=True):
+    for i, (s, f) in enumerate(zip(settings, forecasts, strict=True)):
         row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}"]
         row += [f.model_based, f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
         if seconds:
-            hours = f.time * seconds / 3600
+            hours = f.time * seconds[i] / 3600
             row += [f"{hours:.2f}", f"{hours * s['slots']:.2f}"]
         if disk_bytes:
             row.append(f"{f.disk(*disk_bytes) / 1e9:.3g}")
@@ -187,7 +189,9 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     if model:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
     forecasts = [forecast(space, **setting) for setting in settings]
-    seconds, limit = args.seconds_per_iteration, arguments.time_limit()
+    seconds, limit = args.seconds_per_iteration and [args.seconds_per_iteration] * len(settings), arguments.time_limit()
+    if args.from_check is not None:
+        seconds = pace.of_check(args, space, forecasts)
     where = "the worker nodes of cluster.env have" if "RAY_ADDRESS" in os.environ else "this machine has"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
     print(plan(space, settings, forecasts, seconds, disk_bytes, limit), flush=True)

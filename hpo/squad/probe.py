@@ -70,14 +70,13 @@ def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
             evaluation.answer_loss(model, evaluation.collate([longest], tokenizer.pad_token_id))
             what = "two sequences in one batch"
             order = np.argsort(setup.selection.prompt_lengths, kind="stable")
-            pair = [setup.selection[i] for i in (order[0], order[len(order) // 2])]
+            pair = setup.selection.take([order[0], order[len(order) // 2]])
             alone = sum(_plain_loss(model, item) for item in pair)
-            together, _ = evaluation.answer_loss(model, evaluation.collate(pair, tokenizer.pad_token_id))
+            together, _ = evaluation.answer_loss(model, evaluation.collate(list(pair), tokenizer.pad_token_id))
         what = "generating an answer"
         few = min(FEW, setup.max_new_tokens)
-        answers = [evaluation.predict(model, tokenizer, _data_set([item]), 1, few) for item in pair]
-        batch = evaluation.predict(model, tokenizer, _data_set(pair), 10**6, few)
-        same = [answer["prediction_text"] for (answer,) in answers] == [answer["prediction_text"] for answer in batch]
+        one_by_one = evaluation.predict(model, tokenizer, pair, 1, few)
+        same = one_by_one == evaluation.predict(model, tokenizer, pair, 10**6, few)
         if not same or not math.isclose(alone, together.item(), rel_tol=1e-4):
             raise BadInput("padding on the left of a batch changes its results, so it cannot be used here")
     except BadInput as error:
@@ -92,14 +91,6 @@ def _plain_loss(model, item: dict) -> float:
     ids = torch.from_numpy(item["input_ids"].astype(np.int64))
     logits = model(input_ids=ids[None]).logits[0, item["prompt_length"] - 1 : -1]
     return torch.nn.functional.cross_entropy(logits.float(), ids[item["prompt_length"] :], reduction="sum").item()
-
-
-def _data_set(items: list[dict]) -> TokenizedSquad:
-    """Items of a data set as a data set of their own."""
-    ends = np.cumsum([0] + [len(item["input_ids"]) for item in items], dtype=np.int64)
-    prompt_lengths = np.array([item["prompt_length"] for item in items], np.int64)
-    tokens = np.concatenate([item["input_ids"] for item in items])
-    return TokenizedSquad(tokens, ends, prompt_lengths, references=[{"id": str(i)} for i in range(len(items))])
 
 
 def _read_weights(folder: Path) -> torch.nn.Module:
