@@ -224,6 +224,15 @@ def test_nodes_that_refuse_or_do_not_come(tmp_path, monkeypatch, capsys):
     assert "waiting for nodes: 1 of 3 have joined, 1 refused; at most 0 s more" in capsys.readouterr().out
 
 
+def test_node_that_is_lost_or_hangs(monkeypatch):
+    cancelled = []
+    monkeypatch.setattr(check_nodes.ray, "wait", lambda futures, timeout: ([], futures))
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [{"Alive": True, "NodeID": "n1"}])
+    monkeypatch.setattr(check_nodes.ray, "cancel", lambda future, force: cancelled.append(future))
+    assert check_nodes.answer("f", "n2", deadline=1e12).startswith("the node has left the cluster: ")
+    assert check_nodes.answer("f", "n1", deadline=0).startswith("no answer in time: ") and cancelled == ["f"]
+
+
 def test_disks_and_the_results_folder(tmp_path, monkeypatch):
     """A folder that is not shared, a disk that is too small for the search, and one with few inodes left."""
     monkeypatch.setattr(node_state, "SHARED_SECONDS", 0.1)

@@ -5,6 +5,7 @@ the disks? Then as many small trials as the node has slots run there at the same
 has a row for each node. The plan of the search follows from the pace of the small trials.
 """
 
+import math
 import os
 import shutil
 import socket
@@ -21,6 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from hpo import arguments
 from hpo.cluster import launch, small_trial
 from hpo.cluster.node_state import SHARED_SECONDS, appears, in_words, look
+from hpo.cluster.run import make_folder
 from hpo.cluster.trial import bundles
 from hpo.errors import BadInput
 from hpo.files import columns, write_json
@@ -53,95 +55,69 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
     shared = setup.run_dir / "shared"
-    shared.mkdir(parents=True)
+    make_folder(setup.run_dir)
+    shared.mkdir()
     batches = small_trial.batch_sizes(space, setup, largest)
     setups = [(config, small_trial.small_setup(setup, size, shared)) for config, size in batches]
     print(f"check: results in {setup.run_dir}", flush=True)
     with launch.ray_folders() as folders:
         try:
             launch.start_ray(setup.gpus_per_trial, *folders)
-            rows = check_all(args, shared, setups, train, forecast.disk(*disk_bytes))
+            rows = rows_of_nodes(args, shared, setups, train, forecast.disk(*disk_bytes))
         finally:
             ray.shutdown()
             shutil.rmtree(shared, ignore_errors=True)
     of_head = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"\nversions of the head: {of_head}\n\n{table(rows, bool(setup.gpus_per_trial))}\n", flush=True)
+    bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
-    result = {
-        "ok": not any(row["problems"] for row in rows),
-        "arguments": arguments.kept(args),
-        "model_folder": str(setup.model.absolute()),
-        "largest": largest,
-        "questions": {"train": len(setup.train), "selection": len(setup.selection)},
-        "ds_config": setup.ds_config,
-        "pace": measured,
-        "nodes": rows,
-        "versions": versions(),
-        "git_commit": git_commit(arguments.ROOT),
-    }
+    facts = {"ok": not bad, "arguments": arguments.kept(args), "model_folder": str(setup.model.absolute())}
+    facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
+    facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
+    facts |= {"git_commit": git_commit(arguments.ROOT)}
     if measured:
         questions = len(setup.train) * args.num_train_epochs
         seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
-        result["seconds_per_iteration"] = seconds
+        facts["seconds_per_iteration"] = seconds
+    write_json(setup.run_dir / "check.json", facts)
+    if measured:
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, arguments.time_limit()))
-        slot_hours = forecast.time * seconds / 3600 * setting["slots"]
-        gpus, cpus = args.gpus_per_trial, args.cpus_per_trial
-        print(f"in all {slot_hours * (gpus or cpus):.2f} {'GPU' if gpus else 'CPU'}-hours, with those of idle slots")
-        peak, size = measured["peak_bytes"] / 1e9, (measured["gpu_bytes"] or 0) / 1e9
-        of = f"a GPU: {peak:.3g} of {size:.3g} GB, without CUDA's own" if gpus else f"a trial: {peak:.3g} GB"
-        print(f"memory peak of {of}")
-        where = f"{args.output_dir}/{args.run_name}"
-        print(f"the same hours for other settings: --plan --from_check {where}, with the arguments of this check")
-    write_json(setup.run_dir / "check.json", result)
-    bad = sum(bool(row["problems"]) for row in rows)
+        print(cost(args, measured, forecast.time * seconds / 3600 * setting["slots"]))
     if bad:
         raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
 
 
-def check_all(args, shared: Path, setups: list, train, needed: int) -> list[dict]:
-    """Checks all nodes at the same time. Returns the rows of the table, one for each node.
+def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[dict]:
+    """Waits for all nodes and checks them at the same time.
 
-    A row is {"node", "problems": one line each, "cpus", "slots", "trials": see small_trial.run, and what `look` finds}.
-    What is not known is missing.
+    Args:
+        args: the arguments of the program.
+        shared: a folder in the results folder.
+        setups: see small_trial.run.
+        train: what each trial runs.
+        needed: bytes that the search needs in the results folder.
+
+    Returns:
+        A row of the table for each node: {"node", "problems": one line each, "cpus", "number_of_gpus", "slots",
+        "trials": what small_trial.run returns}, and what `look` returns. What is not known is missing.
     """
-    resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
-    refused_file = Path(os.environ.get("RENDEZVOUS_DIR", shared)) / "refused"
     expected = int(os.environ.get("HPO_NODES", arguments.machines()[0]))
     patience = float(os.environ.get("WORKER_TIMEOUT", JOIN_SECONDS))
-    nodes, refused = wait_for_nodes(expected, patience, refused_file)
+    nodes, others = wait_for_nodes(expected, patience, Path(os.environ.get("RENDEZVOUS_DIR", shared)) / "refused")
+    late = f"did not join within {patience:.0f} s (WORKER_TIMEOUT): see logs/ and squeue"
+    others += [("(not joined)", late)] * max(0, expected - len(nodes) - len(others))
     rows = {}
     for node in nodes:
         have = node["Resources"]
-        slots = min(slots_of(have, resources), args.max_concurrent_trials or 10**9)
-        rows[node["NodeID"]] = row = {"node": node["NodeManagerHostname"], "problems": [], "slots": slots}
-        row |= {"cpus": int(have["CPU"]), "number_of_gpus": int(have.get("GPU", 0)), "trials": []}
+        slots = slots_of(have, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial})
+        rows[node["NodeID"]] = row = {"node": node["NodeManagerHostname"], "problems": [], "trials": []}
+        row |= {"cpus": int(have["CPU"]), "number_of_gpus": int(have.get("GPU", 0))}
+        row["slots"] = min(slots, args.max_concurrent_trials or slots)
         if not slots:
             row["problems"].append(f"too small: a trial needs {args.cpus_per_trial} CPUs, {args.gpus_per_trial} GPUs")
-    gpus = args.gpus_per_trial > 0
-    print(f"looking at {len(nodes)} nodes: GPUs, versions, disks; at most {LOOK_SECONDS} s", flush=True)
-    (shared / "head").write_text(socket.gethostname())
-    looks = {}
-    for node_id, row in rows.items():
-        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        needs = {"num_cpus": 0, "num_gpus": row["number_of_gpus"] if gpus else 0}
-        task = once(look).options(scheduling_strategy=here, **needs)
-        looks[node_id] = task.remote(shared, node_id, gpus, needed)
-    deadline = time.time() + LOOK_SECONDS
-    for node_id, future in looks.items():
-        row, found = rows[node_id], answer(future, node_id, deadline)
-        if isinstance(found, str):
-            row["problems"].append(found)
-            continue
-        row |= found | {"problems": row["problems"] + found["problems"]}
-        if row["can_run"] and not appears(shared / node_id):
-            not_seen = f"a file of this node in {shared} is not seen on the head within {SHARED_SECONDS} s"
-            row["problems"].append(f"results: {not_seen}: take an --output_dir that all nodes share")
-            row["can_run"] = False
+    look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
     add_differences(list(rows.values()), versions())
-    run_trials(args, {node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train)
-    late = max(0, expected - len(nodes) - len(refused))
-    not_joined = f"did not join within {patience:.0f} s (WORKER_TIMEOUT): see logs/ and squeue"
-    others = [*refused, *[("(not joined)", not_joined)] * late]
+    run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
     return [*rows.values(), *({"node": node, "problems": [reason], "trials": []} for node, reason in others)]
 
 
@@ -165,11 +141,39 @@ def wait_for_nodes(expected: int, patience: float, refused_file: Path) -> tuple[
         time.sleep(1)
 
 
-def run_trials(args, rows: dict[str, dict], setups: list, train) -> None:
-    """Runs small trials in all slots of all nodes, and adds the results to their rows."""
-    seconds = args.trial_timeout or TRIAL_SECONDS
-    total = sum(row["slots"] for row in rows.values())
-    print(f"running {total} small trials on {len(rows)} nodes: at most {seconds:.0f} s (--trial_timeout)", flush=True)
+def look_at_nodes(rows: dict[str, dict], shared: Path, gpus: bool, needed: int) -> None:
+    """Adds to the rows, by the id of their node, what `look` returns there. The arguments are those of `look`."""
+    print(f"looking at GPUs, versions and disks of each node: at most {LOOK_SECONDS} s", flush=True)
+    (shared / "head").write_text(socket.gethostname())
+    looks, deadline = {}, time.time() + LOOK_SECONDS
+    for node_id, row in rows.items():
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        needs = {"num_cpus": 0, "num_gpus": row["number_of_gpus"] if gpus else 0}
+        task = once(look).options(scheduling_strategy=here, **needs)
+        looks[node_id] = task.remote(shared, node_id, gpus, needed)
+    for node_id, future in looks.items():
+        row, found = rows[node_id], answer(future, node_id, deadline)
+        if isinstance(found, str):
+            row["problems"].append(found)
+            continue
+        row |= found | {"problems": row["problems"] + found["problems"]}
+        if row["can_run"] and not appears(shared / node_id):
+            what = f"a file of this node in {shared} is not seen on the head within {SHARED_SECONDS} s"
+            row["problems"].append(f"results: {what}: take an --output_dir that all nodes share")
+            row["can_run"] = False
+
+
+def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None) -> None:
+    """Runs small trials in all slots of all nodes, and adds the results to their rows.
+
+    Args:
+        rows: by the id of their node.
+        setups: see small_trial.run.
+        train: what each trial runs.
+        timeout: seconds; None: TRIAL_SECONDS.
+    """
+    seconds, total = timeout or TRIAL_SECONDS, sum(row["slots"] for row in rows.values())
+    print(f"running small trials, {total} at the same time: at most {seconds:.0f} s (--trial_timeout)", flush=True)
     of_trial, train, setups = bundles(setups[0][1]), ray.put(train), ray.put(setups)
     started = []
     for node_id, row in rows.items():
@@ -256,6 +260,18 @@ def free_in_words(free: dict | None) -> str:
         return "?"
     files = "" if free["files"] is None else f", {free['files'] / 1e6:.3g} M files"
     return f"{free['bytes'] / 1e9:.3g} GB{files}"
+
+
+def cost(args, measured: dict, slot_hours: float) -> str:
+    """What the plan says after a check: the hours of all slots, and the memory that a trial took."""
+    gpus, peak = args.gpus_per_trial, f"{measured['peak_bytes'] / 1e9:.3g}"
+    memory = f"memory peak of a trial: {peak} GB"
+    if gpus:
+        size = (measured["gpu_bytes"] or math.nan) / 1e9
+        memory = f"memory peak of a GPU: {peak} of {size:.3g} GB, without what CUDA itself needs"
+    hours = f"{slot_hours * (gpus or args.cpus_per_trial):.2f} {'GPU' if gpus else 'CPU'}-hours"
+    others = f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}"
+    return f"in all {hours}, those of idle slots too\n{memory}\n{others}"
 
 
 def pace_of(rows: list[dict], sizes: list[int], setup, small) -> dict | None:
