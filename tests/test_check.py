@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -137,6 +138,31 @@ def test_output_that_cannot_be_written(tmp_path, tiny_model, tiny_squad):
     where = ["--model", str(tiny_model), "--dataset", str(tiny_squad), "--output_dir", str(tmp_path / "file" / "r")]
     with pytest.raises(errors.BadInput, match="--output_dir .*file/r: cannot be written"):
         checks.check(arguments.parse("", ["--check", *where]))
+
+
+def test_nodes_of_a_cluster(tmp_path, tiny_model, tiny_squad, ray_token, monkeypatch):
+    """A head without CPUs and two nodes, as on Slurm; one node refuses to join, and one does not come."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(ray_token))
+    (tmp_path / "refused").write_text("n7: ray is 2.9 here and 2.60.0 on the head\n")
+    (tmp_path / "results").mkdir()
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--run_name", "c"]
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        nodes = {cluster.add_node(num_cpus=1).node_id for _ in range(2)}
+        environment = {"RAY_ADDRESS": cluster.address, "RENDEZVOUS_DIR": str(tmp_path), "NUM_WORKERS": "4"}
+        environment |= {"HPO_NODES": "4", "WORKER_TIMEOUT": "10", "GPUS_PER_NODE": "0"}
+        process = run_script("--check", *where, *SMALL, **environment)
+    finally:
+        cluster.shutdown()
+    assert len(nodes) == 2 and process.returncode == 2, process.stdout + process.stderr
+    assert "waiting for nodes: 2 of 4 have joined, 1 refused; at most " in process.stdout
+    rows = rows_of(process.stdout)[1:]
+    assert [row[-1] for row in rows[:2]] == ["ok", "ok"] and rows[2][0] == "n7" and rows[3][0] == "(not joined)"
+    assert rows[2][-1] == "ray is 2.9 here and 2.60.0 on the head"
+    assert rows[3][-1] == "did not join within 10 s (WORKER_TIMEOUT): see logs/ and squeue"
+    assert process.stderr.splitlines()[-1].endswith("--check: 2 of 4 nodes are not ok, see the table above")
+    check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
+    assert [len(row["trials"]) for row in check["nodes"]] == [1, 1, 0, 0] and not check["ok"]
 
 
 # -- the small trial

@@ -26,7 +26,7 @@ def seconds_per_iteration(pace: dict, forecast, max_t: int, questions: float, se
     """
     training = statistics.fmean(math.ceil(questions / int(n)) * s / max_t for n, s in pace["step_seconds"].items())
     at_rungs = sum(trials for _, _, trials, _ in forecast.rungs) / forecast.iterations
-    scored = pace["scored_seconds"] - pace["loss_seconds"]
+    scored = max(0.0, pace["scored_seconds"] - pace["loss_seconds"])  # below 0 on a busy machine
     return training + selection * (pace["loss_seconds"] + at_rungs * scored) + at_rungs * pace["checkpoint_seconds"]
 
 
