@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -146,14 +147,16 @@ def test_nodes_of_a_cluster(tmp_path, tiny_model, tiny_squad, ray_token, monkeyp
     (tmp_path / "refused").write_text("n7: ray is 2.9 here and 2.60.0 on the head\n")
     (tmp_path / "results").mkdir()
     where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--run_name", "c"]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        nodes = {cluster.add_node(num_cpus=1).node_id for _ in range(2)}
-        environment = {"RAY_ADDRESS": cluster.address, "RENDEZVOUS_DIR": str(tmp_path), "NUM_WORKERS": "4"}
-        environment |= {"HPO_NODES": "4", "WORKER_TIMEOUT": "10", "GPUS_PER_NODE": "0"}
-        process = run_script("--check", *where, *SMALL, **environment)
-    finally:
-        cluster.shutdown()
+    with tempfile.TemporaryDirectory(prefix="bohb-") as short:  # the names of Ray's sockets have at most 107 bytes
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": short}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            nodes = {cluster.add_node(num_cpus=1, temp_dir=short).node_id for _ in range(2)}
+            environment = {"RAY_ADDRESS": cluster.address, "RENDEZVOUS_DIR": str(tmp_path), "NUM_WORKERS": "4"}
+            environment |= {"HPO_NODES": "4", "WORKER_TIMEOUT": "10", "GPUS_PER_NODE": "0"}
+            process = run_script("--check", *where, *SMALL, **environment)
+        finally:
+            cluster.shutdown()
     assert len(nodes) == 2 and process.returncode == 2, process.stdout + process.stderr
     assert "waiting for nodes: 2 of 4 have joined, 1 refused; at most " in process.stdout
     rows = rows_of(process.stdout)[1:]

@@ -1,5 +1,6 @@
 """What a node says of itself for --check: its GPUs, versions, disks, and whether it sees the results folder."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -100,13 +101,12 @@ def nvidia_driver() -> str | None:
 def appears(file: Path) -> bool:
     """Waits for a file of another node, at most SHARED_SECONDS. Returns whether it can be read."""
     deadline = time.time() + SHARED_SECONDS
-    while True:
-        try:
-            return bool(file.read_text())
-        except OSError:
-            if time.time() > deadline:
-                return False
-            time.sleep(0.5)
+    while time.time() < deadline:
+        with contextlib.suppress(OSError):
+            if file.read_text():
+                return True
+        time.sleep(0.5)
+    return False
 
 
 def in_words(error: Exception) -> str:
