@@ -2,7 +2,7 @@
 
     .venv/bin/python raytune_bayesian.py                # on this machine: its GPUs, or its CPUs where it has none
     .venv/bin/python raytune_bayesian.py --prefetch     # on a login node: download model and data, and end
-    .venv/bin/python raytune_bayesian.py --plan         # how much time, disk and GPU memory the search would need
+    .venv/bin/python raytune_bayesian.py --plan         # time, disk and GPU memory of the search; --check measures it
     .venv/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
 
 Read from top to bottom: search space and constants, EM and F1, one trial, the search, main. The package hpo/ has the
@@ -371,7 +371,7 @@ def search(run, train):
 def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
     space = ranges.space_of_run(SEARCH_SPACE, train, args)
-    from hpo.cluster import launch, messages  # imported late, so that bad input is refused early
+    from hpo.cluster import check_nodes, launch, messages  # imported late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
@@ -385,6 +385,8 @@ def main(args, train=train) -> None:
         try_model(setup, test_set, largest)
     if args.prefetch:
         return
+    if args.check:
+        return check_nodes.check(args, space, setup, largest, train)
     run = Run(args, space, setup, len(test_set))
     if run.done:
         print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")

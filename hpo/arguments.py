@@ -27,7 +27,10 @@ from hpo.squad.scores import ARTICLES
 ROOT = Path(__file__).parent.parent
 FILES = 500  # more than a run has at a time
 # Arguments that a run does not keep:
-NOT_OF_THE_SEARCH = ("given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration")
+NOT_OF_THE_SEARCH = (
+    "given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration", "check",
+    "from_check",
+)  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -98,7 +101,7 @@ def make_parser(description: str) -> Parser:
     add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
-    add("--run_name", help="default: bloom_bohb-<job id, or time>")
+    add("--run_name", help="default: bloom_bohb-<job id, or time>, and check-<job id, or time> with --check")
     add("--report_to", choices=TRACKERS, default="tensorboard", help="experiment tracker")
     add(
         "--trial_timeout",
@@ -110,6 +113,8 @@ def make_parser(description: str) -> Parser:
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
     add("--seconds_per_iteration", help="for --plan: a number, or the iterations.csv of an earlier run")
+    add("--check", action="store_true", help="run a small trial on each node, print what is wrong and a plan, and end")
+    add("--from_check", help="for --plan: the run folder of a --check, whose measurements give the hours")
     return parser
 
 
@@ -134,26 +139,33 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     args.ranges = ranges.read(os.environ)
+    for other in ("plan", "prefetch", "resume"):
+        if args.check and getattr(args, other):
+            raise BadInput(f"--check: not with --{other}")
     for name in ("reduction_factor", "max_concurrent_trials"):
         if not args.plan:
             if len(getattr(args, name)) > 1:
                 raise BadInput(f"--{name}: several values only with --plan")
             setattr(args, name, getattr(args, name)[0])
-    args.run_name = args.run_name or f"bloom_bohb-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
+    default = "check" if args.check else "bloom_bohb"
+    args.run_name = args.run_name or f"{default}-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
     if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
         raise BadInput(f"--run_name {args.run_name}: letters, digits, '.', '_' and '-' only")
     # Slurm starts a job again after its time limit, or after it has lost a node.
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir(args) / "run.json").exists()
-    args.resume |= restarted and not args.plan
+    args.resume |= restarted and not args.plan and not args.check
     if args.resume and not args.plan:
         load_from_run(args)
     check_values(args)
     if not args.plan:
-        if args.seconds_per_iteration is not None:
-            raise BadInput("--seconds_per_iteration: only with --plan")
+        for name in ("seconds_per_iteration", "from_check"):
+            if getattr(args, name) is not None:
+                raise BadInput(f"--{name}: only with --plan")
         args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
     else:
         if args.seconds_per_iteration is not None:
+            if args.from_check is not None:
+                raise BadInput("--from_check: not with --seconds_per_iteration")
             args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
     args.cluster = read_cluster_env() if args.plan else cluster_of_job()
     return args

@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
+NO_LIMIT = 2**53
+
 
 class Room(NamedTuple):
     """What may still be written."""
@@ -24,7 +26,8 @@ def room(folder: Path) -> Room:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     system = os.statvfs(existing)
     # A file system without a fixed number of inodes says 0.
-    rooms = [Room(system.f_bavail * system.f_frsize, system.f_favail if system.f_files else 2**63, "the file system")]
+    files = system.f_favail if system.f_files else NO_LIMIT
+    rooms = [Room(system.f_bavail * system.f_frsize, files, "the file system")]
     mount = next(path for path in (existing, *existing.parents) if os.path.ismount(path))
     user = str(os.getuid())
     commands = ["quota", "-u", "-w", "-p", "-f", str(mount)], ["lfs", "quota", "-q", "-u", user, str(existing)]
@@ -46,5 +49,5 @@ def left_of_quota(text: str, command: str) -> list[Room]:
     if len(numbers) < 8 or not all(re.fullmatch(r"\d+", number) for number in limits):
         return []
     used, soft, hard, files, files_soft, files_hard = map(int, limits)
-    left = (hard or soft or 2**53) - used, (files_hard or files_soft or 2**63) - files
+    left = (hard or soft or NO_LIMIT) - used, (files_hard or files_soft or 2 * NO_LIMIT) - files
     return [Room(max(0, left[0]) * 1024, max(0, left[1]), f"{command}'s limit")]

@@ -63,7 +63,7 @@ def plan(num_samples: int, max_t: int, reduction_factor: int, slots: int) -> str
     from test_bohb import SPACE
 
     setting = {"num_samples": num_samples, "max_t": max_t, "reduction_factor": reduction_factor, "slots": slots}
-    return plan.plan(SPACE, [setting], [plan.forecast(SPACE, **setting)], 60.0, (10**9, 10**9), 86400)
+    return plan.plan(SPACE, [setting], [plan.forecast(SPACE, **setting)], [60.0], (10**9, 10**9), 86400)
 
 
 def refusals(folder: Path) -> list[str]:

@@ -62,17 +62,24 @@ def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str) -> None:
 
 
 @contextlib.contextmanager
+def ray_folders():
+    """Two temporary folders with mode 0700: for Ray's sockets and logs, and for files of the worker processes."""
+    private = {"prefix": "bohb-", "ignore_cleanup_errors": True}
+    short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # the names of Ray's sockets have at most 107 bytes
+    with tempfile.TemporaryDirectory(dir=short, **private) as temp_dir, tempfile.TemporaryDirectory(**private) as tmp:
+        yield temp_dir, tmp
+
+
+@contextlib.contextmanager
 def ray_session(run: Run):
     """Ray, from its start to its end, however the search ends; keeps the status in run.json.
 
     When the file system of the run is full or gone, waits for it and then starts this program again with --resume.
     """
     environment, storage_error = dict(os.environ), None
-    private = {"prefix": "bohb-", "ignore_cleanup_errors": True}  # folders with mode 0700
-    short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # the names of Ray's sockets have at most 107 bytes
-    with tempfile.TemporaryDirectory(dir=short, **private) as temp_dir, tempfile.TemporaryDirectory(**private) as tmp:
+    with ray_folders() as folders:
         try:
-            start_ray(run.setup.gpus_per_trial, temp_dir, tmp)
+            start_ray(run.setup.gpus_per_trial, *folders)
             yield
         except BaseException as error:
             if errors.is_storage(error):

@@ -57,10 +57,7 @@ class Run:
         }
         if not args.resume:
             arguments.check_disk(self.folder.parent, self.needed)
-            try:
-                self.folder.mkdir(parents=True)
-            except FileExistsError:
-                raise BadInput(f"--run_name {args.run_name}: {self.folder} exists already") from None
+            make_folder(self.folder)
         # Not an attribute: Tune pickles all that its callbacks refer to.
         atexit.register(lock(self.folder, LOCK_PATIENCE if "SLURM_RESTART_COUNT" in os.environ else 0).close)
         earlier = json.loads((self.folder / "run.json").read_text()) if args.resume else {}
@@ -82,6 +79,14 @@ class Run:
         """Writes run.json."""
         self.facts["status"] = status
         write_json(self.folder / "run.json", self.facts)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a run folder. Raises BadInput where it exists already."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise BadInput(f"--run_name {folder.name}: {folder} exists already") from None
 
 
 def lock(folder: Path, patience: float):

@@ -73,13 +73,8 @@ class SearchSession:
         self.setup.stop_file.unlink(missing_ok=True)
 
     def trainable(self, train):
-        """What Tune runs for a trial: `train` of the script, with its resources: one bundle a rank, on one node.
-
-        Ray lets processes that ask for a part of a GPU share one, and sets CUDA_VISIBLE_DEVICES for them.
-        """
-        ranks = max(1, self.setup.gpus_per_trial)
-        bundle = {"CPU": self.setup.cpus_per_trial / ranks, "GPU": min(1, self.setup.gpus_per_trial)}
-        resources = tune.PlacementGroupFactory([bundle] * ranks, strategy="STRICT_PACK")
+        """What Tune runs for a trial: `train` of the script, with its resources, on one node."""
+        resources = tune.PlacementGroupFactory(trial.bundles(self.setup), strategy="STRICT_PACK")
         return tune.with_resources(tune.with_parameters(trial.run, train=train, setup=self.setup), resources)
 
     def fit(self, tuner: tune.Tuner) -> TrialLog:

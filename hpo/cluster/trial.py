@@ -76,8 +76,7 @@ class TrialContext:
                 parts = {f"{part}_seconds": seconds for part, seconds in self._seconds.items() if part != "training"}
                 memory = gpu_memory()
                 times = {"started_at": self._started_at, "ended_at": time.time(), "node": socket.gethostname()}
-                saved = checkpoint and tune.Checkpoint.from_directory(checkpoint)
-                tune.report({**parts, **times, **memory, **metrics}, checkpoint=saved)
+                self.send({**parts, **times, **memory, **metrics}, checkpoint)
                 goes_on = True
         finally:  # Tune ends a paused trial by SystemExit, raised in tune.report
             goes_on = self.group.broadcast(goes_on)
@@ -86,6 +85,19 @@ class TrialContext:
 
             raise TrialPaused
         self.start_iteration()
+
+    def send(self, metrics: dict, checkpoint: Path | None) -> None:
+        """Hands a report of rank 0 to Tune. Raises where the trial is paused or ended."""
+        tune.report(metrics, checkpoint=checkpoint and tune.Checkpoint.from_directory(checkpoint))
+
+
+def bundles(setup) -> list[dict[str, float]]:
+    """The resources of a trial: one bundle a rank.
+
+    Ray lets processes that ask for a part of a GPU share one, and sets CUDA_VISIBLE_DEVICES for them.
+    """
+    ranks = max(1, setup.gpus_per_trial)
+    return [{"CPU": setup.cpus_per_trial / ranks, "GPU": min(1, setup.gpus_per_trial)}] * ranks
 
 
 def gpu_memory() -> dict[str, int]:

@@ -12,6 +12,7 @@ from hpo import arguments, errors, ranges, search_space
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
+from hpo.plan import pace
 from hpo.plan.simulator import Simulation
 from hpo.results.slots import trials_per_gpu
 from hpo.squad import loading
@@ -100,7 +101,7 @@ def plan(
     space: dict,
     settings: list[dict],
     forecasts: list[Forecast],
-    seconds: float | None,
+    seconds: list[float] | None,
     disk_bytes: tuple[int, int] | None,
     time_limit: int | None,
     gpus_per_trial: float = 0,
@@ -111,7 +112,7 @@ def plan(
         space: the search space.
         settings: each {"num_samples", "max_t", "reduction_factor", "slots"}.
         forecasts: one for each setting.
-        seconds: duration of one iteration, if known.
+        seconds: duration of one iteration in each of them, if known.
         disk_bytes: the sizes of a checkpoint and of the best model, if known.
         time_limit: of one Slurm job in seconds, if known.
         gpus_per_trial: with 0 and 1 there is no line of GPU-hours.
@@ -134,19 +135,20 @@ def plan(
         "by tenths of the time: " + " ".join(f"{share:.0%}" for share in f.busy),
     ]
     if seconds:
-        hours = f.time * seconds / 3600
-        busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * seconds / 3600:.2f} of them busy"
-        lines.append(f"at {seconds:.3g} s an iteration: {hours:.2f} hours, {busy}")
+        each, hours = seconds[0], f.time * seconds[0] / 3600
+        busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * each / 3600:.2f} of them busy"
+        lines.append(f"at {each:.3g} s an iteration: {hours:.2f} hours, {busy}")
         if gpus_per_trial not in (0, 1):
             lines.append(f"a slot takes {gpus_per_trial:.3g} GPUs: {hours * s['slots'] * gpus_per_trial:.2f} GPU-hours")
         if time_limit:  # the job is warned 5 minutes before its end, and takes one to start
-            jobs = math.ceil(f.time * seconds / max(60, time_limit - 360))
+            jobs = math.ceil(f.time * each / max(60, time_limit - 360))
             fits = "it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"
             lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: {fits}")
         else:
             lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
     else:
-        lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run")
+        lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run; or after")
+        lines.append("  a --check, with --from_check")
     if disk_bytes:
         each = f"{f.checkpoints} checkpoints of {disk_bytes[0] / 1e9:.3g} GB and the best model"
         lines.append(f"disk at its peak: up to {f.disk(*disk_bytes) / 1e9:.3g} GB, for {each}")
@@ -158,7 +160,7 @@ def plan(
 def compare(
     settings: list[dict],
     forecasts: list[Forecast],
-    seconds: float | None,
+    seconds: list[float] | None,
     disk_bytes: tuple[int, int] | None,
     gpus_per_trial: float,
 ) -> str:
@@ -168,11 +170,11 @@ def compare(
     hours_of_gpus = bool(seconds) and gpus_per_trial not in (0, 1)
     head += ["hours", "slot-hours"] * bool(seconds) + ["GPU-hours"] * hours_of_gpus
     rows = [head + ["disk GB"] * bool(disk_bytes)]
-    for s, f in zip(settings, forecasts, strict=True):
+    for i, (s, f) in enumerate(zip(settings, forecasts, strict=True)):
         row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}"]
         row += [f.model_based, f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
         if seconds:
-            hours = f.time * seconds / 3600
+            hours = f.time * seconds[i] / 3600
             row += [f"{hours:.2f}", f"{hours * s['slots']:.2f}"]
             row += [f"{hours * s['slots'] * gpus_per_trial:.2f}"] * hours_of_gpus
         if disk_bytes:
@@ -198,7 +200,9 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     if model:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
     forecasts = [forecast(space, **setting) for setting in settings]
-    seconds, limit = args.seconds_per_iteration, arguments.time_limit()
+    seconds, limit = args.seconds_per_iteration and [args.seconds_per_iteration] * len(settings), arguments.time_limit()
+    if args.from_check is not None:
+        seconds = pace.of_check(args, space, forecasts)
     for line in ranges.changes(space, args.ranges):
         print(line)
     where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"

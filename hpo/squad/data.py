@@ -88,6 +88,16 @@ class TokenizedSquad:
             "prompt_length": int(self.prompt_lengths[i]),
         }
 
+    def take(self, indices) -> "TokenizedSquad":
+        """Some of the sequences, as a data set of their own."""
+        items = [self[i] for i in indices]
+        return TokenizedSquad(
+            tokens=np.concatenate([item["input_ids"] for item in items]),
+            offsets=np.cumsum([0] + [len(item["input_ids"]) for item in items], dtype=np.int64),
+            prompt_lengths=np.array([item["prompt_length"] for item in items], np.int64),
+            references=[self.references[i] for i in indices] if self.references else [],
+        )
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sequence, int64 (n,)."""

@@ -1,0 +1,299 @@
+"""--check: whether a search will run on the nodes that it gets. It takes minutes, not GPU-hours.
+
+On each node: do the GPUs compute, are the versions those of the head, is the results folder shared, is there room on
+the disks? Then as many small trials as the node has slots run there at the same time, see small_trial.py. The table
+has a row for each node. The plan of the search follows from the pace of the small trials.
+"""
+
+import math
+import os
+import shutil
+import socket
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from hpo import arguments
+from hpo.cluster import launch, small_trial
+from hpo.cluster.node_state import SHARED_SECONDS, appears, in_words, look
+from hpo.cluster.run import make_folder
+from hpo.cluster.trial import bundles
+from hpo.disk import NO_LIMIT
+from hpo.errors import BadInput
+from hpo.files import columns, write_json
+from hpo.plan import pace, plan
+from hpo.results.provenance import git_commit, versions
+from hpo.results.slots import slots_of
+from hpo.squad import loading
+
+JOIN_SECONDS = 600  # that nodes may take to join, where WORKER_TIMEOUT does not say
+LOOK_SECONDS = 600  # that a node may take for its GPUs and disks: the first import of torch can take minutes
+TRIAL_SECONDS = 3600  # that the small trials of a node may take, where --trial_timeout does not say
+
+
+def check(args, space: dict, setup, largest: dict, train) -> None:
+    """Checks all nodes, prints the table and the plan, and writes check.json.
+
+    Args:
+        args: the arguments of the program.
+        space: the search space.
+        setup: what all trials share.
+        largest: see search_space.largest_trial.
+        train: what each trial runs.
+
+    Raises:
+        BadInput: a node is not ok. The table says why.
+    """
+    setting = {name: getattr(args, name) for name in ("num_samples", "max_t", "reduction_factor")}
+    setting["slots"] = arguments.slots(args)
+    forecast = plan.forecast(space, **setting)
+    adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
+    disk_bytes = loading.disk_bytes(setup.model, adapters)
+    shared = setup.run_dir / "shared"
+    make_folder(setup.run_dir)
+    shared.mkdir()
+    batches = small_trial.batch_sizes(space, setup, largest)
+    setups = [(config, small_trial.small_setup(setup, size, shared)) for config, size in batches]
+    print(f"check: results in {setup.run_dir}", flush=True)
+    with launch.ray_folders() as folders:
+        try:
+            launch.start_ray(setup.gpus_per_trial, *folders)
+            rows = rows_of_nodes(args, shared, setups, train, forecast.disk(*disk_bytes))
+        finally:
+            ray.shutdown()
+            shutil.rmtree(shared, ignore_errors=True)
+    of_head = ", ".join(f"{name} {version}" for name, version in versions().items())
+    print(f"\nversions of the head: {of_head}\n\n{table(rows, bool(setup.gpus_per_trial))}\n", flush=True)
+    bad = sum(bool(row["problems"]) for row in rows)
+    measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
+    facts = {"ok": not bad, "arguments": arguments.kept(args), "model_folder": str(setup.model.absolute())}
+    facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
+    facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
+    facts |= {"git_commit": git_commit(arguments.ROOT)}
+    if measured:
+        questions = len(setup.train) * args.num_train_epochs
+        seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
+        facts["seconds_per_iteration"] = seconds
+    write_json(setup.run_dir / "check.json", facts)
+    if measured:
+        print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, arguments.time_limit()))
+        print(cost(args, measured, forecast.time * seconds / 3600 * setting["slots"]))
+    if bad:
+        raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
+
+
+def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[dict]:
+    """Waits for all nodes and checks them at the same time.
+
+    Args:
+        args: the arguments of the program.
+        shared: a folder in the results folder.
+        setups: see small_trial.run.
+        train: what each trial runs.
+        needed: bytes that the search needs in the results folder.
+
+    Returns:
+        A row of the table for each node: {"node", "problems": one line each, "cpus", "number_of_gpus", "slots",
+        "trials": what small_trial.run returns}, and what `look` returns. What is not known is missing.
+    """
+    expected = int(os.environ.get("HPO_NODES", arguments.machines(args)[0]))
+    patience = float(os.environ.get("WORKER_TIMEOUT", JOIN_SECONDS))
+    nodes, others = wait_for_nodes(expected, patience, Path(os.environ.get("RENDEZVOUS_DIR", shared)) / "refused")
+    late = f"did not join within {patience:.0f} s (WORKER_TIMEOUT): see logs/ and squeue"
+    others += [("(not joined)", late)] * max(0, expected - len(nodes) - len(others))
+    rows = {}
+    for node in nodes:
+        have = node["Resources"]
+        slots = slots_of(have, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial})
+        rows[node["NodeID"]] = row = {"node": node["NodeManagerHostname"], "problems": [], "trials": []}
+        row |= {"cpus": int(have["CPU"]), "number_of_gpus": int(have.get("GPU", 0))}
+        row["slots"] = min(slots, args.max_concurrent_trials or slots)
+        if not slots:
+            row["problems"].append(f"too small: a trial needs {args.cpus_per_trial} CPUs, {args.gpus_per_trial} GPUs")
+    look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
+    add_differences(list(rows.values()), versions())
+    run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
+    return [*rows.values(), *({"node": node, "problems": [reason], "trials": []} for node, reason in others)]
+
+
+def wait_for_nodes(expected: int, patience: float, refused_file: Path) -> tuple[list[dict], list[tuple[str, str]]]:
+    """Waits until all nodes have joined or refused to join, at most `patience` seconds.
+
+    Returns:
+        The nodes of Ray that have CPUs for trials, and the others as (node, reason).
+    """
+    deadline, told = time.time() + patience, None
+    while True:
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+        lines = refused_file.read_text().splitlines() if refused_file.exists() else []
+        refused = [tuple(part.strip() for part in line.partition(":")[::2]) for line in lines if line.strip()]
+        if len(nodes) + len(refused) >= expected or time.time() > deadline:
+            return sorted(nodes, key=lambda node: node["NodeManagerHostname"]), refused
+        if told != (len(nodes), len(refused)):
+            told = len(nodes), len(refused)
+            waits = f"at most {deadline - time.time():.0f} s more (WORKER_TIMEOUT)"
+            print(f"waiting for nodes: {told[0]} of {expected} have joined, {told[1]} refused; {waits}", flush=True)
+        time.sleep(1)
+
+
+def look_at_nodes(rows: dict[str, dict], shared: Path, gpus: bool, needed: int) -> None:
+    """Adds to the rows, by the id of their node, what `look` returns there. The arguments are those of `look`."""
+    print(f"looking at GPUs, versions and disks of each node: at most {LOOK_SECONDS} s", flush=True)
+    (shared / "head").write_text(socket.gethostname())
+    looks, deadline = {}, time.time() + LOOK_SECONDS
+    for node_id, row in rows.items():
+        here = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        needs = {"num_cpus": 0, "num_gpus": row["number_of_gpus"] if gpus else 0}
+        task = once(look).options(scheduling_strategy=here, **needs)
+        looks[node_id] = task.remote(shared, node_id, gpus, needed)
+    for node_id, future in looks.items():
+        row, found = rows[node_id], answer(future, node_id, deadline)
+        if isinstance(found, str):
+            row["problems"].append(found)
+            continue
+        row |= found | {"problems": row["problems"] + found["problems"]}
+        if row["can_run"] and not appears(shared / node_id):
+            what = f"a file of this node in {shared} is not seen on the head within {SHARED_SECONDS} s"
+            row["problems"].append(f"results: {what}: take an --output_dir that all nodes share")
+            row["can_run"] = False
+
+
+def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None) -> None:
+    """Runs small trials in all slots of all nodes, and adds the results to their rows.
+
+    Args:
+        rows: by the id of their node.
+        setups: see small_trial.run.
+        train: what each trial runs.
+        timeout: seconds; None: TRIAL_SECONDS.
+    """
+    seconds, total = timeout or TRIAL_SECONDS, sum(row["slots"] for row in rows.values())
+    print(f"running small trials, {total} at the same time: at most {seconds:.0f} s (--trial_timeout)", flush=True)
+    of_trial, train, setups = bundles(setups[0][1]), ray.put(train), ray.put(setups)
+    started = []
+    for node_id, row in rows.items():
+        for _ in range(row["slots"]):
+            on_node = [{"ray.io/node-id": node_id}] * len(of_trial)
+            group = placement_group(of_trial, strategy="STRICT_PACK", bundle_label_selector=on_node)
+            here = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+            needs = {"num_cpus": of_trial[0]["CPU"], "num_gpus": of_trial[0]["GPU"]}
+            task = once(small_trial.run).options(scheduling_strategy=here, **needs)
+            started.append((node_id, group, task.remote(train, setups)))
+    deadline = time.time() + seconds
+    for node_id, group, future in started:
+        row, found = rows[node_id], answer(future, node_id, deadline)
+        remove_placement_group(group)  # ends its processes
+        if isinstance(found, str):
+            row["problems"] = list(dict.fromkeys([*row["problems"], found]))  # once, if all slots say the same
+            continue
+        row["trials"].append(found)
+        if found["skipped_steps"] == found["steps"]:
+            skipped = f"fp16: all {found['steps']} optimizer steps were skipped, because gradients overflow"
+            row["problems"].append(f"{skipped}: take --precision bf16 or fp32")
+
+
+def once(function):
+    """A task that runs in a process of its own, which frees its GPU memory at its end, and is not tried again."""
+    return ray.remote(max_calls=1, max_retries=0)(function)
+
+
+def answer(future, node_id: str, deadline: float):
+    """What a task on a node returns; or, as a text, why it does not."""
+    while not ray.wait([future], timeout=2)[0]:
+        if not any(node["Alive"] and node["NodeID"] == node_id for node in ray.nodes()):
+            return "the node has left the cluster: see the log of its job in logs/"
+        if time.time() > deadline:
+            ray.cancel(future, force=True)
+            return "no answer in time: it hangs, or is too slow: leave the node out (sbatch --exclude), and report it"
+    try:
+        return ray.get(future)
+    except Exception as error:  # whatever a trial raises, and a lost process or node
+        return in_words(error.cause if isinstance(error, RayTaskError) else error)
+
+
+def add_differences(rows: list[dict], of_head: dict[str, str]) -> None:
+    """Adds a problem to the rows of nodes whose versions differ: from the head's, for a driver from most nodes'."""
+    drivers = Counter(row["driver"] for row in rows if row.get("driver"))
+    most = drivers.most_common(1)[0][0] if drivers else None
+    for row in rows:
+        if "versions" not in row:
+            continue
+        own = row["versions"]
+        others = [f"{name} {own[name]} ({of_head[name]} on the head)" for name in of_head if own[name] != of_head[name]]
+        if others:
+            row["problems"].append(f"{', '.join(others)}: give all nodes one environment (VENV in cluster.env)")
+        other_driver = row["driver"] and row["driver"] != most
+        if other_driver:
+            row["problems"].append(f"NVIDIA driver {row['driver']} ({most} on most nodes): ask for one kind of node")
+        row["same"] = "differ" if others or other_driver else "same"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the result
+
+
+def table(rows: list[dict], gpus: bool) -> str:
+    """A line for each node. The last column is "ok", or what is wrong and what to do."""
+    memory = "GB of a GPU, peak" if gpus else "GB of a trial, peak"
+    lines = [["node", "CPUs", "GPUs", "slots", "versions", "TMPDIR free", "results free", "s a step", memory]]
+    for row in rows:
+        disks = [free_in_words(row.get("disks", {}).get(name)) for name in ("TMPDIR", "results")]
+        steps = [trial["step_seconds"][0] for trial in row["trials"]]
+        peaks = [trial["peak_bytes"] / 1e9 for trial in row["trials"]]
+        names = Counter(filter(None, row.get("gpus", "").split(", ")))
+        cards = ", ".join(f"{count} {name}" for name, count in names.items()) or row.get("number_of_gpus", "?")
+        cells = [row["node"], row.get("cpus", "?"), cards, row.get("slots", "?"), row.get("same", "?"), *disks]
+        cells.append(f"{statistics.fmean(steps):.3g}" if steps else "?")
+        lines.append([*cells, f"{max(peaks):.3g}" if peaks else "?"])
+    ends = ["", *("; ".join(row["problems"]) or "ok" for row in rows)]
+    return "\n".join(f"{line}  {end}".rstrip() for line, end in zip(columns(lines).split("\n"), ends, strict=True))
+
+
+def free_in_words(free: dict | None) -> str:
+    """Free bytes and files of a disk."""
+    if free is None:
+        return "?"
+    files = f", {free['files'] / 1e6:.3g} M files" if free["files"] < NO_LIMIT else ""
+    return f"{free['bytes'] / 1e9:.3g} GB{files}"
+
+
+def cost(args, measured: dict, slot_hours: float) -> str:
+    """What the plan says after a check: the hours of all slots, and the memory that a trial took."""
+    gpus, peak = args.gpus_per_trial, f"{measured['peak_bytes'] / 1e9:.3g}"
+    memory = f"memory peak of a trial: {peak} GB"
+    if gpus:
+        size = (measured["gpu_bytes"] or math.nan) / 1e9
+        memory = f"memory peak of a GPU: {peak} of {size:.3g} GB, without what CUDA itself needs"
+    hours = f"{slot_hours * (gpus or args.cpus_per_trial):.2f} {'GPU' if gpus else 'CPU'}-hours"
+    others = f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}"
+    return f"in all {hours}, those of idle slots too\n{memory}\n{others}"
+
+
+def pace_of(rows: list[dict], sizes: list[int], setup, small) -> dict | None:
+    """The mean pace of all small trials, see pace.seconds_per_iteration; None where there was none.
+
+    Args:
+        rows: of the nodes.
+        sizes: sequences of an optimizer step, for each of a trial's step_seconds.
+        setup: what all trials share.
+        small: the setup of the small trials. Its selection has other lengths: time is counted by token.
+    """
+    trials = [trial for row in rows for trial in row["trials"]]
+    if not trials:
+        return None
+    by_question = setup.selection.lengths.mean() / small.selection.lengths.sum()
+    mean = {name: statistics.fmean(t[name] for t in trials) for name in ("loss_seconds", "scored_seconds")}
+    steps = zip(*(trial["step_seconds"] for trial in trials), strict=True)
+    return {
+        "step_seconds": {str(size): statistics.fmean(times) for size, times in zip(sizes, steps, strict=True)},
+        **{name: float(seconds * by_question) for name, seconds in mean.items()},
+        "checkpoint_seconds": statistics.fmean(trial["checkpoint_seconds"] for trial in trials),
+        "peak_bytes": max(trial["peak_bytes"] for trial in trials),
+        "gpu_bytes": min((trial["gpu_bytes"] for trial in trials), key=lambda size: size or 0),
+    }

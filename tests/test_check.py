@@ -1,0 +1,352 @@
+"""--check: the small trial, the table of nodes, the pace, and whole checks through the command line."""
+
+import dataclasses
+import json
+import re
+import tempfile
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+import raytune_bayesian
+from conftest import run_script
+from faulty import write_script
+from hpo import arguments, checks, disk, errors, search_space
+from hpo.cluster import check_nodes, node_state, small_trial
+from hpo.plan import pace, plan
+from hpo.squad.setup import prepare
+
+SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
+SPACE = raytune_bayesian.SEARCH_SPACE
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory, tiny_model, tiny_squad):
+    """A whole check of this machine: (output folder, run folder, process)."""
+    output_dir = tmp_path_factory.mktemp("results")
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", output_dir]
+    process = run_script("--check", *where, *SMALL, "--run_name", "checked")
+    return output_dir, output_dir / "checked", process
+
+
+def rows_of(output: str) -> list[list[str]]:
+    """The cells of the table of nodes."""
+    lines = output.partition("\nversions of the head: ")[2].split("\n\n")[1].splitlines()
+    return [re.split("  +", line.strip()) for line in lines]
+
+
+def test_check_of_this_machine(checked):
+    """Exit code 0, a table with one row, the plan; check.json, and nothing else is left in the run folder."""
+    _, folder, process = checked
+    assert process.returncode == 0 and process.stderr == "", process.stdout + process.stderr
+    head, *rows = rows_of(process.stdout)
+    check = json.loads((folder / "check.json").read_text())
+    (row,) = check["nodes"]
+    assert len(rows) == 1 and rows[0][0] == row["node"] and rows[0][-1] == "ok" and len(rows[0]) == len(head) + 1
+    assert check["ok"] and len(row["trials"]) == row["slots"] > 0
+    for trial in row["trials"]:
+        assert trial["steps"] == 3 * small_trial.STEPS and 0 <= trial["exact_match"] <= trial["f1"] <= 1
+    assert check["questions"] == {"train": 380, "selection": 20}
+    hours = re.search(r"^at (\S+) s an iteration: (\S+) hours", process.stdout, re.MULTILINE)
+    assert float(hours.group(1)) == pytest.approx(check["seconds_per_iteration"], rel=0.01)
+    assert "CPU-hours" in process.stdout and "memory peak of a trial: " in process.stdout
+    assert [path.name for path in folder.iterdir()] == ["check.json"]
+
+
+def test_plan_takes_the_pace_of_a_check(checked, tiny_model, tiny_squad):
+    """The same hours with the same arguments. With twice the epochs, an iteration has twice the optimizer steps."""
+    _, folder, process = checked
+    check = json.loads((folder / "check.json").read_text())
+    plan_of = ["--plan", "--model", tiny_model, "--dataset", tiny_squad, "--from_check", folder, *SMALL]
+    at = re.compile(r"^at \S+ s an iteration: .*$", re.MULTILINE)
+    same = run_script(*plan_of, "--max_concurrent_trials", check["nodes"][0]["slots"])
+    assert same.returncode == 0, same.stderr
+    assert at.search(same.stdout).group() == at.search(process.stdout).group()
+    longer = run_script(*plan_of, "--num_train_epochs", 2)
+    steps = check["pace"]["step_seconds"]
+    more = sum(380 / int(size) * seconds / 16 for size, seconds in steps.items()) / len(steps)
+    seconds = float(re.search(r"^at (\S+) s", longer.stdout, re.MULTILINE).group(1))
+    assert seconds == pytest.approx(check["seconds_per_iteration"] + more, rel=0.02)
+
+
+def test_a_check_never_overwrites(checked, tiny_model, tiny_squad):
+    output_dir, folder, _ = checked
+    before = (folder / "check.json").read_bytes()
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", output_dir]
+    process = run_script("--check", *where, *SMALL, "--run_name", "checked")
+    assert process.returncode == 2 and "exists already" in process.stderr and len(process.stderr.splitlines()) == 1
+    assert (folder / "check.json").read_bytes() == before
+
+
+def test_a_train_that_fails(tmp_path, tiny_model, tiny_squad):
+    """Exit code 2, and the row says why; no plan, as nothing was measured."""
+    body = """
+def train(config, setup, trial):
+    if trial.checkpoint:
+        raise ValueError("this model cannot go on")
+    experiment.train(config, setup, trial)
+"""
+    script = write_script(tmp_path / "failing.py", body)
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results"]
+    process = run_script("--check", *where, *SMALL, "--run_name", "c", script=script)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert process.stderr.splitlines()[-1].endswith("--check: 1 of 1 nodes are not ok, see the table above")
+    (row,) = rows_of(process.stdout)[1:]
+    assert row[-1] == "ValueError this model cannot go on: trials would fail like this, see docs/failures.md"
+    check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
+    assert not check["ok"] and check["pace"] is None and "hours" not in process.stdout
+    assert [path.name for path in (tmp_path / "results" / "c").iterdir()] == ["check.json"]
+    planned = run_script("--plan", "--model", tiny_model, *SMALL, "--from_check", tmp_path / "results" / "c")
+    assert planned.returncode == 2 and "no node has run the small trial" in planned.stderr
+
+
+def test_a_lost_process_is_a_row(tmp_path, tiny_model, tiny_squad):
+    """The process of a small trial is killed. The check goes on."""
+    script = write_script(
+        tmp_path / "killed.py", "\ndef train(config, setup, trial):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results"]
+    process = run_script("--check", *where, *SMALL, "--max_concurrent_trials", 1, script=script)
+    assert process.returncode == 2, process.stdout + process.stderr
+    (row,) = rows_of(process.stdout)[1:]
+    assert "often it was killed for its memory (MEM_PER_NODE), see logs/" in row[-1]
+    (folder,) = (tmp_path / "results").iterdir()
+    assert re.fullmatch(r"check-[\d-]+", folder.name)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--check", "--plan"], "--check: not with --plan"),
+        (["--check", "--prefetch"], "--check: not with --prefetch"),
+        (["--check", "--resume", "--run_name", "x"], "--check: not with --resume"),
+        (["--check", "--seconds_per_iteration", "1"], "--seconds_per_iteration: only with --plan"),
+        (["--from_check", "x"], "--from_check: only with --plan"),
+        (["--plan", "--from_check", "x", "--seconds_per_iteration", "1"], "--from_check: not with --seconds_per_iter"),
+    ],
+)
+def test_arguments_that_do_not_go_together(argv, message):
+    with pytest.raises(errors.BadInput, match=message):
+        arguments.parse("", argv)
+
+
+def test_output_that_cannot_be_written(tmp_path, tiny_model, tiny_squad):
+    (tmp_path / "file").write_text("x")
+    where = ["--model", str(tiny_model), "--dataset", str(tiny_squad), "--output_dir", str(tmp_path / "file" / "r")]
+    with pytest.raises(errors.BadInput, match="--output_dir .*file/r: cannot be written"):
+        checks.check(arguments.parse("", ["--check", *where]))
+
+
+def test_nodes_of_a_cluster(tmp_path, tiny_model, tiny_squad, ray_token, monkeypatch):
+    """A head without CPUs and two nodes, as on Slurm; one node refuses to join, and one does not come."""
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(ray_token))
+    (tmp_path / "refused").write_text("n7: ray is 2.9 here and 2.60.0 on the head\n")
+    (tmp_path / "results").mkdir()
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--run_name", "c"]
+    with tempfile.TemporaryDirectory(prefix="bohb-") as short:  # the names of Ray's sockets have at most 107 bytes
+        head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": short}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            nodes = {cluster.add_node(num_cpus=1, temp_dir=short).node_id for _ in range(2)}
+            environment = {"RAY_ADDRESS": cluster.address, "RENDEZVOUS_DIR": str(tmp_path), "NUM_WORKERS": "4"}
+            environment |= {"HPO_NODES": "4", "WORKER_TIMEOUT": "10", "GPUS_PER_NODE": "0"}
+            process = run_script("--check", *where, *SMALL, **environment)
+        finally:
+            cluster.shutdown()
+    assert len(nodes) == 2 and process.returncode == 2, process.stdout + process.stderr
+    assert "waiting for nodes: 2 of 4 have joined, 1 refused; at most " in process.stdout
+    rows = rows_of(process.stdout)[1:]
+    assert [row[-1] for row in rows[:2]] == ["ok", "ok"] and rows[2][0] == "n7" and rows[3][0] == "(not joined)"
+    assert rows[2][-1] == "ray is 2.9 here and 2.60.0 on the head"
+    assert rows[3][-1] == "did not join within 10 s (WORKER_TIMEOUT): see logs/ and squeue"
+    assert process.stderr.splitlines()[-1].endswith("--check: 2 of 4 nodes are not ok, see the table above")
+    check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
+    assert [len(row["trials"]) for row in check["nodes"]] == [1, 1, 0, 0] and not check["ok"]
+
+
+# -- the small trial
+
+
+def prepared(model, squad, *more):
+    """(arguments, setup, largest trial) of a search."""
+    argv = ["--model", str(model), "--dataset", str(squad), *map(str, [*SMALL, *more])]
+    args = checks.check(arguments.parse("", argv))
+    largest = search_space.largest_trial(SPACE, args)
+    return args, prepare(args, 1024, 1000, largest["sequences"])[0], largest
+
+
+def test_small_trial_on_two_ranks_in_fp16(tmp_path, tiny_model, tiny_squad, ray_without_gpu):
+    """Two ranks of half a CPU: an all-reduce, optimizer steps with a loss scale, a checkpoint, and on from it."""
+    _, setup, largest = prepared(tiny_model, tiny_squad)
+    setup = dataclasses.replace(setup, gpus_per_trial=2, precision="fp16")
+    batches = small_trial.batch_sizes(SPACE, setup, largest)
+    assert [(config["per_device_bs"], size) for config, size in batches] == [(2, 4), (1, 2)]
+    setups = [(config, small_trial.small_setup(setup, size, tmp_path)) for config, size in batches]
+    group = placement_group([{"CPU": 0.5}] * 2, strategy="STRICT_PACK")
+    here = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
+    task = check_nodes.once(small_trial.run).options(scheduling_strategy=here, num_cpus=0.5)
+    found = ray.get(task.remote(raytune_bayesian.train, setups), timeout=600)
+    remove_placement_group(group)
+    assert 0 <= found["skipped_steps"] < found["steps"] == 24 and found["eval_loss"] > 0
+    assert len(found["step_seconds"]) == 2 and all(seconds > 0 for seconds in found["step_seconds"])
+    assert found["scored_seconds"] > 0 and found["peak_bytes"] > 10**8
+    assert not list(tmp_path.iterdir())
+
+
+def test_small_setup_has_the_longest_question(tmp_path, tiny_model, tiny_squad):
+    _, setup, _ = prepared(tiny_model, tiny_squad)
+    small = small_trial.small_setup(setup, 2, tmp_path)
+    assert len(small.train) == 2 * small_trial.STEPS and len(small.selection) == small_trial.QUESTIONS
+    assert small.train.lengths.max() == setup.train.lengths.max()
+    assert small.train.lengths.mean() == pytest.approx(setup.train.lengths.mean(), rel=0.02)
+    longest = small.selection[int(small.selection.lengths.argmax())]
+    reference = small.selection.references[int(small.selection.lengths.argmax())]
+    of_all = {r["id"]: setup.selection[i] for i, r in enumerate(setup.selection.references)}
+    assert (of_all[reference["id"]]["input_ids"] == longest["input_ids"]).all()
+
+
+# -- rows
+
+
+def row(**more):
+    return {"node": "n1", "problems": [], "trials": [], "driver": None, "versions": {"torch": "2", "ray": "3"}} | more
+
+
+def test_versions_that_differ():
+    rows = [row(driver="580"), row(driver="580", versions={"torch": "1", "ray": "3"}), row(driver="550")]
+    rows += [{"node": "lost", "problems": ["no answer"], "trials": []}]
+    check_nodes.add_differences(rows, {"torch": "2", "ray": "3"})
+    assert rows[0]["problems"] == [] and rows[0]["same"] == "same"
+    (problem,) = rows[1]["problems"]
+    assert problem.startswith("torch 1 (2 on the head): ") and rows[1]["same"] == "differ"
+    (problem,) = rows[2]["problems"]
+    assert problem.startswith("NVIDIA driver 550 (580 on most nodes): ")
+    assert rows[3]["problems"] == ["no answer"]
+
+
+def test_table_of_nodes():
+    trials = [{"step_seconds": [0.5, 0.25], "peak_bytes": 12e9}, {"step_seconds": [0.7, 0.25], "peak_bytes": 13e9}]
+    full = row(cpus=8, number_of_gpus=2, gpus="A, A", slots=2, same="same", trials=trials)
+    full["disks"] = {"TMPDIR": {"bytes": 5e9, "files": disk.NO_LIMIT}, "results": {"bytes": 7e12, "files": 2 * 10**6}}
+    text = check_nodes.table([full, {"node": "n2", "problems": ["a: b", "c"], "trials": []}], gpus=True)
+    head, first, second = (re.split("  +", line.strip()) for line in text.splitlines())
+    assert head[-1] == "GB of a GPU, peak"
+    assert first == ["n1", "8", "2 A", "2", "same", "5 GB", "7e+03 GB, 2 M files", "0.6", "13", "ok"]
+    assert second == ["n2", *"????????", "a: b; c"]
+
+
+def test_nodes_that_refuse_or_do_not_come(tmp_path, monkeypatch, capsys):
+    """Waits no longer than it must: for nodes that have refused not at all."""
+    up = {"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerHostname": "n1"}
+    head = {"Alive": True, "Resources": {}, "NodeManagerHostname": "head"}
+    lost = up | {"Alive": False}
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [head, up, lost])
+    (tmp_path / "refused").write_text("n2: ray is 2.9 here: wrong\n")
+    nodes, refused = check_nodes.wait_for_nodes(2, 1000, tmp_path / "refused")
+    assert nodes == [up] and refused == [("n2", "ray is 2.9 here: wrong")] and capsys.readouterr().out == ""
+    nodes, refused = check_nodes.wait_for_nodes(3, 0.1, tmp_path / "refused")
+    assert nodes == [up] and len(refused) == 1
+    assert "waiting for nodes: 1 of 3 have joined, 1 refused; at most 0 s more" in capsys.readouterr().out
+
+
+def test_node_that_is_lost_or_hangs(monkeypatch):
+    cancelled = []
+    monkeypatch.setattr(check_nodes.ray, "wait", lambda futures, timeout: ([], futures))
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [{"Alive": True, "NodeID": "n1"}])
+    monkeypatch.setattr(check_nodes.ray, "cancel", lambda future, force: cancelled.append(future))
+    assert check_nodes.answer("f", "n2", deadline=1e12).startswith("the node has left the cluster: ")
+    assert check_nodes.answer("f", "n1", deadline=0).startswith("no answer in time: ") and cancelled == ["f"]
+
+
+def test_disks_and_the_results_folder(tmp_path, monkeypatch):
+    """A folder that is not shared, a disk that is too small for the search, and one with few inodes left."""
+    monkeypatch.setattr(node_state, "SHARED_SECONDS", 0.1)
+    found = node_state.look(tmp_path, "node", gpus=False, needed=0)
+    assert found["problems"][-1].startswith(f"results: a file of the head in {tmp_path} is not seen within 0.1 s")
+    assert not found["can_run"]
+    (tmp_path / "head").write_text("x")
+    found = node_state.look(tmp_path, "node", gpus=False, needed=10**18)
+    assert found["can_run"] and (tmp_path / "node").read_text()
+    assert [p for p in found["problems"] if p.startswith("results")][0].endswith("make room, or take another folder")
+    monkeypatch.setattr(disk, "room", lambda folder: disk.Room(10**12, 7, "the file system"))
+    found = node_state.look(tmp_path, "node", gpus=False, needed=0)
+    assert [p.partition("): ")[2] for p in found["problems"]] == ["room for 7 more files: remove some"] * 2
+    found = node_state.look(tmp_path / "none", "node", gpus=False, needed=0)
+    assert not found["can_run"]
+
+
+def test_gpus_that_do_not_answer(tmp_path, monkeypatch):
+    """The word for an error of CUDA, and the exit code of nvidia-smi."""
+    (tmp_path / "head").write_text("x")
+    found = node_state.look(tmp_path, "node", gpus=True, needed=0)  # torch for the CPU
+    assert not found["can_run"] and "CUDA" in found["problems"][0]
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho Unable to determine the device handle; exit 9\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(RuntimeError, match="nvidia-smi: Unable to determine"):
+        node_state.nvidia_driver()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.65.06\necho 580.65.06\n")
+    assert node_state.nvidia_driver() == "580.65.06"
+
+
+# -- pace
+
+
+def test_pace_of_an_iteration():
+    """34 trials of 50 iterations: 44 visits of a rung in 568 iterations."""
+    setting = {"num_samples": 34, "max_t": 50, "reduction_factor": 4, "slots": 4}
+    forecast = plan.forecast(SPACE, **setting)
+    at_rungs = 22 + 6 + 2 + 8 + 2 + 4
+    measured = {"step_seconds": {"4": 0.5, "2": 0.3}, "loss_seconds": 0.01, "scored_seconds": 0.03}
+    seconds = pace.seconds_per_iteration(measured | {"checkpoint_seconds": 20}, forecast, 50, 1001, 100)
+    steps = (251 * 0.5 + 501 * 0.3) / 2 / 50
+    assert seconds == pytest.approx(steps + 100 * 0.01 + at_rungs / 568 * (100 * 0.02 + 20))
+
+
+def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
+    """Evaluation is counted by token: the small selection has other lengths."""
+    _, setup, _ = prepared(tiny_model, tiny_squad)
+    small = small_trial.small_setup(setup, 2, tmp_path)
+    times = {"loss_seconds": 2.0, "scored_seconds": 6.0, "checkpoint_seconds": 1.0, "gpu_bytes": None}
+    trials = [times | {"step_seconds": [s, s / 2], "peak_bytes": s} for s in (1.0, 3.0)]
+    rows = [{"trials": trials[:1]}, {"trials": []}, {"trials": trials[1:]}]
+    measured = check_nodes.pace_of(rows, [4, 2], setup, small)
+    assert measured["step_seconds"] == {"4": 2.0, "2": 1.0} and measured["peak_bytes"] == 3.0
+    tokens = setup.selection.lengths.sum() / small.selection.lengths.sum()
+    assert 20 * measured["loss_seconds"] == pytest.approx(2.0 * tokens)
+    assert check_nodes.pace_of([{"trials": []}], [4, 2], setup, small) is None
+
+
+@pytest.mark.parametrize(
+    "flags, changes, message",
+    [
+        ({}, {}, None),
+        ({"max_train_samples": 100}, {}, None),
+        ({"model": "another/model"}, {}, "the check was of --model a/model"),
+        ({"dataset": "other"}, {}, "the check was of --dataset d"),
+        ({"lora_r": 4}, {}, "the check was of a largest trial with"),
+        ({}, {"arguments": {"max_train_samples": 9}}, "the check had --max_train_samples 9: give a number here too"),
+        ({}, {"pace": None}, "no node has run the small trial"),
+        ({}, {"questions": 5}, "not the folder of a check"),
+    ],
+)
+def test_check_that_does_not_fit_the_plan(tmp_path, flags, changes, message):
+    args = arguments.parse("", ["--model", "a/model", "--dataset", "d", "--precision", "fp32", "--gpus_per_trial", "0"])
+    check = {"arguments": arguments.kept(args), "model_folder": "/m", "questions": {"train": 400, "selection": 9}}
+    check |= {"largest": search_space.largest_trial(SPACE, args)}
+    check |= {"pace": {"step_seconds": {"2": 1.0}, "loss_seconds": 0, "scored_seconds": 0, "checkpoint_seconds": 0}}
+    for name, value in changes.items():
+        check[name] = check[name] | value if isinstance(value, dict) else value
+    (tmp_path / "check.json").write_text(json.dumps(check))
+    args = SimpleNamespace(**vars(args) | {"from_check": str(tmp_path)} | flags)
+    forecast = plan.forecast(SPACE, 4, 50, 4, 1)
+    if message:
+        with pytest.raises(errors.BadInput, match=message):
+            pace.of_check(args, SPACE, [forecast])
+    else:  # one second a step, two epochs, 50 iterations
+        questions = flags.get("max_train_samples", 400)
+        assert pace.of_check(args, SPACE, [forecast]) == [pytest.approx(questions * 2 / 2 / 50)]
