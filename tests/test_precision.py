@@ -3,8 +3,10 @@ skipped steps, on real Ray.
 """
 
 import dataclasses
+import functools
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,24 +55,52 @@ def in_fp32(setup, tmp_path_factory):
     return [losses(result) for result in run_ranks(tmp_path_factory.mktemp("fp32"), trial, setup, configs, size=1)]
 
 
-STAGES = [
-    ("fp16", 0, 1),
-    ("fp16", 1, 1),
-    ("fp16", 2, 2),
-    ("fp16", 0, 2),
-    ("fp16", 3, 2),
-    ("bf16", 0, 1),
-    ("bf16", 1, 1),
-]
+STAGES = [("fp16", 0, 1), ("fp16", 1, 1), ("fp16", 3, 2)]
+MORE_STAGES = [("fp16", 2, 2), ("fp16", 0, 2), ("bf16", 0, 1), ("bf16", 1, 1)]
+PAUSES = [1, 3]
 
 
-@pytest.mark.parametrize("name, stage, ranks", STAGES)
-def test_sixteen_bits_learn_as_fp32_does(tmp_path, setup, in_fp32, name, stage, ranks):
+@pytest.fixture(scope="module")
+def results(setup, tiny_model, tiny_squad, tmp_path_factory):
+    """A function of precision, ZeRO stage and ranks: the results of the trials there, by name.
+
+    They share their processes, which read one model. Trials that fail come last, as each ends its process.
+    """
+    epoch = prepare(tiny_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
+
+    @functools.cache
+    def run(name, stage, ranks):
+        size = {"per_device_bs": 2 // ranks}
+        with_overflows = in_fp16(epoch, stage, initial_scale_power=24, loss_scale_window=15)
+        rungs = [*PAUSES, 6]
+        learning = in_fp16(setup, stage, name, initial_scale_power=12)
+        trials = {
+            "whole loss": (learning, with_loss(1, rungs=[4], **size)),
+            "small loss": (learning, with_loss(0.01, rungs=[4], **size)),
+        }
+        if (name, stage, ranks) in STAGES:
+            trials = {
+                "paused": (with_overflows, with_loss(1, rungs=rungs, **size)),  # the first one: it is paused
+                "through": (with_overflows, with_loss(1, rungs=rungs, **size)),
+                **trials,
+                "stopped at 3": (in_fp16(setup, stage), with_loss(1, rungs=[3], **size)),
+                "dynamic scale": (in_fp16(setup, stage, loss_scale=0), with_loss(1e30, per_device_bs=1)),
+            }
+        if (stage, ranks) == (0, 1):
+            trials["static scale"] = in_fp16(setup, stage, loss_scale=128), with_loss(1e30, per_device_bs=1)
+        folder, scheduler = tmp_path_factory.mktemp("ranks"), PauseAtRungs(PAUSES if "paused" in trials else [])
+        found = run_ranks(folder, trial, *map(list, zip(*trials.values(), strict=True)), scheduler, size=ranks)
+        assert scheduler.pauses == len(scheduler.rungs)
+        return dict(zip(trials, found, strict=True))
+
+    return run
+
+
+@pytest.mark.parametrize("name, stage, ranks", STAGES + MORE_STAGES)
+def test_sixteen_bits_learn_as_fp32_does(results, in_fp32, name, stage, ranks):
     """Also where the gradients are as small as in a real fine-tuning: unscaled, most of them would be 0 in fp16."""
-    configs = [with_loss(multiplier, rungs=[4], per_device_bs=2 // ranks) for multiplier in (1, 0.01)]
-    results = run_ranks(tmp_path, trial, in_fp16(setup, stage, name, initial_scale_power=12), configs, size=ranks)
-    assert len(results) == len(configs)
-    for result, expected, gradients in zip(results, in_fp32, ((1, 100), (0.01, 1)), strict=False):
+    found = [results(name, stage, ranks)[loss] for loss in ("whole loss", "small loss")]
+    for result, expected, gradients in zip(found, in_fp32, ((1, 100), (0.01, 1)), strict=True):
         assert result.error is None
         assert losses(result) == pytest.approx(expected, rel=0.02) and losses(result)[-1] < 0.8 * losses(result)[0]
         frame = result.metrics_dataframe
@@ -79,18 +109,13 @@ def test_sixteen_bits_learn_as_fp32_does(tmp_path, setup, in_fp32, name, stage, 
         assert (frame["tokens_per_second"] > 0).all()
 
 
-@pytest.mark.parametrize("stage, ranks", [(0, 1), (1, 1), (3, 2)])
-def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropout_model, tiny_squad, stage, ranks):
+@pytest.mark.parametrize("name, stage, ranks", STAGES)
+def test_paused_trial_equals_one_that_ran_through_with_overflows(results, name, stage, ranks):
     """To the last bit, with loss scale and skipped steps; the schedule of the learning rate comes to its end."""
-    setup = prepare(dropout_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 1, "--max_eval_samples", 20)
-    setup = in_fp16(setup, stage, initial_scale_power=24, loss_scale_window=15)
-    scheduler = PauseAtRungs([1, 3])
-    paused, through = run_ranks(
-        tmp_path, trial, setup, [with_loss(1, rungs=[1, 3, 6], per_device_bs=2 // ranks)] * 2, scheduler, size=ranks
-    )
-    assert scheduler.pauses == 2 and len(losses(paused)) == 6
-    for name in ("eval_loss", "grad_norm", "loss_scale", "skipped_steps", "lr"):
-        assert paused.metrics_dataframe[name].tolist() == through.metrics_dataframe[name].tolist(), name
+    paused, through = (results(name, stage, ranks)[how] for how in ("paused", "through"))
+    assert len(losses(paused)) == 6
+    for metric in ("eval_loss", "grad_norm", "loss_scale", "skipped_steps", "lr"):
+        assert paused.metrics_dataframe[metric].tolist() == through.metrics_dataframe[metric].tolist(), metric
     skipped = through.metrics_dataframe["skipped_steps"].tolist()
     assert skipped[0] > 5 and min(sum(skipped[1:3]), sum(skipped[3:])) > 0, skipped
     assert paused.metrics["lr"] == 0
@@ -98,19 +123,19 @@ def test_paused_trial_equals_one_that_ran_through_with_overflows(tmp_path, dropo
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-@pytest.mark.parametrize("stage, ranks, scale, says", [
-    (0, 1, 0, "again and again, until the loss scale has fallen to 1"),
-    (1, 1, 0, "again and again, until the loss scale has fallen to 1"),
-    (3, 2, 0, "again and again, until the loss scale has fallen to 1"),
-    (0, 1, 128, "with the static loss scale 128, 16 steps in a row"),
-])  # fmt: skip
-def test_gradients_that_always_overflow_end_the_trial(tmp_path, setup, stage, ranks, scale, says):
+UNTIL = "again and again, until the loss scale has fallen to 1"
+IN_A_ROW = "with the static loss scale 128, 16 steps in a row"
+
+
+@pytest.mark.parametrize("name, stage, ranks", STAGES)
+def test_gradients_that_always_overflow_end_the_trial(results, name, stage, ranks):
     """With the same words at every stage, before the first iteration has ended."""
-    (result,) = run_ranks(
-        tmp_path, trial, in_fp16(setup, stage, loss_scale=scale), [with_loss(1e30, per_device_bs=1)], size=ranks
-    )
-    assert f"FloatingPointError: fp16: the gradients overflow {says}" in str(result.error), result.error
-    assert "eval_loss" not in (result.metrics or {})
+    for scale, says in {"dynamic scale": UNTIL, "static scale": IN_A_ROW}.items():
+        result = results(name, stage, ranks).get(scale)
+        if result:
+            assert f"FloatingPointError: fp16: the gradients overflow {says}" in str(result.error), result.error
+            assert "eval_loss" not in (result.metrics or {})
+    assert ("static scale" in results(name, stage, ranks)) is (stage == 0)
     assert errors.kind_of(FloatingPointError("fp16: the gradients overflow")) is errors.Kind.TRIAL
 
 
@@ -140,18 +165,17 @@ def test_a_configuration_that_deepspeed_refuses_is_found_too(tmp_path, setup):
 
 
 @pytest.mark.parametrize("stage, ended", [(0, True), (0, False), (1, True), (1, False)])
-def test_best_model_has_the_precision_of_the_training(tmp_path, setup, tiny_model, stage, ended):
+def test_best_model_has_the_precision_of_the_training(results, tmp_path, setup, tiny_model, stage, ended):
     """Whether its trial came to its end or not; and the test reads it so."""
-    fp16 = in_fp16(setup, stage)
-    (result,) = run_ranks(tmp_path, trial, fp16, [with_loss(1, rungs=[4 if ended else 3])], size=1)
-    checkpoint = next(path for path in tmp_path.glob("ray/*/checkpoint_*"))
+    result = results("fp16", stage, 1)["whole loss" if ended else "stopped at 3"]
+    checkpoint = Path(result.checkpoint.path)
     assert models.is_of_full_training(checkpoint) is ended
     models.save_best_model(checkpoint, tiny_model, "fp16", tmp_path / "best_model")
     assert {weight.dtype for weight in load_file(tmp_path / "best_model" / "model.safetensors").values()} == {
         torch.float16
     }
     assert json.loads((tmp_path / "best_model" / "config.json").read_text())["dtype"] == "float16"
-    tested = raytune_bayesian.test(tmp_path / "best_model", setup.selection, fp16)
+    tested = raytune_bayesian.test(tmp_path / "best_model", setup.selection, in_fp16(setup, stage))
     assert tested["eval_loss"] == pytest.approx(losses(result)[3 if ended else 2], rel=3e-3)
 
 

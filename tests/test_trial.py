@@ -565,7 +565,7 @@ def harmed_trial(config, setup):
 
 def test_a_dead_rank_costs_the_trial_its_work_since_the_last_rung(tmp_path, tiny_model, tiny_squad):
     """kill -9: the trial goes on from its checkpoint, in other processes, and comes to what it would have come to."""
-    setup = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 2, "--max_eval_samples", 10)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 8, "--num_train_epochs", 4, "--max_eval_samples", 45)
     c = config(per_device_bs=1, rungs=(1, 8))
     harmed, through = run_ranks(tmp_path, harmed_trial, setup, [c | {"folder": str(tmp_path)}, c], max_failures=1)
     assert (tmp_path / "harmed").read_text() and harmed.error is None and through.error is None
@@ -648,7 +648,7 @@ def test_what_to_make_of_errors(raised, killed, kind, text):
 
 def test_what_one_rank_alone_fails_at_is_the_trial_s_failure(tmp_path, tiny_model, tiny_squad):
     """The reason comes from that rank, and the next trial has processes of its own. NaN is what all ranks see."""
-    setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
+    setup = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 45)
     good = config(per_device_bs=1, rungs=(1, 4)) | {"bad": False}
     nan = config(lr=1e30, per_device_bs=1, rungs=(1, 4)) | {"bad": False}
     results = run_ranks(tmp_path, failing_trial, setup, [nan, good | {"bad": True}, good])
