@@ -31,7 +31,7 @@ LUSTRE = """     /lustre/project/a-long-name
 )
 def test_what_a_quota_leaves(text, left):
     found = disk.left_of_quota(text, "quota")
-    assert [(room.bytes, room.files if room.files < 2**60 else None) for room in found] == left
+    assert [(room.bytes, room.files if room.files < disk.NO_LIMIT else None) for room in found] == left
 
 
 @pytest.mark.parametrize("command, text", [("quota", QUOTA), ("lfs", LUSTRE)])
