@@ -25,7 +25,7 @@ from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
 ROOT = Path(__file__).parent.parent
-FILES = 500  # more than a run has at a time
+FILES = 2000  # more than a run has at a time
 # Arguments that a run does not keep:
 NOT_OF_THE_SEARCH = (
     "given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration", "check",
@@ -156,6 +156,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args.resume |= restarted and not args.plan and not args.check
     if args.resume and not args.plan:
         load_from_run(args)
+    if args.plan and args.from_check is not None:
+        if args.seconds_per_iteration is not None:
+            raise BadInput("--from_check: not with --seconds_per_iteration")
+        take_from_check(args)
     check_values(args)
     if not args.plan:
         for name in ("seconds_per_iteration", "from_check"):
@@ -164,8 +168,6 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
     else:
         if args.seconds_per_iteration is not None:
-            if args.from_check is not None:
-                raise BadInput("--from_check: not with --seconds_per_iteration")
             args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
     args.cluster = read_cluster_env() if args.plan else cluster_of_job()
     return args
@@ -205,6 +207,21 @@ def check_disk(output_dir: Path, needed: int) -> None:
         raise BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free}")
     if left.files < FILES:
         raise BadInput(f"--output_dir {output_dir}: the run needs up to {FILES} files there, and {left.files} are free")
+
+
+def take_from_check(args: argparse.Namespace) -> None:
+    """Takes the arguments that are not given from the check of --from_check. Raises BadInput if it is none."""
+    try:
+        earlier = json.loads((Path(args.from_check) / "check.json").read_text())["arguments"]
+        own = args.given | {"run_name", "output_dir"}
+        if {"max_t", "reduction_factor"} & args.given:
+            own |= {"num_samples"}  # a whole band, as for any plan
+        for name in earlier.keys() & vars(args).keys() - own:
+            value = earlier[name]
+            setattr(args, name, [value] if name in ("reduction_factor", "max_concurrent_trials") else value)
+            args.given |= {"precision"} & {name}  # it is not a default: the plan of memory is for it
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--from_check {args.from_check}: not the folder of a check ({error!r})") from None
 
 
 def kept(args: argparse.Namespace) -> dict:

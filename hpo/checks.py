@@ -109,9 +109,10 @@ def replace_settings(config: dict) -> list[str]:
         replace(config.setdefault(key, {}), f"{key}: enabled", "enabled", "--precision")
         config[key]["enabled"] = "auto"
     zero = config.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param"):  # in many files, as a place to switch it on
-        if isinstance(zero.get(key), dict) and zero[key].get("device") == "none":
-            del zero[key]
+    for key in ("offload_optimizer", "offload_param", "cpu_offload"):  # in many files, as a place to switch it on
+        value = zero.get(key)
+        if not value or (isinstance(value, dict) and value.get("device", "none") == "none"):
+            zero.pop(key, None)
     return lines
 
 

@@ -28,7 +28,8 @@ def numbers(variable: str, text: str) -> list[float]:
 
 def read(variables: dict[str, str]) -> dict[str, str]:
     """Those of some variables that change the search space, as text. Raises BadInput where one is of another form."""
-    found = {name: ",".join(variables[name].replace(",", " ").split()) for name in VARIABLES if name in variables}
+    given = [name for name in VARIABLES if variables.get(name, "").strip()]  # an empty one is not set
+    found = {name: ",".join(variables[name].replace(",", " ").split()) for name in given}
     for name, text in found.items():
         numbers(name, text)
     return found

@@ -223,8 +223,7 @@ def test_versions_that_differ():
     assert rows[0]["problems"] == [] and rows[0]["same"] == "same"
     (problem,) = rows[1]["problems"]
     assert problem.startswith("torch 1 (2 on the head): ") and rows[1]["same"] == "differ"
-    (problem,) = rows[2]["problems"]
-    assert problem.startswith("NVIDIA driver 550 (580 on most nodes): ")
+    assert rows[2]["problems"] == [] and rows[2]["same"] == "driver 550"  # it works, and is told
     assert rows[3]["problems"] == ["no answer"]
 
 

@@ -49,7 +49,7 @@ def test_the_smallest_room_counts(tmp_path, monkeypatch, command, text):
     with pytest.raises(BadInput, match=needs):
         arguments.check_disk(tmp_path, 5 * 10**9)
     if command == "lfs":
-        with pytest.raises(BadInput, match=r"the run needs up to 500 files there, and 488 are free$"):
+        with pytest.raises(BadInput, match=r"the run needs up to 2000 files there, and 488 are free$"):
             arguments.check_disk(tmp_path, 1)
 
 

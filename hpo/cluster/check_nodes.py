@@ -29,7 +29,7 @@ from hpo.errors import BadInput
 from hpo.files import columns, write_json
 from hpo.plan import pace, plan
 from hpo.results.provenance import git_commit, versions
-from hpo.results.slots import slots_of
+from hpo.results.slots import CONTEXT, slots_of, trials_per_gpu
 from hpo.squad import loading
 
 JOIN_SECONDS = 600  # that nodes may take to join, where WORKER_TIMEOUT does not say
@@ -115,7 +115,9 @@ def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[
         row |= {"cpus": int(have["CPU"]), "number_of_gpus": int(have.get("GPU", 0))}
         row["slots"] = min(slots, args.max_concurrent_trials or slots)
         if not slots:
-            row["problems"].append(f"too small: a trial needs {args.cpus_per_trial} CPUs, {args.gpus_per_trial} GPUs")
+            has = f"it has {row['cpus']} CPUs and {row['number_of_gpus']} GPUs for trials"
+            needs = f"a trial needs {args.cpus_per_trial} and {args.gpus_per_trial}"
+            row["problems"].append(f"too small: {has}, {needs}: ask Slurm for more, or a smaller trial")
     look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
     add_differences(list(rows.values()), versions())
     run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
@@ -175,7 +177,8 @@ def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None
     """
     seconds, total = timeout or TRIAL_SECONDS, sum(row["slots"] for row in rows.values())
     print(f"running small trials, {total} at the same time: at most {seconds:.0f} s (--trial_timeout)", flush=True)
-    of_trial, train, setups = bundles(setups[0][1]), ray.put(train), ray.put(setups)
+    of_trial, sharing = bundles(setups[0][1]), trials_per_gpu(setups[0][1].gpus_per_trial)
+    train, setups = ray.put(train), ray.put(setups)
     started = []
     for node_id, row in rows.items():
         for _ in range(row["slots"]):
@@ -193,9 +196,25 @@ def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None
             row["problems"] = list(dict.fromkeys([*row["problems"], found]))  # once, if all slots say the same
             continue
         row["trials"].append(found)
-        if found["skipped_steps"] == found["steps"]:
-            skipped = f"fp16: all {found['steps']} optimizer steps were skipped, because gradients overflow"
-            row["problems"].append(f"{skipped}: take --precision bf16 or fp32")
+        row["problems"] += [problem for problem in problems_of(found, sharing) if problem not in row["problems"]]
+
+
+def problems_of(trial: dict, sharing: int) -> list[str]:
+    """What is wrong with a small trial that has come to its end.
+
+    Args:
+        trial: what small_trial.run returns.
+        sharing: trials that share a GPU.
+    """
+    problems = []
+    if trial["last_skipped_steps"] > small_trial.STEPS // 2:
+        skipped = f"fp16: {trial['last_skipped_steps']} of the last {small_trial.STEPS} optimizer steps were skipped"
+        problems.append(f"{skipped}, because gradients overflow: take --precision bf16 or fp32")
+    need = sharing * (trial["peak_bytes"] + CONTEXT)
+    if trial["gpu_bytes"] and sharing > 1 and need > trial["gpu_bytes"]:
+        have = f"{sharing} trials need {need / 1e9:.3g} GB of a GPU of {trial['gpu_bytes'] / 1e9:.3g} GB"
+        problems.append(f"{have}: take a larger --gpus_per_trial")
+    return problems
 
 
 def once(function):
@@ -218,7 +237,7 @@ def answer(future, node_id: str, deadline: float):
 
 
 def add_differences(rows: list[dict], of_head: dict[str, str]) -> None:
-    """Adds a problem to the rows of nodes whose versions differ: from the head's, for a driver from most nodes'."""
+    """Adds a problem to the rows of nodes whose versions are not the head's. A driver may differ from most nodes'."""
     drivers = Counter(row["driver"] for row in rows if row.get("driver"))
     most = drivers.most_common(1)[0][0] if drivers else None
     for row in rows:
@@ -228,10 +247,8 @@ def add_differences(rows: list[dict], of_head: dict[str, str]) -> None:
         others = [f"{name} {own[name]} ({of_head[name]} on the head)" for name in of_head if own[name] != of_head[name]]
         if others:
             row["problems"].append(f"{', '.join(others)}: give all nodes one environment (VENV in cluster.env)")
-        other_driver = row["driver"] and row["driver"] != most
-        if other_driver:
-            row["problems"].append(f"NVIDIA driver {row['driver']} ({most} on most nodes): ask for one kind of node")
-        row["same"] = "differ" if others or other_driver else "same"
+        other_driver = f"driver {row['driver']}" if row["driver"] and row["driver"] != most else ""
+        row["same"] = "differ" if others else other_driver or "same"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +286,9 @@ def cost(args, measured: dict, slot_hours: float) -> str:
     memory = f"memory peak of a trial: {peak} GB"
     if gpus:
         size = (measured["gpu_bytes"] or math.nan) / 1e9
-        memory = f"memory peak of a GPU: {peak} of {size:.3g} GB, without what CUDA itself needs"
+        sharing = trials_per_gpu(gpus)
+        of = "a GPU" if sharing == 1 else f"a trial, {sharing} of which share a GPU"
+        memory = f"memory peak of {of}: {peak} of {size:.3g} GB, without what CUDA itself needs"
     hours = f"{slot_hours * (gpus or args.cpus_per_trial):.2f} {'GPU' if gpus else 'CPU'}-hours"
     others = f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}"
     return f"in all {hours}, those of idle slots too\n{memory}\n{others}"

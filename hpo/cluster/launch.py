@@ -143,7 +143,7 @@ def exit_codes(args: argparse.Namespace):
             print(f"{script}: storage: {errors.one_line(error, -500)}", file=sys.stderr)
         elif isinstance(error, Exception) and not isinstance(error, preemption.Preempted):
             traceback.print_exc()
-        if storage or (folder / "run.json").exists():
+        if (storage and not args.check) or (folder / "run.json").exists():
             where = f"{args.output_dir}/{args.run_name}"
             how = f"--resume --run_name {args.run_name} --output_dir {args.output_dir}"
             print(f"{script}: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from ray.exceptions import RayError
 
-from hpo import disk, errors
+from hpo import arguments, disk, errors
 from hpo.cluster import gpu_check
 from hpo.errors import Kind
 from hpo.results.provenance import versions
 
 SHARED_SECONDS = 60  # until a file of another node is seen: NFS keeps what it knows of a folder for up to a minute
 LOCAL_BYTES = 10**9  # free on the node-local disk: Ray's logs and objects, and temporary files of the trials
-FILES = 10**4  # free inodes on each disk
 WHAT_TO_DO = {
+    Kind.MEMORY: "a smaller batch, a larger --gpus_per_trial, or what --plan proposes",
     Kind.TRIAL: "trials would fail like this, see docs/failures.md",
     Kind.PROCESS: "trials would fail like this, see docs/failures.md",
     Kind.NODE: "leave the node out (sbatch --exclude), and report it",
@@ -51,7 +51,7 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int) -> dict:
             what = "{:.3g} GB are free ({by}), and {:.3g} are needed"
             what = what.format(disks[name]["bytes"] / 1e9, least / 1e9, by=disks[name]["by"])
             at_disks.append(f"{name} ({folder}): {what}: make room, or take another folder")
-        if disks[name]["files"] < FILES:
+        if disks[name]["files"] < arguments.FILES:
             at_disks.append(f"{name} ({folder}): room for {disks[name]['files']} more files: remove some")
     at_results = exchange(shared, node_id)
     found = {"gpus": gpu_names, "driver": driver, "versions": versions(), "disks": disks}

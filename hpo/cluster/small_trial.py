@@ -134,7 +134,8 @@ def run(train, setups: list[tuple[dict, Setup]]) -> dict:
     Returns:
         {"step_seconds": a number for each setup, "loss_seconds" and "scored_seconds": of an evaluation of QUESTIONS
         questions without and with EM and F1, "checkpoint_seconds", "peak_bytes": see peak_bytes, the most of all ranks,
-        "gpu_bytes": memory of a GPU, or None, "skipped_steps", "steps", "eval_loss", "exact_match", "f1"}.
+        "gpu_bytes": memory of a GPU, or None, "skipped_steps", "steps", "last_skipped_steps": of the last STEPS,
+        "eval_loss", "exact_match", "f1"}.
     """
     setup, found = setups[0][1], {}
     if setup.gpus_per_trial:
@@ -172,6 +173,7 @@ def run_rank(_, group: Group, train, setups: list[tuple[dict, Setup]], found: di
         reports = [*first.reports, plain, end]
         found |= {name: end[name] for name in ("eval_loss", "exact_match", "f1")}
         found |= {"skipped_steps": sum(r["skipped_steps"] for r in reports), "steps": STEPS * len(reports)}
+        found["last_skipped_steps"] = end["skipped_steps"]
         found |= {"step_seconds": [(plain["step_seconds"] + end["step_seconds"]) / 2]}
         found["step_seconds"] += [context.reports[0]["step_seconds"] for context in smallest]
         found |= {"loss_seconds": plain["evaluation_seconds"], "scored_seconds": end["evaluation_seconds"]}

@@ -11,7 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from hpo import errors
-from hpo.plan.memory import CONTEXT
+from hpo.results.slots import CONTEXT
 
 
 def workers(kinds: str = "job|step") -> dict[str, str]:

@@ -27,10 +27,10 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hpo.results.slots import CONTEXT
 from hpo.squad import evaluation, lora
 from hpo.squad.precision import DTYPES, REDUCE_BUCKET, zero_stage
 
-CONTEXT = 600_000_000  # bytes, assumed: the CUDA context with its kernels, and the workspaces of cuBLAS
 COMMUNICATION = 400_000_000  # bytes, assumed: NCCL's buffers, if a trial has several GPUs
 FRAGMENTATION = 0.1  # assumed: torch's allocator holds 10 % more than its tensors, because batches differ in length
 GPUS = (16, 24, 32, 40, 80)  # GB

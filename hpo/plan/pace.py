@@ -9,8 +9,9 @@ from hpo import search_space
 from hpo.errors import BadInput
 from hpo.squad import loading
 
-# Arguments that change the pace, beside the model. The last two depend on the machine, if they are not given.
-SAME = ("dataset", "metric", "lora_target_modules", "gradient_checkpointing", "precision", "gpus_per_trial")
+# Arguments that change the pace, beside the model:
+SAME = ("dataset", "metric", "metric_language", "lora_target_modules", "gradient_checkpointing", "precision",
+        "gpus_per_trial", "cpus_per_trial")  # fmt: skip
 
 
 def seconds_per_iteration(pace: dict, forecast, max_t: int, questions: float, selection: int) -> float:
@@ -46,8 +47,12 @@ def of_check(args, space: dict, forecasts: list) -> list[float]:
         if args.model != then["model"] and str(local and local.absolute()) != check["model_folder"]:
             raise BadInput(f"--from_check {args.from_check}: the check was of --model {then['model']}")
         for name in SAME:
-            if getattr(args, name) != then[name] and (name in args.given or name not in SAME[-2:]):
+            if getattr(args, name) != then[name]:
                 raise BadInput(f"--from_check {args.from_check}: the check was of --{name} {then[name]}")
+        if args.ds_config != check["ds_config"]:
+            raise BadInput(f"--from_check {args.from_check}: the check was of another ds_config")
+        if not check["ok"]:
+            print(f"WARNING: --from_check {args.from_check}: not all nodes of the check were ok")
         if search_space.largest_trial(space, args) != check["largest"]:
             raise BadInput(f"--from_check {args.from_check}: the check was of a largest trial with {check['largest']}")
         questions = _questions(args, check, "train", "max_train_samples") * args.num_train_epochs

@@ -1,5 +1,7 @@
 """How many trials run at a time. Imports nothing: the command line asks it before the slow imports of the script."""
 
+CONTEXT = 600_000_000  # bytes, assumed: the CUDA context of a process with its kernels, and the workspaces of cuBLAS
+
 
 def trials_per_gpu(gpus_per_trial: float) -> int:
     """How many trials share a GPU; 1 where a trial has whole GPUs, or none."""

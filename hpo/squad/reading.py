@@ -143,7 +143,7 @@ def _example(name: str, question: dict) -> tuple[dict | None, list[str], int]:
         ValueError: a text is none.
     """
     context, title = question.get("context"), question.get("title")
-    _check_texts(context, question.get("question"))
+    _check_texts(context, question.get("question"), name)
     try:
         answers = _answers(question.get("answers"), question.get("is_impossible"))
     except ValueError as error:
