@@ -57,11 +57,11 @@ def test_check_of_this_machine(checked):
     assert [path.name for path in folder.iterdir()] == ["check.json"]
 
 
-def test_plan_takes_the_pace_of_a_check(checked, tiny_model, tiny_squad):
-    """The same hours with the same arguments. With twice the epochs, an iteration has twice the optimizer steps."""
+def test_plan_takes_the_pace_of_a_check(checked):
+    """The same hours without other arguments. With twice the epochs, an iteration has twice the optimizer steps."""
     _, folder, process = checked
     check = json.loads((folder / "check.json").read_text())
-    plan_of = ["--plan", "--model", tiny_model, "--dataset", tiny_squad, "--from_check", folder, *SMALL]
+    plan_of = ["--plan", "--from_check", folder]
     at = re.compile(r"^at \S+ s an iteration: .*$", re.MULTILINE)
     same = run_script(*plan_of, "--max_concurrent_trials", check["nodes"][0]["slots"])
     assert same.returncode == 0, same.stderr
@@ -100,7 +100,7 @@ def train(config, setup, trial):
     check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
     assert not check["ok"] and check["pace"] is None and "hours" not in process.stdout
     assert [path.name for path in (tmp_path / "results" / "c").iterdir()] == ["check.json"]
-    planned = run_script("--plan", "--model", tiny_model, *SMALL, "--from_check", tmp_path / "results" / "c")
+    planned = run_script("--plan", "--from_check", tmp_path / "results" / "c")
     assert planned.returncode == 2 and "no node has run the small trial" in planned.stderr
 
 
@@ -227,6 +227,22 @@ def test_versions_that_differ():
     assert rows[3]["problems"] == ["no answer"]
 
 
+@pytest.mark.parametrize("kind", errors.Kind)
+def test_what_to_do_about_each_kind_of_error(kind):
+    assert kind is errors.Kind.SETUP or node_state.WHAT_TO_DO[kind]
+    out_of_memory = node_state.in_words(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert out_of_memory.endswith("a smaller batch, a larger --gpus_per_trial, or what --plan proposes")
+
+
+@pytest.mark.parametrize(
+    "skipped, sharing, says", [(4, 1, []), (5, 1, ["fp16: 5 of the last 8"]), (0, 2, ["2 trials need 13.2 GB of"])]
+)
+def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
+    trial = {"last_skipped_steps": skipped, "peak_bytes": 6e9, "gpu_bytes": 12e9}
+    problems = check_nodes.problems_of(trial, sharing)
+    assert len(problems) == len(says) and all(p.startswith(s) for p, s in zip(problems, says, strict=True))
+
+
 def test_table_of_nodes():
     trials = [{"step_seconds": [0.5, 0.25], "peak_bytes": 12e9}, {"step_seconds": [0.7, 0.25], "peak_bytes": 13e9}]
     full = row(cpus=8, number_of_gpus=2, gpus="A, A", slots=2, same="same", trials=trials)
@@ -329,6 +345,8 @@ def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
         ({"dataset": "other"}, {}, "the check was of --dataset d"),
         ({"lora_r": 4}, {}, "the check was of a largest trial with"),
         ({}, {"arguments": {"max_train_samples": 9}}, "the check had --max_train_samples 9: give a number here too"),
+        ({}, {"ds_config": {"zero_optimization": {"stage": 1}}}, "the check was of another ds_config"),
+        ({"gpus_per_trial": 0.5}, {}, "the check was of --gpus_per_trial 0"),
         ({}, {"pace": None}, "no node has run the small trial"),
         ({}, {"questions": 5}, "not the folder of a check"),
     ],
@@ -336,12 +354,12 @@ def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
 def test_check_that_does_not_fit_the_plan(tmp_path, flags, changes, message):
     args = arguments.parse("", ["--model", "a/model", "--dataset", "d", "--precision", "fp32", "--gpus_per_trial", "0"])
     check = {"arguments": arguments.kept(args), "model_folder": "/m", "questions": {"train": 400, "selection": 9}}
-    check |= {"largest": search_space.largest_trial(SPACE, args)}
+    check |= {"largest": search_space.largest_trial(SPACE, args), "ok": True, "ds_config": {}}
     check |= {"pace": {"step_seconds": {"2": 1.0}, "loss_seconds": 0, "scored_seconds": 0, "checkpoint_seconds": 0}}
     for name, value in changes.items():
         check[name] = check[name] | value if isinstance(value, dict) else value
     (tmp_path / "check.json").write_text(json.dumps(check))
-    args = SimpleNamespace(**vars(args) | {"from_check": str(tmp_path)} | flags)
+    args = SimpleNamespace(**vars(args) | {"from_check": str(tmp_path), "ds_config": {}} | flags)
     forecast = plan.forecast(SPACE, 4, 50, 4, 1)
     if message:
         with pytest.raises(errors.BadInput, match=message):

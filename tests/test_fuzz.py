@@ -254,8 +254,8 @@ def test_variables_of_the_environment(lists, between):
     except errors.BadInput as error:
         one_line(error)
         return
-    assert args.ranges.keys() == variables.keys()
-    changed = {ranges.VARIABLES[name] for name in variables}
+    assert args.ranges.keys() == {name for name, text in variables.items() if text.strip()}  # an empty one is not set
+    changed = {ranges.VARIABLES[name] for name in args.ranges}
     for name, domain in space["train_loop_config"].items():
         assert (domain is SPACE["train_loop_config"][name]) == (name not in changed)
         assert type(domain) is type(SPACE["train_loop_config"][name])

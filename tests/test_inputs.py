@@ -544,8 +544,8 @@ def space_of(space=raytune_bayesian.SEARCH_SPACE, **variables):
 @pytest.mark.parametrize("variables, says", [
     ({}, []),
     ({"LR_UPPER": "1e-4"}, ["LR_UPPER=1e-4 in the environment: lr is loguniform(5e-06, 0.0001)"]),
-    ({"LR_LOWER": " 1e-5\n", "LR_UPPER": "1"}, ["LR_LOWER=1e-5 LR_UPPER=1 in the environment: lr is "
-                                                "loguniform(1e-05, 1.0)"]),
+    ({"LR_LOWER": " 1e-5\n", "LR_UPPER": "1", "BS_CHOICES": "", "WD_CHOICES": " "},  # empty: not set
+     ["LR_LOWER=1e-5 LR_UPPER=1 in the environment: lr is loguniform(1e-05, 1.0)"]),
     ({"BS_CHOICES": "1, 2 4,"}, ["BS_CHOICES=1,2,4 in the environment: per_device_bs is choice[1, 2, 4]"]),
     ({"WD_CHOICES": "0 .1", "BS_CHOICES": "8"}, ["BS_CHOICES=8 in the environment: per_device_bs is choice[8]",
                                                  "WD_CHOICES=0,.1 in the environment: wd is choice[0.0, 0.1]"]),
@@ -581,10 +581,10 @@ BS, WD = "must be whole numbers separated by commas", "must be numbers separated
 
 @pytest.mark.parametrize("change, says", [
     ("LR_UPPER=high", "must be a number"),
-    ("LR_UPPER=", "must be a number"),
+    ("LR_UPPER=,", "must be a number"),
     ("LR_LOWER=1e-5,1e-4", "must be a number"),
     ("LR_LOWER=nan", "must be a number"),
-    ("BS_CHOICES=", BS),
+    ("BS_CHOICES=,", BS),
     ("BS_CHOICES=1,1.5", BS),
     ("BS_CHOICES=" + "9" * 5000, BS),
     ("WD_CHOICES=0;1", WD),

@@ -329,11 +329,11 @@ def test_the_head_s_own_gpus_take_part(project, tiny):
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
 
 
-@pytest.mark.parametrize("flag", ["--plan", "--prefetch", "--help"])
+@pytest.mark.parametrize("flag", ["--plan", "--prefetch"])
 def test_what_needs_no_ray_runs_in_the_head_job_alone(project, tiny, flag):
     job = project.submit(*tiny, *SHORT, flag)
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
-    assert {"--plan": "full trainings", "--prefetch": "trying the model", "--help": "usage:"}[flag] in project.log(job)
+    assert {"--plan": "full trainings", "--prefetch": "trying the model"}[flag] in project.log(job)
     assert "[head]" not in project.log(job) and project.left_over() == {}
 
 
@@ -356,12 +356,19 @@ def test_check(project, tiny):
 # ----------------------------------------------------------------------------------------------------
 
 
-def test_two_experiments_in_one_folder(project, tiny):
-    jobs = [project.submit(*tiny, *SHORT, "--seed", seed, GPUS_PER_NODE="1", CPUS_PER_NODE="1") for seed in (1, 2)]
-    for job in jobs:
-        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+def test_experiments_in_one_folder(project, tiny):
+    """Two run side by side, to their end. A third is cancelled."""
+    project.hand(SLOW)
+    one_gpu = {"GPUS_PER_NODE": "1", "CPUS_PER_NODE": "1"}
+    cancelled = project.submit(*tiny, *LONG, **one_gpu)
+    jobs = [project.submit(*tiny, *SHORT, "--seed", seed, **one_gpu) for seed in (1, 2)]
+    for job in (cancelled, *jobs):
+        project.wait_for_search(job)
+    project.cluster.run("node1", "scancel", cancelled)
+    assert project.wait_for_end(cancelled, 60)[0] == "CANCELLED"
     results = []
     for job in jobs:
+        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
         result, rows = closing_block(project.log(job))
         folder = project.folder / "results" / f"bloom_bohb-{job}"
         assert json.loads((folder / "best_result.json").read_text()) == result and len(rows) == 2 + 6
@@ -369,18 +376,6 @@ def test_two_experiments_in_one_folder(project, tiny):
         results.append(result)
     assert results[0] != results[1]
     assert project.left_over() == {}
-
-
-def test_cancelling_one_leaves_the_other(project, tiny):
-    project.hand(SLOW)
-    one = project.submit(*tiny, *LONG, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
-    other = project.submit(*tiny, *SHORT, "--num_samples", 8, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
-    project.wait_for_search(one)
-    project.wait_for_search(other)
-    project.cluster.run("node1", "scancel", one)
-    assert project.wait_for_end(one, 60)[0] == "CANCELLED"
-    assert project.wait_for_end(other) == ("COMPLETED", "0:0"), project.log(other)
-    assert len(closing_block(project.log(other))[1]) == 2 + 8
 
 
 # -- 3. nobody else ---------------------------------------------------------------------------------------------------
@@ -461,7 +456,7 @@ def drain(project, *nodes):
         project.cluster.run("node1", "scontrol", "update", f"node={node}", "state=drain", "reason=test")
 
 
-@pytest.mark.parametrize("phase", ["before workers", "waiting", "searching", "searching in one job"])
+@pytest.mark.parametrize("phase", ["before workers", "waiting", "searching in one job"])
 def test_scancel_is_clean(project, tiny, phase):
     if phase == "waiting":
         drain(project, "node2", "node3")
@@ -694,27 +689,17 @@ KEYS = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_it
 
 
 def test_time_limit_requeue_and_the_same_search(project, tiny):
-    """Slurm's own signal before a real time limit: the job saves, queues again, and ends as the search that ran
-    through.
+    """Slurm's own signal before a real time limit: each job saves, queues again, and goes on with the same search.
+
+    One has a worker job, the other runs on two nodes itself. They are cut at different points, and end alike.
     """
     project.hand(SLOW)
-    slow = [
-        *tiny,
-        "--max_t",
-        4,
-        "--num_train_epochs",
-        2,
-        "--max_eval_samples",
-        10,
-        "--num_samples",
-        6,
-        "--max_concurrent_trials",
-        1,
-    ]
+    slow = [*tiny, "--max_t", 4, "--num_train_epochs", 2, "--max_eval_samples", 10, "--num_samples", 6]
+    slow += ["--max_concurrent_trials", 1]
+
     def rows(folder):
         return [[t[key] for key in KEYS] for t in files.read_csv(project.folder / "results" / folder / "trials.csv")]
 
-    through = project.submit(*slow, "--run_name", "through")
     limited = ["--time=20", "--signal=B:USR1@70"]
     in_one = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4G"]
     jobs = [project.submit(*slow, options=limited), project.submit(*slow, node="node[1,3]", options=limited + in_one)]
@@ -726,18 +711,18 @@ def test_time_limit_requeue_and_the_same_search(project, tiny):
     for job in jobs:
         project.wait_for("the requeue", lambda job=job: project.cluster.job(job).get("Restarts") == "1")
         project.cluster.run("node1", "scontrol", "update", f"jobid={job}", "timelimit=20")
-    assert project.wait_for_end(through) == ("COMPLETED", "0:0"), project.log(through)
     for job in jobs:
         assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
         log = project.log(job)
         assert "the time is nearly up: saving all running trials" in log
         assert "requeued, 1 of at most 10 times (MAX_REQUEUES)" in log
         assert "going on with a search" in log and log.count("Best Trial Result:") == 1
-        assert rows(f"bloom_bohb-{job}") == rows("through") and len(rows("through")) == 6
         iterations = files.read_csv(project.folder / "results" / f"bloom_bohb-{job}" / "iterations.csv")
         pairs = [(i["trial_id"], i["training_iteration"]) for i in iterations]
         assert len(pairs) == len(set(pairs))
     assert "trials run in this job, on its 2 nodes" in log
+    both = [rows(f"bloom_bohb-{job}") for job in jobs]
+    assert both[0] == both[1] and len(both[0]) == 6
     assert project.left_over() == {}
 
 
