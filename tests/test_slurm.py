@@ -72,13 +72,17 @@ def tiny(tiny_model, tiny_squad):
 
 def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one, in one process each; the log ends with the
-    result; nothing is left.
+    result; nothing is left. One worker comes when the search has begun.
     """
     with_gpu = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())'
     project.hand(reporting(with_gpu, slow=True))
+    drain(project, "node3")
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
+    project.wait_for_search(job)
+    assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
+    project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
     log = project.log(job)
@@ -290,8 +294,8 @@ PATH={sys.prefix}/bin:$PATH exec "${{@:2}}"
 def test_one_job_on_several_nodes(project, tiny):
     """One of them is lost during the search: its trials go on on the others."""
     project.hand(reporting(WITH_GPU, slow=True))
-    arguments = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x"]
-    job = project.submit(*tiny, *arguments, node="node[1-3]", options=["--nodes=3", *OWN])
+    arguments = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 16]
+    job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=["--nodes=3", *OWN])
     try:
         project.wait_for_search(job)
         project.wait_for("trials on all nodes", lambda: len(gpus_used(project)) == 6)
@@ -308,7 +312,7 @@ def test_one_job_on_several_nodes(project, tiny):
     assert all(f"worker on node{i} joined node{i}, 3 CPUs, 2 GPUs" in log for i in (1, 2, 3))
     assert "on 6 slots" in log and "goes on from iteration" in log and "another one is started" not in log
     trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
-    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16]
     assert project.left_over().keys() <= {"temporary"} and len(list(project.temporary.iterdir())) <= 1
     for path in project.temporary.iterdir():  # of the lost node: its next job would remove it
         shutil.rmtree(path)
@@ -476,20 +480,6 @@ def test_scancel_is_clean(project, tiny, phase):
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
     assert project.cluster.job(job)["JobState"] == "CANCELLED"
     assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
-
-
-def test_a_worker_that_comes_late_joins(project, tiny):
-    project.hand(SLOW)
-    drain(project, "node3")
-    job = project.submit(*tiny, *LONG, "--run_name", "late", NUM_WORKERS="2")
-    project.wait_for_search(job)
-    assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
-    project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
-    rows = project.folder / "results" / "late" / "iterations.csv"
-    project.wait_for(
-        "a trial on the late node", lambda: {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"}
-    )
-    assert "joined node3" in project.log(job)
 
 
 @pytest.mark.parametrize(
@@ -730,8 +720,9 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     """kill -9 of all of Ray on a node: each trial is accounted for, and reaches the rung that it would have reached."""
     project.hand(SLOW)
     job = project.submit(
-        *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--run_name", "x", NUM_WORKERS="2"
-    )
+        *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x",
+        NUM_WORKERS="2",
+    )  # fmt: skip
     rows = project.folder / "results" / "x" / "iterations.csv"
     project.wait_for(
         "trials on both nodes",
@@ -747,8 +738,8 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     log = project.log(job)
     assert re.search(r"worker job \d+ replaces it \(1 of at most 10\)", log), log
     trials = files.read_csv(rows.parent / "trials.csv")
-    assert len(trials) == 25 and {t["status"] for t in trials} == {"stopped", "completed"}, log
-    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 7 + [16] * 6
+    assert len(trials) == 16 and {t["status"] for t in trials} == {"stopped", "completed"}, log
+    assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16]
     assert "goes on from iteration" in log
     pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(rows)]
     print(f"iterations run again: {len(pairs) - len(set(pairs))}")
@@ -861,7 +852,7 @@ def test_a_port_taken_before_ray_binds_it(project, tiny):
             text=True,
             start_new_session=True,
         )
-        for node, process, times in (("node1", "gcs_server", 1), ("node2", "raylet", 3))
+        for node, process, times in (("node1", "gcs_server", 1), ("node2", "ray start", 3))
     ]
     drain(project, "node3")
     try:
@@ -898,6 +889,7 @@ while True:
         pid = int(folder.split("/")[2])
         if command[1:2] and command[1].endswith("/ray") and command[2] == "start" and pid not in seen:
             seen.add(pid)
+            command[0] = "ray start"
             print("start")
             for port in re.findall("port=([1-9][0-9]*)", " ".join(command)):
                 held.append(socket.create_server(("", int(port))))
