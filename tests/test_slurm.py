@@ -151,7 +151,7 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
             GPUS_PER_NODE="v100:1",
         )  # fmt: skip
         waits = (
-            r"waiting in the queue: (\d+) \((ReqNodeNotAvail: nodes that it could use|Reservation: its|Resources: no) "
+            r"waiting in the queue: (\d+) \((ReqNodeNotAvail, UnavailableNodes:node2: nodes that it could use|Reservation: its|Resources: no) "
         )
         project.wait_for("the reason", lambda: re.search(waits, project.log(job)), 120)
     finally:
