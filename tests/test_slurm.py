@@ -150,9 +150,8 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
             options=[f"--reservation={reservation}", "--constraint=fast", "--licenses=squad:1", "--time=50"],
             GPUS_PER_NODE="v100:1",
         )  # fmt: skip
-        waits = (
-            r"waiting in the queue: (\d+) \((ReqNodeNotAvail, UnavailableNodes:node2: nodes that it could use|Reservation: its|Resources: no) "
-        )
+        reasons = "ReqNodeNotAvail, UnavailableNodes:node2: nodes that it could use|Reservation: its|Resources: no"
+        waits = rf"waiting in the queue: (\d+) \(({reasons}) "
         project.wait_for("the reason", lambda: re.search(waits, project.log(job)), 120)
     finally:
         run("node1", "scontrol", "update", "NodeName=node2", "State=RESUME")
