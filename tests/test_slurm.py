@@ -72,17 +72,13 @@ def tiny(tiny_model, tiny_squad):
 
 def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one, in one process each; the log ends with the
-    result; nothing is left. One worker comes when the search has begun.
+    result; nothing is left.
     """
     with_gpu = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())'
     project.hand(reporting(with_gpu, slow=True))
-    drain(project, "node3")
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
     )  # fmt: skip
-    project.wait_for_search(job)
-    assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
-    project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
     log = project.log(job)
@@ -479,6 +475,20 @@ def test_scancel_is_clean(project, tiny, phase):
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
     assert project.cluster.job(job)["JobState"] == "CANCELLED"
     assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
+
+
+def test_a_worker_that_comes_late_joins(project, tiny):
+    project.hand(SLOW)
+    drain(project, "node3")
+    job = project.submit(*tiny, *LONG, "--run_name", "late", NUM_WORKERS="2")
+    project.wait_for_search(job)
+    assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
+    project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
+    rows = project.folder / "results" / "late" / "iterations.csv"
+    project.wait_for(
+        "a trial on the late node", lambda: {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"}
+    )
+    assert "joined node3" in project.log(job)
 
 
 @pytest.mark.parametrize(
