@@ -598,7 +598,7 @@ def test_a_change_of_the_environment_that_is_wrong(change, says):
     variable, _, text = change.partition("=")
     with pytest.raises(errors.BadInput) as error:
         space_of(**{variable: text.replace(",", " , ")})
-    assert str(error.value) == f"{change} in the environment: {says}"
+    assert str(error.value) == f"{change.rstrip(',')} in the environment: {says}"
 
 
 def test_a_change_that_does_not_fit_to_the_script():
