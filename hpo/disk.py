@@ -48,6 +48,10 @@ def left_of_quota(text: str, command: str) -> list[Room]:
     limits = numbers[0:3] + numbers[4:7]
     if len(numbers) < 8 or not all(re.fullmatch(r"\d+", number) for number in limits):
         return []
-    used, soft, hard, files, files_soft, files_hard = map(int, limits)
-    left = (hard or soft or NO_LIMIT) - used, (files_hard or files_soft or 2 * NO_LIMIT) - files
-    return [Room(max(0, left[0]) * 1024, max(0, left[1]), f"{command}'s limit")]
+
+    def left(used: int, soft: int, hard: int) -> int:
+        limit = hard or soft
+        return max(0, limit - used) if limit else NO_LIMIT
+
+    numbers = [int(number) for number in limits]
+    return [Room(1024 * left(*numbers[:3]), left(*numbers[3:]), f"{command}'s limit")]

@@ -29,7 +29,7 @@ from hpo.errors import BadInput
 from hpo.files import columns, write_json
 from hpo.plan import pace, plan
 from hpo.results.provenance import git_commit, versions
-from hpo.results.slots import CONTEXT, slots_of, trials_per_gpu
+from hpo.results.slots import bytes_of_gpu, slots_of, trials_per_gpu
 from hpo.squad import loading
 
 JOIN_SECONDS = 600  # that nodes may take to join, where WORKER_TIMEOUT does not say
@@ -210,7 +210,7 @@ def problems_of(trial: dict, sharing: int) -> list[str]:
     if trial["last_skipped_steps"] > small_trial.STEPS // 2:
         skipped = f"fp16: {trial['last_skipped_steps']} of the last {small_trial.STEPS} optimizer steps were skipped"
         problems.append(f"{skipped}, because gradients overflow: take --precision bf16 or fp32")
-    need = sharing * (trial["peak_bytes"] + CONTEXT)
+    need = bytes_of_gpu(trial["peak_bytes"], sharing)
     if trial["gpu_bytes"] and sharing > 1 and need > trial["gpu_bytes"]:
         have = f"{sharing} trials need {need / 1e9:.3g} GB of a GPU of {trial['gpu_bytes'] / 1e9:.3g} GB"
         problems.append(f"{have}: take a larger --gpus_per_trial")

@@ -25,7 +25,7 @@ import torch
 
 from hpo import search_space
 from hpo.cluster import gpu_check
-from hpo.cluster.trial import TrialContext
+from hpo.cluster.trial import TrialContext, gpu_memory
 from hpo.squad.group import Group
 from hpo.squad.ranks import Ranks, TrialPaused
 from hpo.squad.setup import Setup
@@ -178,7 +178,7 @@ def run_rank(_, group: Group, train, setups: list[tuple[dict, Setup]], found: di
         found["step_seconds"] += [context.reports[0]["step_seconds"] for context in smallest]
         found |= {"loss_seconds": plain["evaluation_seconds"], "scored_seconds": end["evaluation_seconds"]}
         found |= {"checkpoint_seconds": first.reports[0]["checkpoints_seconds"], "peak_bytes": max(peaks)}
-        found["gpu_bytes"] = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+        found["gpu_bytes"] = gpu_memory().get("gpu_bytes")
 
 
 def check_all_reduce(group: Group) -> None:
@@ -193,6 +193,4 @@ def check_all_reduce(group: Group) -> None:
 
 def peak_bytes() -> int:
     """The most memory that torch has held on the GPU of this process; without a GPU, the peak of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return gpu_memory().get("gpu_reserved_bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -11,7 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from hpo import errors
-from hpo.results.slots import CONTEXT
+from hpo.results.slots import CONTEXT, bytes_of_gpu
 
 
 def workers(kinds: str = "job|step") -> dict[str, str]:
@@ -129,7 +129,7 @@ class SharedGpus(Callback):
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         """Compares what a trial has reserved, and CUDA's own part, with the GPU."""
-        need = self.sharing * (result.get("gpu_reserved_bytes", 0) + CONTEXT)
+        need = bytes_of_gpu(result.get("gpu_reserved_bytes", 0), self.sharing)
         if self.sharing > 1 and not self.warned and need > result.get("gpu_bytes", math.inf):
             self.warned = True
             peak, whole = result["gpu_reserved_bytes"] / 1e9, result["gpu_bytes"] / 1e9

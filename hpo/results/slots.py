@@ -1,4 +1,7 @@
-"""How many trials run at a time. Imports nothing: the command line asks it before the slow imports of the script."""
+"""How many trials run at a time, and what they need of a GPU that they share.
+
+Imports nothing: the command line asks it before the slow imports of the script.
+"""
 
 CONTEXT = 600_000_000  # bytes, assumed: the CUDA context of a process with its kernels, and the workspaces of cuBLAS
 
@@ -6,6 +9,11 @@ CONTEXT = 600_000_000  # bytes, assumed: the CUDA context of a process with its 
 def trials_per_gpu(gpus_per_trial: float) -> int:
     """How many trials share a GPU; 1 where a trial has whole GPUs, or none."""
     return round(1 / gpus_per_trial) if 0 < gpus_per_trial < 1 else 1
+
+
+def bytes_of_gpu(peak: int, sharing: int) -> int:
+    """Bytes of a GPU that trials need together, if torch reserves `peak` bytes for each of `sharing` trials."""
+    return sharing * (peak + CONTEXT)
 
 
 def slots_of(have: dict[str, float], resources: dict[str, float]) -> int:
