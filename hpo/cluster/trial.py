@@ -19,7 +19,6 @@ from ray import tune
 
 from hpo import errors
 from hpo.files import sync
-from hpo.results.slots import trials_per_gpu
 
 
 class TrialContext:
@@ -98,10 +97,7 @@ def bundles(setup) -> list[dict[str, float]]:
     Ray lets processes that ask for a part of a GPU share one, and sets CUDA_VISIBLE_DEVICES for them.
     """
     ranks = max(1, setup.gpus_per_trial)
-    gpu = min(1, setup.gpus_per_trial)
-    if 0 < gpu < 1:  # Ray rounds to 1/10000: six times 0.1667 would be more than a GPU
-        gpu = math.floor(10_000 / trials_per_gpu(gpu)) / 10_000
-    return [{"CPU": setup.cpus_per_trial / ranks, "GPU": gpu}] * ranks
+    return [{"CPU": setup.cpus_per_trial / ranks, "GPU": min(1, setup.gpus_per_trial)}] * ranks
 
 
 def gpu_memory() -> dict[str, int]:
