@@ -73,7 +73,7 @@ def refusals(folder: Path) -> list[str]:
     (folder / "results" / "taken").mkdir(parents=True)
     files = {
         "list": [],
-        "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {}}},
+        "offload": {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
     }
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
