@@ -374,7 +374,7 @@ def test_10_nan_is_worst_and_never_promoted():
         bracket._n = 3
         return bracket.successive_halving("eval_loss", -1)[0][0].trial_id
 
-    orders = [["nan", "good", "bad"], ["good", "bad", "nan"], ["bad", "nan", "good"]]
+    orders = itertools.permutations(["nan", "good", "bad"])  # which of them go wrong depends on Python's version
     assert len({promoted_by_rays(order) for order in orders}) > 1
 
 
