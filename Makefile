@@ -33,7 +33,7 @@ check: lint
 	$(VENV)/bin/python -m pytest --numprocesses 2 -m "not slow"
 
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 $(READY): requirements.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

@@ -190,14 +190,14 @@ def shared_squad() -> Path:
 
 
 # Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others. The
-# shortest come last: of two processes (make test) neither then waits long for the other at the end.
+# shortest come last: of three processes (make test) none then waits long for another at the end.
 SLOW = ["run", "demo", "trial", "faults", "bench", "precision", "lora", "shared_gpus", "check", "slurm", "trackers",
         "memory", "launches"]  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks
 def pytest_collection_modifyitems(items):
-    """Quick tests first. Of two processes (make test), one begins with the cluster's tests, which mostly wait."""
+    """Quick tests first. Of three processes (make test), one begins with the cluster's tests, which mostly wait."""
     order = [f"test_{name}" for name in SLOW]
     for item in items:
         if item.module.__name__ in order:

@@ -117,6 +117,7 @@ def test_browser_reports_requests_and_errors(tmp_path):
     assert all(any(word in line for line in console) for word in words), console
 
 
+@pytest.mark.slow
 def test_pngs_for_a_paper(run_dir):
     done = draw(run_dir, "--png")
     if CHROMIUM is None:

@@ -228,6 +228,7 @@ def test_one_line_and_exit_code_2(name, broken, tmp_path, tiny_model, tiny_squad
     assert files_of(broken) == before
 
 
+@pytest.mark.slow
 def test_one_line_after_the_slow_imports(broken, tiny_model, tiny_squad):
     name = "model with a broken tokenizer"
     process = run_script(*arguments_of(name, broken, tiny_model, tiny_squad))
@@ -519,6 +520,7 @@ train = experiment.train
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", [[], ["--plan"]], ids=str)
 def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad, plan):
     script, results = with_learning_rates(tmp_path, 2e-4, 5e-6), tmp_path / "results"
@@ -617,6 +619,7 @@ def test_a_change_that_does_not_fit_to_the_script():
         space_of(space, WD_CHOICES="1")
 
 
+@pytest.mark.slow
 def test_a_plan_with_changes_of_the_environment(tmp_path, tiny_model):
     changes = {"LR_UPPER": "1e-4", "BS_CHOICES": "1 2 4"}
     done = run_script("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, **changes)
@@ -628,6 +631,7 @@ def test_a_plan_with_changes_of_the_environment(tmp_path, tiny_model):
     assert "memory of a GPU, in GB, at batch size 4, fp16" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variables, slow_imports", [({"LR_UPPER": "x"}, False), ({"LR_UPPER": "1e-9"}, True)])
 def test_a_search_with_a_wrong_change_is_not_started(tmp_path, tiny_model, tiny_squad, variables, slow_imports):
     """head_node.slurm checks what needs no slow import (hpo.arguments) before it starts anything."""

@@ -164,6 +164,7 @@ def test_paused_trial_and_best_model_equal_one_that_ran_through(family, tmp_path
         assert found == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_trial_learns_from_real_squad(tmp_path, demo_model, shared_squad, trial_here):
     flags = ["--model", demo_model, "--dataset", shared_squad, "--max_train_samples", 128, "--max_eval_samples", 32]
     args = [*flags, "--max_t", 4, "--num_train_epochs", 0.5, "--report_to", "none"]
@@ -398,6 +399,7 @@ def test_tokens_without_an_embedding_are_refused(tmp_path, tokenizer, tiny_squad
 NO_CACHE = "generating an answer needs a cache of keys and values, which this model has not"
 
 
+@pytest.mark.slow
 def test_mamba_is_refused_on_the_command_line(tmp_path, tokenizer, tiny_squad):
     folder = save(tmp_path / "mamba", random_model("mamba", tokenizer), tokenizer)
     process = run_script("--model", folder, "--dataset", tiny_squad, "--output_dir", tmp_path / "results")

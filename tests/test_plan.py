@@ -19,6 +19,7 @@ def plan(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_plan_of_the_default_search(tmp_path):
     """One whole band: brackets, rungs, full trainings. No file is written, and nothing is downloaded."""
     done = plan("--max_concurrent_trials", 4, cwd=tmp_path)
@@ -35,6 +36,7 @@ def test_plan_of_the_default_search(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_hours_and_disk(tmp_path, tiny_model):
     (tmp_path / "iterations.csv").write_text("trial_id,started_at,ended_at\na,100,130\nb,100,150\n")
     flags = ["--max_concurrent_trials", 1, "--seconds_per_iteration", tmp_path / "iterations.csv"]
@@ -47,6 +49,7 @@ def test_hours_and_disk(tmp_path, tiny_model):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [[], ["--reduction_factor", 3, 4]])
 def test_memory_of_each_gpu(tmp_path, tiny_model, settings):
     """If the model is there, the plan says which GPUs a trial fits on, in fp16, once for all settings."""
@@ -58,6 +61,7 @@ def test_memory_of_each_gpu(tmp_path, tiny_model, settings):
     assert [float(row[2]) for row in rows] == pytest.approx([15, 23, 31, 39, 79], abs=0.5)
 
 
+@pytest.mark.slow
 def test_memory_of_another_deepspeed_configuration(tmp_path, tiny_model):
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
     done = plan("--model", tiny_model, "--deepspeed", tmp_path / "ds.json", "--precision", "bf16", cwd=tmp_path)
@@ -67,6 +71,7 @@ def test_memory_of_another_deepspeed_configuration(tmp_path, tiny_model):
     assert done.returncode == 2 and f"--deepspeed {tmp_path}/ds.json" in done.stderr
 
 
+@pytest.mark.slow
 def test_settings_side_by_side(tmp_path):
     done = plan(
         "--reduction_factor", 3, 4, "--max_concurrent_trials", 4, 8, "--seconds_per_iteration", 36, cwd=tmp_path
@@ -81,6 +86,7 @@ def test_settings_side_by_side(tmp_path):
     assert all(float(row[-1]) == pytest.approx(float(row[-2]) * int(row[0]), abs=0.05) for row in rows)  # slot-hours
 
 
+@pytest.mark.slow
 def test_slots_of_the_cluster(tmp_path):
     """With Slurm, the slots are those of cluster.env."""
     (tmp_path / "bin").mkdir()

@@ -77,7 +77,8 @@ def test_search_on_two_nodes(project, tiny):
     with_gpu = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())'
     project.hand(reporting(with_gpu, slow=True))
     job = project.submit(
-        *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20, "--run_name", "whole", NUM_WORKERS="2",
+        *tiny, "--max_t", 16, "--num_train_epochs", 0.4, "--max_eval_samples", 20, "--run_name", "whole",
+        NUM_WORKERS="2",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
@@ -289,7 +290,7 @@ PATH={sys.prefix}/bin:$PATH exec "${{@:2}}"
 def test_one_job_on_several_nodes(project, tiny):
     """One of them is lost during the search: its trials go on on the others."""
     project.hand(reporting(WITH_GPU, slow=True))
-    arguments = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 16]
+    arguments = ["--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16]
     job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=["--nodes=3", *OWN])
     try:
         project.wait_for_search(job)
@@ -314,8 +315,8 @@ def test_one_job_on_several_nodes(project, tiny):
 
 
 def test_the_head_s_own_gpus_take_part(project, tiny):
-    project.hand(reporting(WITH_GPU, slow=True))
     """And the worker's is of the same type."""
+    project.hand(reporting(WITH_GPU, slow=True))
     options = ["--gpus-per-node=v100:2", *OWN[1:]]
     job = project.submit(*tiny, *LONG, "--run_name", "x", options=options, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
     project.wait_for_search(job)
@@ -729,8 +730,8 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     """kill -9 of all of Ray on a node: each trial is accounted for, and reaches the rung that it would have reached."""
     project.hand(SLOW)
     job = project.submit(
-        *tiny, "--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 16, "--run_name", "x",
-        NUM_WORKERS="2",
+        *tiny, "--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16,
+        "--run_name", "x", NUM_WORKERS="2",
     )  # fmt: skip
     rows = project.folder / "results" / "x" / "iterations.csv"
     project.wait_for(
@@ -773,18 +774,8 @@ def train(config, setup, trial):
     slow_train(config, setup, trial)
 """
     )
-    arguments = [
-        "--max_t",
-        16,
-        "--num_train_epochs",
-        2,
-        "--max_eval_samples",
-        10,
-        "--num_samples",
-        16,
-        "--run_name",
-        "x",
-    ]
+    arguments = ["--max_t", 16, "--num_train_epochs", 0.8, "--max_eval_samples", 10, "--num_samples", 16]
+    arguments += ["--run_name", "x"]
     job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}

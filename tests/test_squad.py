@@ -306,6 +306,7 @@ def decode_answer(data, i, tokenizer):
     return tokenizer.decode(answer[:-1])
 
 
+@pytest.mark.slow
 def test_labels_decode_to_the_answer_for_all_of_squad(shared_squad, tokenizer):
     files = reading.find_squad_files(shared_squad)
     for split, count in {"train": 8149, "validation": 10570}.items():
