@@ -166,6 +166,8 @@ def test_nodes_of_a_cluster(tmp_path, tiny_model, tiny_squad, ray_token, monkeyp
     assert process.stderr.splitlines()[-1].endswith("--check: 2 of 4 nodes are not ok, see the table above")
     check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
     assert [len(row["trials"]) for row in check["nodes"]] == [1, 1, 0, 0] and not check["ok"]
+    assert "\nplan for 2 slots, on the nodes that are ok (2 of 4):\n" in process.stdout
+    assert "; on 2 slots it has them after " in process.stdout  # and not on the 4 of cluster.env
 
 
 # -- the small trial
@@ -241,6 +243,12 @@ def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
     trial = {"last_skipped_steps": skipped, "peak_bytes": 6e9, "gpu_bytes": 12e9}
     problems = check_nodes.problems_of(trial, sharing)
     assert len(problems) == len(says) and all(p.startswith(s) for p, s in zip(problems, says, strict=True))
+
+
+def test_slots_of_the_plan_are_those_of_the_nodes_that_passed():
+    rows = [row(slots=4), row(slots=4, problems=["too slow"]), row(slots=2), {"node": "n4", "problems": ["lost"]}]
+    assert [check_nodes.slots_that_passed(rows, at_a_time) for at_a_time in (0, 5, 9)] == [6, 5, 6]
+    assert check_nodes.slots_that_passed(rows[1:2], 0) == 0
 
 
 def test_table_of_nodes():

@@ -2,7 +2,8 @@
 
 On each node: do the GPUs compute, are the versions those of the head, is the results folder shared, is there room on
 the disks? Then as many small trials as the node has slots run there at the same time, see small_trial.py. The table
-has a row for each node. The plan of the search follows from the pace of the small trials.
+has a row for each node. The plan of the search follows from the pace of the small trials, and is for the slots of the
+nodes that are ok.
 """
 
 import math
@@ -76,12 +77,15 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
     facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
     facts |= {"git_commit": git_commit(arguments.ROOT)}
-    if measured:
+    setting["slots"] = slots_that_passed(rows, args.max_concurrent_trials)
+    if setting["slots"]:
+        forecast = plan.forecast(space, **setting)
         questions = len(setup.train) * args.num_train_epochs
         seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
         facts["seconds_per_iteration"] = seconds
     write_json(setup.run_dir / "check.json", facts)
-    if measured:
+    if setting["slots"]:
+        print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, arguments.time_limit()))
         print(cost(args, measured, forecast.time * seconds / 3600 * setting["slots"]))
     if bad:
@@ -197,6 +201,12 @@ def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None
             continue
         row["trials"].append(found)
         row["problems"] += [problem for problem in problems_of(found, sharing) if problem not in row["problems"]]
+
+
+def slots_that_passed(rows: list[dict], at_a_time: int) -> int:
+    """How many trials can run at a time on the nodes that are ok; at most `at_a_time`, unless it is 0."""
+    slots = sum(row["slots"] for row in rows if not row["problems"])
+    return min(slots, at_a_time or slots)
 
 
 def problems_of(trial: dict, sharing: int) -> list[str]:
