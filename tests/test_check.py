@@ -237,6 +237,23 @@ def test_what_to_do_about_each_kind_of_error(kind):
 
 
 @pytest.mark.parametrize(
+    "error, says",
+    [
+        (ray.exceptions.OutOfMemoryError("Task was killed"), "a larger MEM_PER_NODE"),
+        (ray.exceptions.WorkerCrashedError(), "often it was killed for its memory"),
+        (ray.exceptions.ActorDiedError(), "often it was killed for its memory"),  # a rank
+        (ray.exceptions.NodeDiedError("n1"), "the node has left the cluster"),
+        (ray.exceptions.LocalRayletDiedError(), "the node has left the cluster"),
+        (ray.exceptions.RuntimeEnvSetupError("no folder"), "Ray has failed"),
+        (ray.exceptions.OutOfDiskError("full"), "make room on the disk of that node"),
+    ],
+)
+def test_only_lost_processes_get_the_hint_at_memory(error, says):
+    text = node_state.in_words(error)
+    assert says in text and ("MEM_PER_NODE" in text) == ("memory" in says or "MEM" in says), text
+
+
+@pytest.mark.parametrize(
     "skipped, sharing, says", [(4, 1, []), (5, 1, ["fp16: 5 of the last 8"]), (0, 2, ["2 trials need 13.2 GB of"])]
 )
 def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
