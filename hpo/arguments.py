@@ -178,6 +178,22 @@ def run_dir(args: argparse.Namespace) -> Path:
     return Path(args.output_dir).absolute() / args.run_name
 
 
+def slurm_job() -> str | None:
+    """The cluster and the id of this process's Slurm job, which it keeps when it is requeued; None outside of jobs."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job and f"{os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
+
+
+def starts_check_again(args: argparse.Namespace) -> bool:
+    """Whether the run folder has the --check of this same job, which Slurm has requeued, as after a lost node."""
+    if not args.check or not slurm_job() or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        return False
+    try:
+        return json.loads((run_dir(args) / "check.json").read_text())["job"] == slurm_job()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_values(args: argparse.Namespace) -> None:
     """Raises BadInput where a number is out of its range."""
     for name, least in LEAST.items():

@@ -82,6 +82,38 @@ def test_a_check_never_overwrites(checked, tiny_model, tiny_squad):
     assert (folder / "check.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "again, same",
+    [
+        ({"SLURM_RESTART_COUNT": "1"}, True),  # its node was lost
+        ({}, False),
+        ({"SLURM_RESTART_COUNT": "0"}, False),
+        ({"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "8"}, False),
+        ({"SLURM_RESTART_COUNT": "1", "SLURM_CLUSTER_NAME": "another"}, False),
+    ],
+)
+def test_a_requeued_check_starts_again_in_its_own_folder(tmp_path, tiny_model, tiny_squad, monkeypatch, again, same):
+    """And in no other: that of another job, or of a search, is as it was."""
+    where = ["--model", str(tiny_model), "--dataset", str(tiny_squad), "--output_dir", str(tmp_path)]
+    folder, argv = tmp_path / "c", ["--check", *where, "--run_name", "c"]
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "here"}.items():
+        monkeypatch.setenv(name, value)
+    shared = check_nodes.make_folders(checks.check(arguments.parse("", argv)), folder)
+    (shared / "head").write_text("the lost node")
+    for name, value in again.items():
+        monkeypatch.setenv(name, value)
+    if same:
+        assert check_nodes.make_folders(checks.check(arguments.parse("", argv)), folder) == shared
+        assert not list(shared.iterdir())
+        (folder / "check.json").rename(folder / "run.json")
+    args = arguments.parse("", argv)
+    with pytest.raises(errors.BadInput, match="exists already"):
+        checks.check(args)
+    with pytest.raises(errors.BadInput, match="exists already"):
+        check_nodes.make_folders(args, folder)
+    assert same or (shared / "head").exists()
+
+
 def test_a_train_that_fails(tmp_path, tiny_model, tiny_squad):
     """Exit code 2, and the row says why; no plan, as nothing was measured."""
     body = """

@@ -56,9 +56,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     forecast = plan.forecast(space, **setting)
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
-    shared = setup.run_dir / "shared"
-    make_folder(setup.run_dir)
-    shared.mkdir()
+    shared = make_folders(args, setup.run_dir)
     batches = small_trial.batch_sizes(space, setup, largest)
     setups = [(config, small_trial.small_setup(setup, size, shared)) for config, size in batches]
     print(f"check: results in {setup.run_dir}", flush=True)
@@ -73,7 +71,8 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     print(f"\nversions of the head: {of_head}\n\n{table(rows, bool(setup.gpus_per_trial))}\n", flush=True)
     bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
-    facts = {"ok": not bad, "arguments": arguments.kept(args), "model_folder": str(setup.model.absolute())}
+    facts = {"ok": not bad, "job": arguments.slurm_job(), "arguments": arguments.kept(args)}
+    facts |= {"model_folder": str(setup.model.absolute())}
     facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
     facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
     facts |= {"git_commit": git_commit(arguments.ROOT)}
@@ -90,6 +89,22 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
         print(cost(args, measured, forecast.time * seconds / 3600 * setting["slots"]))
     if bad:
         raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
+
+
+def make_folders(args, run_dir: Path) -> Path:
+    """Makes the run folder, or empties that of this job from before it was requeued. Returns its folder "shared".
+
+    Its check.json names the job from now on.
+
+    Raises:
+        BadInput: the run folder exists already, and is not of this job's check.
+    """
+    if not arguments.starts_check_again(args):
+        make_folder(run_dir)
+    write_json(run_dir / "check.json", {"job": arguments.slurm_job()})
+    shutil.rmtree(run_dir / "shared", ignore_errors=True)
+    (run_dir / "shared").mkdir(exist_ok=True)
+    return run_dir / "shared"
 
 
 def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[dict]:
