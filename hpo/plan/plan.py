@@ -145,7 +145,7 @@ def plan(
             fits = "it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"
             lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: {fits}")
         else:
-            lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
+            lines.append("time limit of a job: none, or not known (SBATCH_TIMELIMIT)")
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run; or after")
         lines.append("  a --check, with --from_check")
