@@ -63,10 +63,11 @@ def of_check(args, space: dict, forecasts: list) -> list[float]:
 
 
 def _questions(args, check: dict, part: str, flag: str) -> int:
-    """The number of training or selection questions of the planned search: the data set is not read for a plan."""
+    """The number of training or selection questions of the planned search: the data set is not read for a plan.
+
+    `flag` has a number if that of the check had one: what is not given is as in the check.
+    """
     now, then, found = getattr(args, flag), check["arguments"][flag], check["questions"][part]
     if now == then:
         return found
-    if now is None:
-        raise BadInput(f"--from_check {args.from_check}: the check had --{flag} {then}: give a number here too")
     return min(now, found) if then is None and part == "train" else now
