@@ -53,7 +53,7 @@ def test_check_of_this_machine(checked):
     assert check["questions"] == {"train": 380, "selection": 20}
     hours = re.search(r"^at (\S+) s an iteration: (\S+) hours", process.stdout, re.MULTILINE)
     assert float(hours.group(1)) == pytest.approx(check["seconds_per_iteration"], rel=0.01)
-    assert "CPU-hours" in process.stdout and "memory peak of a trial: " in process.stdout
+    assert " slot-hours, " in process.stdout and "memory peak of a trial: " in process.stdout
     assert [path.name for path in folder.iterdir()] == ["check.json"]
 
 
@@ -379,6 +379,17 @@ def test_pace_of_an_iteration():
     assert seconds == pytest.approx(steps + 100 * 0.01 + at_rungs / 568 * (100 * 0.02 + 20))
 
 
+@pytest.mark.parametrize("gpus, says", [(0, None), (0.25, "0.25 GPUs: 10.00"), (1, "1 GPU: 40.00"), (2, "2 GPUs: 80.")])
+def test_gpu_hours_stand_in_the_plan_once(gpus, says):
+    """40 slot-hours: 4 slots for 10 hours. What the check adds has no hours."""
+    setting = {"num_samples": 4, "max_t": 50, "reduction_factor": 4, "slots": 4}
+    forecast = plan.forecast(SPACE, **setting)
+    text = plan.plan(SPACE, [setting], [forecast], [36000 / forecast.time], None, None, gpus)
+    assert "10.00 hours, 40.00 slot-hours" in text and text.count("GPU-hours") == (says is not None)
+    assert says is None or f"\na slot takes {says}" in text
+    assert "hours" not in check_nodes.memory_in_words(gpus, {"peak_bytes": 6e9, "gpu_bytes": 12e9})
+
+
 def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
     """Evaluation is counted by token: the small selection has other lengths."""
     _, setup, _ = prepared(tiny_model, tiny_squad)
@@ -415,15 +426,15 @@ def test_what_is_not_given_is_as_in_the_check(tmp_path):
         ({}, {"questions": 5}, "not the folder of a check"),
     ],
 )
-def test_check_that_does_not_fit_the_plan(tmp_path, flags, changes, message):
+def test_check_that_does_not_fit_the_plan(flags, changes, message):
     args = arguments.parse("", ["--model", "a/model", "--dataset", "d", "--precision", "fp32", "--gpus_per_trial", "0"])
     check = {"arguments": arguments.kept(args), "model_folder": "/m", "questions": {"train": 400, "selection": 9}}
     check |= {"largest": search_space.largest_trial(SPACE, args), "ok": True, "ds_config": {}}
     check |= {"pace": {"step_seconds": {"2": 1.0}, "loss_seconds": 0, "scored_seconds": 0, "checkpoint_seconds": 0}}
     for name, value in changes.items():
         check[name] = check[name] | value if isinstance(value, dict) else value
-    (tmp_path / "check.json").write_text(json.dumps(check))
-    args = SimpleNamespace(**vars(args) | {"from_check": str(tmp_path), "ds_config": {}} | flags)
+    own = {"from_check": "results/check-7", "earlier_check": check, "ds_config": {}}
+    args = SimpleNamespace(**vars(args) | own | flags)
     forecast = plan.forecast(SPACE, 4, 50, 4, 1)
     if message:
         with pytest.raises(errors.BadInput, match=message):

@@ -85,8 +85,11 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     write_json(setup.run_dir / "check.json", facts)
     if setting["slots"]:
         print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")
-        print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, arguments.time_limit()))
-        print(cost(args, measured, forecast.time * seconds / 3600 * setting["slots"]))
+        limit = arguments.time_limit()
+        print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))
+    if measured:
+        print(memory_in_words(args.gpus_per_trial, measured))
+        print(f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}")
     if bad:
         raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
 
@@ -305,18 +308,14 @@ def free_in_words(free: dict | None) -> str:
     return f"{free['bytes'] / 1e9:.3g} GB{files}"
 
 
-def cost(args, measured: dict, slot_hours: float) -> str:
-    """What the plan says after a check: the hours of all slots, and the memory that a trial took."""
-    gpus, peak = args.gpus_per_trial, f"{measured['peak_bytes'] / 1e9:.3g}"
-    memory = f"memory peak of a trial: {peak} GB"
-    if gpus:
-        size = (measured["gpu_bytes"] or math.nan) / 1e9
-        sharing = trials_per_gpu(gpus)
-        of = "a GPU" if sharing == 1 else f"a trial, {sharing} of which share a GPU"
-        memory = f"memory peak of {of}: {peak} of {size:.3g} GB, without what CUDA itself needs"
-    hours = f"{slot_hours * (gpus or args.cpus_per_trial):.2f} {'GPU' if gpus else 'CPU'}-hours"
-    others = f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}"
-    return f"in all {hours}, those of idle slots too\n{memory}\n{others}"
+def memory_in_words(gpus_per_trial: float, measured: dict) -> str:
+    """The memory that a small trial took, see pace_of."""
+    peak = f"{measured['peak_bytes'] / 1e9:.3g}"
+    if not gpus_per_trial:
+        return f"memory peak of a trial: {peak} GB"
+    size, sharing = (measured["gpu_bytes"] or math.nan) / 1e9, trials_per_gpu(gpus_per_trial)
+    of = "a GPU" if sharing == 1 else f"a trial, {sharing} of which share a GPU"
+    return f"memory peak of {of}: {peak} of {size:.3g} GB, without what CUDA itself needs"
 
 
 def pace_of(rows: list[dict], sizes: list[int], setup, small) -> dict | None:
