@@ -29,7 +29,7 @@ FILES = 2000  # more than a run has at a time
 # Arguments that a run does not keep:
 NOT_OF_THE_SEARCH = (
     "given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration", "check",
-    "from_check",
+    "from_check", "earlier_check",
 )  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -130,6 +130,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     Returns:
         The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
         it is None if the trials run on this machine. `ranges` has the variables that change the search space.
+        `earlier_check` is the check.json of --from_check.
 
     Raises:
         BadInput: an argument is wrong.
@@ -178,6 +179,22 @@ def run_dir(args: argparse.Namespace) -> Path:
     return Path(args.output_dir).absolute() / args.run_name
 
 
+def slurm_job() -> str | None:
+    """The cluster and the id of this process's Slurm job, which it keeps when it is requeued; None outside of jobs."""
+    job = os.environ.get("SLURM_JOB_ID")
+    return job and f"{os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
+
+
+def starts_check_again(args: argparse.Namespace) -> bool:
+    """Whether the run folder has the --check of this same job, which Slurm has requeued, as after a lost node."""
+    if not args.check or not slurm_job() or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+        return False
+    try:
+        return json.loads((run_dir(args) / "check.json").read_text())["job"] == slurm_job()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def check_values(args: argparse.Namespace) -> None:
     """Raises BadInput where a number is out of its range."""
     for name, least in LEAST.items():
@@ -210,9 +227,10 @@ def check_disk(output_dir: Path, needed: int) -> None:
 
 
 def take_from_check(args: argparse.Namespace) -> None:
-    """Takes the arguments that are not given from the check of --from_check. Raises BadInput if it is none."""
+    """Reads the check of --from_check, and takes the arguments that are not given from it. Raises BadInput."""
     try:
-        earlier = json.loads((Path(args.from_check) / "check.json").read_text())["arguments"]
+        args.earlier_check = json.loads((Path(args.from_check) / "check.json").read_text())
+        earlier = args.earlier_check["arguments"]
         own = args.given | {"run_name", "output_dir"}
         if {"max_t", "reduction_factor"} & args.given:
             own |= {"num_samples"}  # a whole band, as for any plan

@@ -29,7 +29,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
         args.ds_config = read_ds_config(args)
         if not args.plan:
             check_tracker(args.report_to)
-            if not args.resume and not args.prefetch:
+            if not args.resume and not args.prefetch and not arguments.starts_check_again(args):
                 check_output(arguments.run_dir(args))
             check_names(args)
     except OSError as error:  # no permission, a loop of links, a name too long

@@ -53,7 +53,7 @@ def test_check_of_this_machine(checked):
     assert check["questions"] == {"train": 380, "selection": 20}
     hours = re.search(r"^at (\S+) s an iteration: (\S+) hours", process.stdout, re.MULTILINE)
     assert float(hours.group(1)) == pytest.approx(check["seconds_per_iteration"], rel=0.01)
-    assert "CPU-hours" in process.stdout and "memory peak of a trial: " in process.stdout
+    assert " slot-hours, " in process.stdout and "memory peak of a trial: " in process.stdout
     assert [path.name for path in folder.iterdir()] == ["check.json"]
 
 
@@ -80,6 +80,38 @@ def test_a_check_never_overwrites(checked, tiny_model, tiny_squad):
     process = run_script("--check", *where, *SMALL, "--run_name", "checked")
     assert process.returncode == 2 and "exists already" in process.stderr and len(process.stderr.splitlines()) == 1
     assert (folder / "check.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "again, same",
+    [
+        ({"SLURM_RESTART_COUNT": "1"}, True),  # its node was lost
+        ({}, False),
+        ({"SLURM_RESTART_COUNT": "0"}, False),
+        ({"SLURM_RESTART_COUNT": "1", "SLURM_JOB_ID": "8"}, False),
+        ({"SLURM_RESTART_COUNT": "1", "SLURM_CLUSTER_NAME": "another"}, False),
+    ],
+)
+def test_a_requeued_check_starts_again_in_its_own_folder(tmp_path, tiny_model, tiny_squad, monkeypatch, again, same):
+    """And in no other: that of another job, or of a search, is as it was."""
+    where = ["--model", str(tiny_model), "--dataset", str(tiny_squad), "--output_dir", str(tmp_path)]
+    folder, argv = tmp_path / "c", ["--check", *where, "--run_name", "c"]
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_CLUSTER_NAME": "here"}.items():
+        monkeypatch.setenv(name, value)
+    shared = check_nodes.make_folders(checks.check(arguments.parse("", argv)), folder)
+    (shared / "head").write_text("the lost node")
+    for name, value in again.items():
+        monkeypatch.setenv(name, value)
+    if same:
+        assert check_nodes.make_folders(checks.check(arguments.parse("", argv)), folder) == shared
+        assert not list(shared.iterdir())
+        (folder / "check.json").rename(folder / "run.json")
+    args = arguments.parse("", argv)
+    with pytest.raises(errors.BadInput, match="exists already"):
+        checks.check(args)
+    with pytest.raises(errors.BadInput, match="exists already"):
+        check_nodes.make_folders(args, folder)
+    assert same or (shared / "head").exists()
 
 
 def test_a_train_that_fails(tmp_path, tiny_model, tiny_squad):
@@ -166,6 +198,8 @@ def test_nodes_of_a_cluster(tmp_path, tiny_model, tiny_squad, ray_token, monkeyp
     assert process.stderr.splitlines()[-1].endswith("--check: 2 of 4 nodes are not ok, see the table above")
     check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
     assert [len(row["trials"]) for row in check["nodes"]] == [1, 1, 0, 0] and not check["ok"]
+    assert "\nplan for 2 slots, on the nodes that are ok (2 of 4):\n" in process.stdout
+    assert "; on 2 slots it has them after " in process.stdout  # and not on the 4 of cluster.env
 
 
 # -- the small trial
@@ -235,12 +269,35 @@ def test_what_to_do_about_each_kind_of_error(kind):
 
 
 @pytest.mark.parametrize(
+    "error, says",
+    [
+        (ray.exceptions.OutOfMemoryError("Task was killed"), "a larger MEM_PER_NODE"),
+        (ray.exceptions.WorkerCrashedError(), "often it was killed for its memory"),
+        (ray.exceptions.ActorDiedError(), "often it was killed for its memory"),  # a rank
+        (ray.exceptions.NodeDiedError("n1"), "the node has left the cluster"),
+        (ray.exceptions.LocalRayletDiedError(), "the node has left the cluster"),
+        (ray.exceptions.RuntimeEnvSetupError("no folder"), "Ray has failed"),
+        (ray.exceptions.OutOfDiskError("full"), "make room on the disk of that node"),
+    ],
+)
+def test_only_lost_processes_get_the_hint_at_memory(error, says):
+    text = node_state.in_words(error)
+    assert says in text and ("MEM_PER_NODE" in text) == ("memory" in says or "MEM" in says), text
+
+
+@pytest.mark.parametrize(
     "skipped, sharing, says", [(4, 1, []), (5, 1, ["fp16: 5 of the last 8"]), (0, 2, ["2 trials need 13.2 GB of"])]
 )
 def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
     trial = {"last_skipped_steps": skipped, "peak_bytes": 6e9, "gpu_bytes": 12e9}
     problems = check_nodes.problems_of(trial, sharing)
     assert len(problems) == len(says) and all(p.startswith(s) for p, s in zip(problems, says, strict=True))
+
+
+def test_slots_of_the_plan_are_those_of_the_nodes_that_passed():
+    rows = [row(slots=4), row(slots=4, problems=["too slow"]), row(slots=2), {"node": "n4", "problems": ["lost"]}]
+    assert [check_nodes.slots_that_passed(rows, at_a_time) for at_a_time in (0, 5, 9)] == [6, 5, 6]
+    assert check_nodes.slots_that_passed(rows[1:2], 0) == 0
 
 
 def test_table_of_nodes():
@@ -322,6 +379,17 @@ def test_pace_of_an_iteration():
     assert seconds == pytest.approx(steps + 100 * 0.01 + at_rungs / 568 * (100 * 0.02 + 20))
 
 
+@pytest.mark.parametrize("gpus, says", [(0, None), (0.25, "0.25 GPUs: 10.00"), (1, "1 GPU: 40.00"), (2, "2 GPUs: 80.")])
+def test_gpu_hours_stand_in_the_plan_once(gpus, says):
+    """40 slot-hours: 4 slots for 10 hours. What the check adds has no hours."""
+    setting = {"num_samples": 4, "max_t": 50, "reduction_factor": 4, "slots": 4}
+    forecast = plan.forecast(SPACE, **setting)
+    text = plan.plan(SPACE, [setting], [forecast], [36000 / forecast.time], None, None, gpus)
+    assert "10.00 hours, 40.00 slot-hours" in text and text.count("GPU-hours") == (says is not None)
+    assert says is None or f"\na slot takes {says}" in text
+    assert "hours" not in check_nodes.memory_in_words(gpus, {"peak_bytes": 6e9, "gpu_bytes": 12e9})
+
+
 def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
     """Evaluation is counted by token: the small selection has other lengths."""
     _, setup, _ = prepared(tiny_model, tiny_squad)
@@ -336,6 +404,14 @@ def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
     assert check_nodes.pace_of([{"trials": []}], [4, 2], setup, small) is None
 
 
+def test_what_is_not_given_is_as_in_the_check(tmp_path):
+    """So a plan from a check of few questions is for few questions, too, unless it is given another number."""
+    args = arguments.parse("", ["--check", "--max_train_samples", "9", "--max_concurrent_trials", "2"])
+    (tmp_path / "check.json").write_text(json.dumps({"arguments": arguments.kept(args)}))
+    planned = arguments.parse("", ["--plan", "--from_check", str(tmp_path), "--max_eval_samples", "5"])
+    assert (planned.max_train_samples, planned.max_eval_samples, planned.max_concurrent_trials) == (9, 5, [2])
+
+
 @pytest.mark.parametrize(
     "flags, changes, message",
     [
@@ -344,22 +420,21 @@ def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
         ({"model": "another/model"}, {}, "the check was of --model a/model"),
         ({"dataset": "other"}, {}, "the check was of --dataset d"),
         ({"lora_r": 4}, {}, "the check was of a largest trial with"),
-        ({}, {"arguments": {"max_train_samples": 9}}, "the check had --max_train_samples 9: give a number here too"),
         ({}, {"ds_config": {"zero_optimization": {"stage": 1}}}, "the check was of another ds_config"),
         ({"gpus_per_trial": 0.5}, {}, "the check was of --gpus_per_trial 0"),
         ({}, {"pace": None}, "no node has run the small trial"),
         ({}, {"questions": 5}, "not the folder of a check"),
     ],
 )
-def test_check_that_does_not_fit_the_plan(tmp_path, flags, changes, message):
+def test_check_that_does_not_fit_the_plan(flags, changes, message):
     args = arguments.parse("", ["--model", "a/model", "--dataset", "d", "--precision", "fp32", "--gpus_per_trial", "0"])
     check = {"arguments": arguments.kept(args), "model_folder": "/m", "questions": {"train": 400, "selection": 9}}
     check |= {"largest": search_space.largest_trial(SPACE, args), "ok": True, "ds_config": {}}
     check |= {"pace": {"step_seconds": {"2": 1.0}, "loss_seconds": 0, "scored_seconds": 0, "checkpoint_seconds": 0}}
     for name, value in changes.items():
         check[name] = check[name] | value if isinstance(value, dict) else value
-    (tmp_path / "check.json").write_text(json.dumps(check))
-    args = SimpleNamespace(**vars(args) | {"from_check": str(tmp_path), "ds_config": {}} | flags)
+    own = {"from_check": "results/check-7", "earlier_check": check, "ds_config": {}}
+    args = SimpleNamespace(**vars(args) | own | flags)
     forecast = plan.forecast(SPACE, 4, 50, 4, 1)
     if message:
         with pytest.raises(errors.BadInput, match=message):

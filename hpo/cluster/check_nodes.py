@@ -2,7 +2,8 @@
 
 On each node: do the GPUs compute, are the versions those of the head, is the results folder shared, is there room on
 the disks? Then as many small trials as the node has slots run there at the same time, see small_trial.py. The table
-has a row for each node. The plan of the search follows from the pace of the small trials.
+has a row for each node. The plan of the search follows from the pace of the small trials, and is for the slots of the
+nodes that are ok.
 """
 
 import math
@@ -55,9 +56,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     forecast = plan.forecast(space, **setting)
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
-    shared = setup.run_dir / "shared"
-    make_folder(setup.run_dir)
-    shared.mkdir()
+    shared = make_folders(args, setup.run_dir)
     batches = small_trial.batch_sizes(space, setup, largest)
     setups = [(config, small_trial.small_setup(setup, size, shared)) for config, size in batches]
     print(f"check: results in {setup.run_dir}", flush=True)
@@ -72,20 +71,43 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     print(f"\nversions of the head: {of_head}\n\n{table(rows, bool(setup.gpus_per_trial))}\n", flush=True)
     bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
-    facts = {"ok": not bad, "arguments": arguments.kept(args), "model_folder": str(setup.model.absolute())}
+    facts = {"ok": not bad, "job": arguments.slurm_job(), "arguments": arguments.kept(args)}
+    facts |= {"model_folder": str(setup.model.absolute())}
     facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
     facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
     facts |= {"git_commit": git_commit(arguments.ROOT)}
-    if measured:
+    setting["slots"] = slots_that_passed(rows, args.max_concurrent_trials)
+    if setting["slots"]:
+        forecast = plan.forecast(space, **setting)
         questions = len(setup.train) * args.num_train_epochs
         seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
         facts["seconds_per_iteration"] = seconds
     write_json(setup.run_dir / "check.json", facts)
+    if setting["slots"]:
+        print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")
+        limit = arguments.time_limit()
+        print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))
     if measured:
-        print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, arguments.time_limit()))
-        print(cost(args, measured, forecast.time * seconds / 3600 * setting["slots"]))
+        print(memory_in_words(args.gpus_per_trial, measured))
+        print(f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}")
     if bad:
         raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
+
+
+def make_folders(args, run_dir: Path) -> Path:
+    """Makes the run folder, or empties that of this job from before it was requeued. Returns its folder "shared".
+
+    Its check.json names the job from now on.
+
+    Raises:
+        BadInput: the run folder exists already, and is not of this job's check.
+    """
+    if not arguments.starts_check_again(args):
+        make_folder(run_dir)
+    write_json(run_dir / "check.json", {"job": arguments.slurm_job()})
+    shutil.rmtree(run_dir / "shared", ignore_errors=True)
+    (run_dir / "shared").mkdir(exist_ok=True)
+    return run_dir / "shared"
 
 
 def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[dict]:
@@ -199,6 +221,12 @@ def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None
         row["problems"] += [problem for problem in problems_of(found, sharing) if problem not in row["problems"]]
 
 
+def slots_that_passed(rows: list[dict], at_a_time: int) -> int:
+    """How many trials can run at a time on the nodes that are ok; at most `at_a_time`, unless it is 0."""
+    slots = sum(row["slots"] for row in rows if not row["problems"])
+    return min(slots, at_a_time or slots)
+
+
 def problems_of(trial: dict, sharing: int) -> list[str]:
     """What is wrong with a small trial that has come to its end.
 
@@ -280,18 +308,14 @@ def free_in_words(free: dict | None) -> str:
     return f"{free['bytes'] / 1e9:.3g} GB{files}"
 
 
-def cost(args, measured: dict, slot_hours: float) -> str:
-    """What the plan says after a check: the hours of all slots, and the memory that a trial took."""
-    gpus, peak = args.gpus_per_trial, f"{measured['peak_bytes'] / 1e9:.3g}"
-    memory = f"memory peak of a trial: {peak} GB"
-    if gpus:
-        size = (measured["gpu_bytes"] or math.nan) / 1e9
-        sharing = trials_per_gpu(gpus)
-        of = "a GPU" if sharing == 1 else f"a trial, {sharing} of which share a GPU"
-        memory = f"memory peak of {of}: {peak} of {size:.3g} GB, without what CUDA itself needs"
-    hours = f"{slot_hours * (gpus or args.cpus_per_trial):.2f} {'GPU' if gpus else 'CPU'}-hours"
-    others = f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}"
-    return f"in all {hours}, those of idle slots too\n{memory}\n{others}"
+def memory_in_words(gpus_per_trial: float, measured: dict) -> str:
+    """The memory that a small trial took, see pace_of."""
+    peak = f"{measured['peak_bytes'] / 1e9:.3g}"
+    if not gpus_per_trial:
+        return f"memory peak of a trial: {peak} GB"
+    size, sharing = (measured["gpu_bytes"] or math.nan) / 1e9, trials_per_gpu(gpus_per_trial)
+    of = "a GPU" if sharing == 1 else f"a trial, {sharing} of which share a GPU"
+    return f"memory peak of {of}: {peak} of {size:.3g} GB, without what CUDA itself needs"
 
 
 def pace_of(rows: list[dict], sizes: list[int], setup, small) -> dict | None:

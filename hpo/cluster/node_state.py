@@ -8,7 +8,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from ray.exceptions import RayError
+from ray.exceptions import (
+    ActorDiedError,
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    WorkerCrashedError,
+)
 
 from hpo import arguments, disk, errors
 from hpo.cluster import gpu_check
@@ -23,6 +31,13 @@ WHAT_TO_DO = {
     Kind.PROCESS: "trials would fail like this, see docs/failures.md",
     Kind.NODE: "leave the node out (sbatch --exclude), and report it",
     Kind.STORAGE: "make room, or take another --output_dir",
+}
+OF_RAY = {  # the first class that fits
+    OutOfMemoryError: "the node or the job has too little memory: a larger MEM_PER_NODE",
+    (WorkerCrashedError, ActorDiedError): "often it was killed for its memory (MEM_PER_NODE), see logs/",
+    (NodeDiedError, LocalRayletDiedError): "the node has left the cluster: see the log of its job in logs/",
+    OutOfDiskError: "make room on the disk of that node (TMPDIR)",
+    RayError: "Ray has failed, not the trial: check again, and report it if it comes again",
 }
 
 
@@ -106,6 +121,5 @@ def appears(file: Path) -> bool:
 def in_words(error: Exception) -> str:
     """An error in one line, with what to do about it."""
     reason = errors.one_line(f"{type(error).__name__} {error}")
-    if isinstance(error, RayError):  # its process is lost
-        return f"{reason}: often it was killed for its memory (MEM_PER_NODE), see logs/"
-    return f"{reason}: {errors.what_to_install(error) or WHAT_TO_DO[errors.kind_of(error)]}"
+    of_ray = next((words for classes, words in OF_RAY.items() if isinstance(error, classes)), None)
+    return f"{reason}: {of_ray or errors.what_to_install(error) or WHAT_TO_DO[errors.kind_of(error)]}"

@@ -1,9 +1,7 @@
 """The pace that a --check has measured, and the hours of a plan that follow from it."""
 
-import json
 import math
 import statistics
-from pathlib import Path
 
 from hpo import search_space
 from hpo.errors import BadInput
@@ -37,9 +35,8 @@ def of_check(args, space: dict, forecasts: list) -> list[float]:
     Raises:
         BadInput: it is no folder of a check that has measured, or the check was of another model or other settings.
     """
-    file = Path(args.from_check) / "check.json"
     try:
-        check = json.loads(file.read_text())
+        check = args.earlier_check
         then, pace = check["arguments"], check["pace"]
         if pace is None:
             raise BadInput(f"--from_check {args.from_check}: no node has run the small trial, so there is no pace")
@@ -63,10 +60,11 @@ def of_check(args, space: dict, forecasts: list) -> list[float]:
 
 
 def _questions(args, check: dict, part: str, flag: str) -> int:
-    """The number of training or selection questions of the planned search: the data set is not read for a plan."""
+    """The number of training or selection questions of the planned search: the data set is not read for a plan.
+
+    `flag` has a number if that of the check had one: what is not given is as in the check.
+    """
     now, then, found = getattr(args, flag), check["arguments"][flag], check["questions"][part]
     if now == then:
         return found
-    if now is None:
-        raise BadInput(f"--from_check {args.from_check}: the check had --{flag} {then}: give a number here too")
     return min(now, found) if then is None and part == "train" else now

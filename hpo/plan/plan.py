@@ -97,6 +97,19 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
     )
 
 
+def hours_of(forecast: Forecast, seconds: float, slots: int, gpus_per_trial: float) -> tuple[float, float, float]:
+    """Hours of a search from its start to its end, slot-hours and GPU-hours. Idle slots are counted.
+
+    Args:
+        forecast: of the search.
+        seconds: duration of an iteration.
+        slots: trials that can run at a time.
+        gpus_per_trial: what a slot takes.
+    """
+    hours = forecast.time * seconds / 3600
+    return hours, hours * slots, hours * slots * gpus_per_trial
+
+
 def plan(
     space: dict,
     settings: list[dict],
@@ -115,7 +128,7 @@ def plan(
         seconds: duration of one iteration in each of them, if known.
         disk_bytes: the sizes of a checkpoint and of the best model, if known.
         time_limit: of one Slurm job in seconds, if known.
-        gpus_per_trial: with 0 and 1 there is no line of GPU-hours.
+        gpus_per_trial: with 0 there are no GPU-hours. A comparison has none with 1 either: they are its slot-hours.
     """
     if len(settings) > 1:
         return compare(settings, forecasts, seconds, disk_bytes, gpus_per_trial)
@@ -135,17 +148,19 @@ def plan(
         "by tenths of the time: " + " ".join(f"{share:.0%}" for share in f.busy),
     ]
     if seconds:
-        each, hours = seconds[0], f.time * seconds[0] / 3600
-        busy = f"{hours * s['slots']:.2f} slot-hours, {f.iterations * each / 3600:.2f} of them busy"
+        each = seconds[0]
+        hours, of_slots, of_gpus = hours_of(f, each, s["slots"], gpus_per_trial)
+        busy = f"{of_slots:.2f} slot-hours, {f.iterations * each / 3600:.2f} of them busy"
         lines.append(f"at {each:.3g} s an iteration: {hours:.2f} hours, {busy}")
-        if gpus_per_trial not in (0, 1):
-            lines.append(f"a slot takes {gpus_per_trial:.3g} GPUs: {hours * s['slots'] * gpus_per_trial:.2f} GPU-hours")
+        if gpus_per_trial:
+            gpus = "1 GPU" if gpus_per_trial == 1 else f"{gpus_per_trial:.3g} GPUs"
+            lines.append(f"a slot takes {gpus}: {of_gpus:.2f} GPU-hours")
         if time_limit:  # the job is warned 5 minutes before its end, and takes one to start
             jobs = math.ceil(f.time * each / max(60, time_limit - 360))
             fits = "it fits" if jobs == 1 else f"at least {jobs} jobs, one after another, by requeueing"
             lines.append(f"time limit of a job, {time_limit / 3600:.2f} hours: {fits}")
         else:
-            lines.append("time limit of a job: not known, set SBATCH_TIMELIMIT")
+            lines.append("time limit of a job: none, or not known (SBATCH_TIMELIMIT)")
     else:
         lines.append("hours: with --seconds_per_iteration, a number or the iterations.csv of an earlier run; or after")
         lines.append("  a --check, with --from_check")
@@ -174,9 +189,8 @@ def compare(
         row = [s["slots"], s["reduction_factor"], s["num_samples"], f.iterations, f"{f.iterations / s['max_t']:.1f}"]
         row += [f.model_based, f"{statistics.mean(f.busy):.0%}", f"{f.time:.0f}"]
         if seconds:
-            hours = f.time * seconds[i] / 3600
-            row += [f"{hours:.2f}", f"{hours * s['slots']:.2f}"]
-            row += [f"{hours * s['slots'] * gpus_per_trial:.2f}"] * hours_of_gpus
+            hours = hours_of(f, seconds[i], s["slots"], gpus_per_trial)
+            row += [f"{number:.2f}" for number in hours[: 2 + hours_of_gpus]]
         if disk_bytes:
             row.append(f"{f.disk(*disk_bytes) / 1e9:.3g}")
         rows.append(row)
