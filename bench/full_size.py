@@ -118,7 +118,7 @@ def main(folder: Path) -> None:
         ["GB on disk at most, by the forecast", f"{disk:.1f}"],
         ["GB of best_model", f"{model / 1e9:.2f}"],
         ["GB of memory of the largest process, at its peak", f"{peak.most / 1e9:.1f}"],
-        ["test of best_model", ", ".join(f"{name} {run['test'][name]:.3f}" for name in tables.METRICS)],
+        ["test of best_model", ", ".join(f"{name} {run['tests'][-1][name]:.3f}" for name in tables.METRICS)],
         ["minutes in all", f"{(time.time() - began) / 60:.1f}"],
     ]
     width = max(len(name) for name, _ in rows)

@@ -2,7 +2,7 @@
 
 Imports the standard library only, but for one look at the GPUs of the machine. So `--help` and a wrong flag or number
 are answered at once, before the slow imports of the script. As a program, python -m hpo.arguments, it is that check
-alone: head_node.slurm runs it before it starts anything.
+alone: head_node.slurm runs it before it starts anything. Exit code 3: --resume of a run that is done.
 """
 
 import argparse
@@ -34,6 +34,7 @@ NOT_OF_THE_SEARCH = (
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
+NOTHING_TO_DO = 3  # exit code of python -m hpo.arguments
 LEAST = {
     "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
     "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0, "lora_r": 0,
@@ -108,7 +109,8 @@ def make_parser(description: str) -> Parser:
         type=float,
         help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
     )
-    add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments")
+    add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments; "
+        "a larger --num_samples adds trials, also to a run that is done")  # fmt: skip
     add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
@@ -280,8 +282,8 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
 def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
-    Arguments that are given again must be the same, except --trial_timeout, which may have been too short. So must the
-    variables of the environment that change the search space.
+    Arguments that are given again must be the same, except --trial_timeout, which may have been too short, and
+    --num_samples, which may be larger. So must the variables of the environment that change the search space.
 
     Raises:
         BadInput: it is no run folder, or another argument is given.
@@ -291,6 +293,8 @@ def load_from_run(args: argparse.Namespace) -> None:
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
         earlier.pop("trial_timeout")
+    if "num_samples" in args.given and args.num_samples > earlier["num_samples"]:
+        earlier.pop("num_samples")
     other = [
         f"--{name} {getattr(args, name)} (the run has {earlier[name]})"
         for name in sorted(args.given & set(earlier))
@@ -304,6 +308,11 @@ def load_from_run(args: argparse.Namespace) -> None:
     for name, value in earlier.items():
         setattr(args, name, value)
     args.ranges = ranges_of_run | args.ranges  # one that the run does not have: search_space.check_same looks at it
+
+
+def nothing_to_do(args: argparse.Namespace, run: dict) -> bool:
+    """Whether a run, by its run.json, is done and has as many trials as are asked for."""
+    return run.get("status") == "done" and args.num_samples <= run["arguments"]["num_samples"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -441,4 +450,6 @@ if __name__ == "__main__":
 
     sys.argv[0] = "raytune_bayesian.py"
     with exit_on_bad_input():
-        parse("")
+        args = parse("")
+    if args.resume and nothing_to_do(args, json.loads((run_dir(args) / "run.json").read_text())):
+        sys.exit(NOTHING_TO_DO)

@@ -38,6 +38,11 @@ def room(folder: Path) -> Room:
     return Room(min(r.bytes for r in rooms), min(r.files for r in rooms), min(rooms).by)
 
 
+def used(folder: Path) -> int:
+    """The bytes of all files in a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def left_of_quota(text: str, command: str) -> list[Room]:
     """What a quota leaves; nothing where the text tells none.
 

@@ -1,10 +1,12 @@
 """Files that a reader never sees incomplete, and tables as text. Imports the standard library only."""
 
 import csv
+import ctypes
 import io
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 
@@ -32,6 +34,29 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames a folder, and deletes the one that was at `path`, if any. A reader sees the old one or the new one.
+
+    Linux exchanges the two folders. On a file system that cannot (NFS), there is none at `path` for an instant.
+    """
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # left by an interruption
+    if not path.exists() or not _exchange(new, path):
+        if path.exists():
+            path.rename(old)
+        new.rename(path)
+    sync(path.parent)
+    for folder in (old, new):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders. Returns whether the C library and the file system can do it."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
+    at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
+    return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
 
 
 def to_json(content: dict) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import ray.tune.schedulers
 import ray.tune.search.bohb
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from ray import tune
 from ray.tune.experiment import Trial
@@ -25,6 +25,8 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable import wrap_function
 
 from hpo.bohb import brackets, kde, scheduler, searcher
+from hpo.cluster.run import short_ends
+from hpo.plan import plan
 from hpo.plan.simulator import SimulatedTrial, Simulation
 
 SPACE = {
@@ -765,6 +767,99 @@ def test_planned_stop_changes_nothing_with_one_slot(seed, stops, max_concurrent)
     assert simulation.search_alg.searcher.suggested == search_alg.suggested
     assert simulation.search_alg.searcher.observations == search_alg.observations
     assert [r[2:] for r in simulation.reports] == [r[2:] for r in uninterrupted.reports]
+
+
+# -- more trials than at first --------------------------------------------------------------------------------------
+
+
+def extended(stop, options, before, after, slots=1):
+    """A search for `before` trials that is stopped after so many reports, or ends (None), and goes on to `after`."""
+    simulation = Simulation(*pair(OURS, **options), before, loss, slots=slots, max_t=16)
+    simulation.run(stop or 10**6)
+    simulation = simulation.restart(*pair(OURS, **options), saved=True, num_samples=after)
+    simulation.run()
+    return simulation
+
+
+def at_once(options, trials, slots=1):
+    simulation = Simulation(*pair(OURS, **options), trials, loss, slots=slots, max_t=16)
+    simulation.run()
+    return simulation
+
+
+def suggested(simulation):
+    return list(simulation.search_alg.searcher.suggested.values())
+
+
+@unchecked
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 250), st.integers(0, 2))
+@settings(deadline=None, max_examples=100)
+def test_search_extended_before_its_last_trial_starts_is_the_longer_search(seed, before, more, stop, max_concurrent):
+    """On one slot, suggestions, results and their order are those of a search that asked for all trials at once."""
+    options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}
+    first = Simulation(*pair(OURS, **options), before, loss, max_t=16)
+    first.run(stop)
+    assume(not first.search_alg.is_finished() or first._count(Trial.PENDING))
+    whole, found = at_once(options, before + more), extended(stop, options, before, before + more)
+    assert suggested(found) == suggested(whole)
+    assert [r[2:] for r in found.reports] == [r[2:] for r in whole.reports]
+    assert found.search_alg.searcher.observations == whole.search_alg.searcher.observations
+
+
+@unchecked
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2))
+@settings(deadline=None, max_examples=50)
+def test_search_that_is_done_keeps_its_random_stream(seed, before, more, max_concurrent):
+    """The suggestions of the first part are those of the longer search. The next one differs only if it comes from the
+    model, which knows more results by then. Without a model none differs.
+    """
+    options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}
+    for random_fraction in (1 / 3, 1):
+        options["bohb_config"] = {"random_fraction": random_fraction}
+        whole = suggested(at_once(options, before + more))
+        found = suggested(extended(None, options, before, before + more))
+        assert found[:before] == whole[:before]
+        if any(s["model_based"] for s in whole[:before]) and not whole[before]["model_based"]:
+            assert found[before] == whole[before]
+    assert found == whole
+
+
+@unchecked
+@given(
+    seed=st.integers(0, 10**6),
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=4),
+    stops=st.lists(st.none() | st.integers(1, 200), min_size=4, max_size=4),
+    slots=st.integers(1, 6),
+)
+@settings(deadline=None, max_examples=200)
+def test_extended_search_runs_no_iteration_twice_and_goes_on_with_its_next_bracket(seed, sizes, stops, slots):
+    """Whenever it is extended, however often. A bracket that was decided with fewer trials than planned stays so."""
+    options, sizes = {"max_t": 16, "seed": seed}, list(itertools.accumulate(sizes))
+    simulation, short = Simulation(*pair(OURS, **options), sizes[0], loss, slots=slots, max_t=16), {}
+    for trials, stop in zip(sizes[1:], stops, strict=False):
+        simulation.run(len(simulation.reports) + stop if stop else 10**6)
+        decided = enumerate(simulation.scheduler.brackets)
+        short |= {i: b.added for i, b in decided if b.rung and b.added < b.rungs[0][0]}
+        simulation = simulation.restart(*pair(OURS, **options), saved=True, num_samples=trials)
+    simulation.run()
+    search_alg, scheduler = simulation.search_alg.searcher, simulation.scheduler
+    assert len(search_alg.suggested) == sizes[-1] and not scheduler._trials and not search_alg.running
+    assert len({(trial_id, t) for _, _, trial_id, t, _ in simulation.reports}) == len(simulation.reports)
+    assert observed(search_alg).total() == len(search_alg.observations)
+    assert {o["trial_id"] for o in search_alg.observations} == set(search_alg.suggested)
+    band = brackets.rungs(16, 4)
+    for i, bracket in enumerate(scheduler.brackets):
+        assert bracket.rungs == band[i % len(band)] and not bracket.members
+        assert bracket.added == short.get(i, bracket.rungs[0][0]) or i == len(scheduler.brackets) - 1
+
+
+def test_forecast_of_an_extended_search_counts_its_short_brackets():
+    """And so do the iterations that the progress table counts to."""
+    simulation = extended(None, {"max_t": 16}, 10, 25)
+    ends = short_ends({"scheduler": json.loads(json.dumps(simulation.scheduler.get_state()))})
+    assert ends == [10, 25]  # 10 of 16, 6, 3, and 6 of 16
+    assert plan.forecast(SPACE, 25, 16, 4, 1, ends).iterations == len(simulation.reports)
+    assert plan.forecast(SPACE, 25, 16, 4, 1).iterations == 136 != len(simulation.reports)
 
 
 def test_cost_of_a_decision_grows_slowly():

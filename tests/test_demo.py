@@ -32,7 +32,7 @@ def test_demo_search_learns(tmp_path, demo_model):
     completed = [t for t in trials if t["status"] == "completed"]
     print("\n" + "\n".join(process.stdout.splitlines()[-40:]))
     assert len(trials) >= 20 and len(completed) == 6
-    assert best["exact_match"] >= 0.5 and run["test"]["exact_match"] >= 0.5
+    assert best["exact_match"] >= 0.5 and run["tests"][-1]["exact_match"] >= 0.5
     searched = best["config"]["train_loop_config"]
     assert searched["lr"] > 5e-5  # of 5e-6 to 2e-4
     k = run["model_based_suggestions"]["k"]

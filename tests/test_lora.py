@@ -171,7 +171,7 @@ def test_a_search_of_ranks_and_learning_rates(tmp_path, demo_model):
     _, test = raytune_bayesian.prepare(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, 4)
     pad = models.load_tokenizer(run / "best_model").pad_token_id
     loss = evaluation.evaluate_loss(model, test, pad, raytune_bayesian.EVAL_TOKENS)
-    assert loss == pytest.approx(facts["test"]["eval_loss"], rel=1e-5)
+    assert loss == pytest.approx(facts["tests"][-1]["eval_loss"], rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

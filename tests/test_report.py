@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpo import files
-from hpo.results import tables
+from hpo.results import checkpoints, tables
 from hpo.results.trial_log import TrialLog
 
 
@@ -88,7 +88,7 @@ def test_checkpoints_of_the_last_two_states_are_kept(log, tmp_path):
         log.save([a])
         kept.append([int(path.name[-6:]) for path in sorted((tmp_path / "ray" / "a").iterdir())])
     assert kept == [[0], [0, 1], [1, 2], [2, 3]]
-    log.delete_checkpoints_except(["ray/a/checkpoint_000003"])
+    checkpoints.delete_except(tmp_path, ["ray/a/checkpoint_000003"])
     assert [path.name for path in (tmp_path / "ray" / "a").iterdir()] == ["checkpoint_000003"]
 
 

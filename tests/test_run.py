@@ -217,6 +217,7 @@ def test_nothing_is_left_but_the_results(band):
     assert {p.name for p in folder.iterdir()} == {
         ".lock",
         "run.json",
+        "state.jsonl",  # to go on with more trials
         "trials.csv",
         "iterations.csv",
         "best_result.json",
@@ -252,7 +253,7 @@ def test_best_model_loads_and_scores_the_same(band, tiny_squad):
     train, selection = squad_data.hold_out(reading.read_squad(files["train"]), 20, 42)
     tested = squad_data.subset(reading.read_squad(files["validation"]), 20, 42)
     longest = squad_data.tokenize(train, tokenizer, raytune_bayesian.MAX_LENGTH, training=True).longest_answer
-    for examples, expected in ((selection, result), (tested, run["test"])):
+    for examples, expected in ((selection, result), (tested, run["tests"][-1])):
         data = squad_data.tokenize(examples, tokenizer, raytune_bayesian.MAX_LENGTH, training=False)
         setup = SimpleNamespace(max_new_tokens=longest, metric_language="en", unanswerable=False)
         assert raytune_bayesian.answer_scores(model, tokenizer, data, setup) == {
@@ -450,7 +451,7 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole
     # trial.
     assert len(pairs) - len(set(pairs)) <= 16
-    assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.jsonl").exists()
+    assert not list((tmp_path / "x").glob("ray/*/checkpoint_*")) and not (tmp_path / "x" / "state.jsonl.1").exists()
 
     again = run_script(*name, "--resume")
     assert again.returncode == 0 and "is done already" in again.stdout
@@ -488,7 +489,7 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
     assert rows[0] == ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", "Eval Loss", "EM", "F1", "Iterations"]
 
     best = next(row for row in trials if row["eval_loss"] == result["eval_loss"])
-    tested = json.loads((folder / "run.json").read_text())["test"]
+    tested = json.loads((folder / "run.json").read_text())["tests"][-1]
     model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
     found = reading.find_squad_files(dataset)

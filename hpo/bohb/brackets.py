@@ -58,9 +58,9 @@ class Bracket:
         return self.rung == len(self.rungs) - 1
 
     @property
-    def full(self) -> bool:
-        """Whether the bracket has all its trials."""
-        return self.added >= self.rungs[0][0]
+    def open(self) -> bool:
+        """Whether the bracket takes further trials: it has room, and its first rung is not decided."""
+        return self.rung == 0 and self.added < self.rungs[0][0]
 
     def budgets(self) -> list[int]:
         """The budgets of all rungs."""

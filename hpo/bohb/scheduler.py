@@ -20,8 +20,9 @@ class HyperBandForBOHB(TrialScheduler):
     """Hyperband with synchronous rungs. A trial is paused at its rung, and resumed if it is promoted.
 
     It replaces ray.tune.schedulers.HyperBandForBOHB and takes the same arguments. A new trial joins the current bracket
-    until this is full. When all trials of a bracket have a result at the current rung, the best are promoted and the
-    others are stopped. See Li et al., "Hyperband", JMLR 2018, and Falkner, Klein & Hutter, "BOHB", ICML 2018.
+    until this is full, or was decided when the search had no more trials. When all trials of a bracket have a result at
+    the current rung, the best are promoted and the others are stopped. See Li et al., "Hyperband", JMLR 2018, and
+    Falkner, Klein & Hutter, "BOHB", ICML 2018.
 
     The scheduler adds the key "rungs" to the config of a trial: the budgets at which the trial may be paused or ends. A
     function trainable must report a checkpoint at each of them. It needs no checkpoint at other times.
@@ -97,7 +98,7 @@ class HyperBandForBOHB(TrialScheduler):
             for b in state["brackets"]
         ]
         self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
-        self._active = [b for b in self.brackets if b.members or not b.full]
+        self._active = [b for b in self.brackets if b.members or b.open]
         for bracket in self._active:
             for trial_id in bracket.members:
                 if trial_id not in bracket.scores and trial_id not in waiting:
@@ -124,7 +125,7 @@ class HyperBandForBOHB(TrialScheduler):
         self._trials[trial.trial_id] = trial
         if trial.trial_id in self._bracket_of:
             return
-        if not self.brackets or self.brackets[-1].full:
+        if not self.brackets or not self.brackets[-1].open:
             # The band's next bracket; they are in the order of their size. After the last, the next band begins.
             self.brackets.append(Bracket(list(self._band[len(self.brackets) % len(self._band)])))
             self._active.append(self.brackets[-1])
@@ -219,7 +220,7 @@ class HyperBandForBOHB(TrialScheduler):
         searcher = self._searcher(tune_controller)
         for bracket in list(self._active):
             self._promote_if_complete(tune_controller, bracket)
-        self._active = [b for b in self._active if b.members or (b is self.brackets[-1] and not b.full)]
+        self._active = [b for b in self._active if b.members or b.open]
         limit = searcher.max_concurrent if searcher.max_concurrent > 0 else math.inf
         promoted = [(b, t) for b in self._active for t in b.members if t in b.promoted and t in self._trials]
         promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # trials that ran before a restart come first
@@ -276,7 +277,7 @@ class HyperBandForBOHB(TrialScheduler):
             bracket: the bracket.
             current: the trial whose report is handled, if any. It is running, so on_trial_result stops or continues it.
         """
-        if not bracket.full and not tune_controller.search_alg.is_finished():
+        if bracket.open and not tune_controller.search_alg.is_finished():
             return
         if bracket.last_rung or not bracket.members or any(t not in bracket.scores for t in bracket.members):
             return

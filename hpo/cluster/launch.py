@@ -16,7 +16,7 @@ import ray
 from hpo import arguments, errors
 from hpo.cluster import preemption
 from hpo.cluster.run import Run
-from hpo.cluster.state import delete_state
+from hpo.cluster.state import keep_last_state
 from hpo.cluster.storage import wait_for_storage
 
 STORAGE_PATIENCE = 3600  # seconds that a full or lost file system is waited for
@@ -97,8 +97,8 @@ def ray_session(run: Run):
         with contextlib.suppress(OSError):
             run.write("interrupted")
         raise storage_error
+    keep_last_state(run.folder)
     run.write("done")
-    delete_state(run.folder)
 
 
 def restart_after_storage(error: Exception, run: Run, environment: dict[str, str]) -> None:

@@ -69,7 +69,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         result: of the best trial, see best_result.json.
     """
     setup = run.setup
-    if not math.isfinite(run.facts["test"]["eval_loss"]):
+    if not math.isfinite(run.facts["tests"][-1]["eval_loss"]):
         print(f"WARNING: the test of best_model in {setup.precision} gives no number: use --precision bf16 or fp32")
     try:
         report.write_page(run.folder)
@@ -80,7 +80,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     facts, iterations = run.facts, len(log.iterations)
     print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, run.args.num_samples, facts["grid"]))
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
-    tested = facts["test"]
+    tested = facts["tests"][-1]
     number = tested["questions"]
     of = "questions of the validation set"
     if setup.dropped:
@@ -89,6 +89,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         )
     print(f"Test of the best model on {number} {of}, which no decision has used:")
     print("  " + tables.tested_in_words(tested))
+    print(tables.looks_in_words(facts["tests"]))
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     print(tables.table(list(log.trials.values()), setup.metric), flush=True)

@@ -3,13 +3,14 @@
 import argparse
 import atexit
 import fcntl
+import itertools
 import json
 import os
 import time
 from pathlib import Path
 
-from hpo import arguments, search_space
-from hpo.cluster.state import load_state
+from hpo import arguments, disk, search_space
+from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
 from hpo.plan.plan import forecast
@@ -24,7 +25,8 @@ class Run:
     """A run folder, from its creation or resumption to the end of the search.
 
     `space` is the search space, `facts` the content of run.json, `state` the saved state of an earlier search or None,
-    `slots` the number of trials that can run at a time, `needed` the bytes that the run needs at its peak.
+    `slots` the number of trials that can run at a time, `needed` the bytes that the run needs at its peak. `done` says
+    that there is nothing to do: the search has all its trials.
 
     Args:
         args: the arguments of the run.
@@ -33,16 +35,13 @@ class Run:
         test_size: the number of questions that the best model is tested on.
 
     Raises:
-        BadInput: the folder exists already, another process works on it, or it is not of the same search.
+        BadInput: the folder exists already, another process works on it, it is not of the same search, or the disk is
+            too small.
     """
 
     def __init__(self, args: argparse.Namespace, space: dict, setup: Setup, test_size: int):
         self.args, self.space, self.setup, self.folder, self.state = args, space, setup, setup.run_dir, None
-        self.slots = arguments.slots(args)
-        self.forecast = forecast(space, args.num_samples, args.max_t, args.reduction_factor, self.slots)
-        r = search_space.largest_trial(space, args)["lora_r"]
-        self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
-        self.needed = self.forecast.disk(*loading.disk_bytes(setup.model, self.adapters))
+        self.slots, self.done = arguments.slots(args), False
         self.facts = {
             "status": "running",
             "arguments": arguments.kept(args),
@@ -54,31 +53,65 @@ class Run:
             "questions": {"train": len(setup.train), "selection": len(setup.selection), "test": test_size},
             "versions": versions(),
             "git_commit": git_commit(arguments.ROOT),
+            "tests": [],  # each look at the test set, also those of an earlier search
         }
-        if not args.resume:
-            arguments.check_disk(self.folder.parent, self.needed)
-            make_folder(self.folder)
-        # Not an attribute: Tune pickles all that its callbacks refer to.
-        atexit.register(lock(self.folder, LOCK_PATIENCE if "SLURM_RESTART_COUNT" in os.environ else 0).close)
-        earlier = json.loads((self.folder / "run.json").read_text()) if args.resume else {}
-        self.done = earlier.get("status") == "done"
-        if self.done:
-            return
+        trials = 0  # of the search so far
         if args.resume:
-            search_space.check_same(space, dict(earlier["search_space"]))
-            for name in ("ds_config", "questions"):
-                if earlier.get(name) != self.facts[name]:
-                    raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
-            try:
-                self.state = load_state(self.folder)
-            except RuntimeError as error:
-                raise BadInput(f"--resume: {error}") from None
+            hold_lock(self.folder)
+            earlier = json.loads((self.folder / "run.json").read_text())
+            trials = earlier["arguments"]["num_samples"]
+            self.done = arguments.nothing_to_do(args, earlier)
+            if self.done:
+                return
+            self.take_over(earlier)
+        self.forecast = forecast(
+            space, args.num_samples, args.max_t, args.reduction_factor, self.slots, short_ends(self.state)
+        )
+        r = search_space.largest_trial(space, args)["lora_r"]
+        self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
+        checkpoint, best_model = loading.disk_bytes(setup.model, self.adapters)
+        self.needed = self.forecast.disk(checkpoint, best_model)
+        if (self.folder / "best_model").exists():
+            self.needed += best_model  # a better one is written beside it
+        if args.num_samples > trials:
+            arguments.check_disk(self.folder.parent, self.needed - disk.used(self.folder))
+        if not args.resume:
+            make_folder(self.folder)
+            hold_lock(self.folder)
         self.write("running")
+
+    def take_over(self, earlier: dict) -> None:
+        """Takes over the tests and the saved state of an earlier search.
+
+        Args:
+            earlier: the content of its run.json.
+
+        Raises:
+            BadInput: it is another search, or its state cannot be read.
+        """
+        search_space.check_same(self.space, dict(earlier["search_space"]))
+        for name in ("ds_config", "questions"):
+            if earlier.get(name) != self.facts[name]:
+                raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
+        try:
+            self.state = load_state(self.folder)
+        except RuntimeError as error:
+            raise BadInput(f"--resume: {error}") from None
+        if earlier.get("status") == "done" and self.state is None:
+            raise BadInput(f"--resume: {self.folder} has no {FILE}: an older version of this program has deleted it")
+        self.facts["tests"] = earlier.get("tests", [])
 
     def write(self, status: str) -> None:
         """Writes run.json."""
         self.facts["status"] = status
         write_json(self.folder / "run.json", self.facts)
+
+
+def short_ends(state: dict | None) -> list[int]:
+    """The numbers of trials at which a search has ended before its last bracket was full, from a saved state."""
+    brackets = state["scheduler"]["brackets"] if state else []
+    trials = itertools.accumulate(b["added"] for b in brackets)
+    return [n for n, b in zip(trials, brackets, strict=True) if b["rung"] > 0 and b["added"] < b["rungs"][0][0]]
 
 
 def make_folder(folder: Path) -> None:
@@ -87,6 +120,12 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True)
     except FileExistsError:
         raise BadInput(f"--run_name {folder.name}: {folder} exists already") from None
+
+
+def hold_lock(folder: Path) -> None:
+    """Locks a run folder until the program ends. In a requeued job it waits for the lock of a lost node."""
+    # Not an attribute of Run: Tune pickles all that its callbacks refer to.
+    atexit.register(lock(folder, LOCK_PATIENCE if "SLURM_RESTART_COUNT" in os.environ else 0).close)
 
 
 def lock(folder: Path, patience: float):

@@ -13,7 +13,7 @@ from hpo.cluster.ray_private import ResumableSearch
 from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from hpo.cluster.watchdogs import FaultyNodes, SharedGpus, Watchdog
-from hpo.results import trackers
+from hpo.results import checkpoints, trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
 from hpo.results.slots import trials_per_gpu
@@ -51,7 +51,8 @@ class SearchSession:
         self.search_alg = ResumableSearch(searcher, run.folder)
         if run.state:
             self.restore(run.state)
-        self.log.delete_checkpoints_except([t["checkpoint"] for t in run.state["live"]] if run.state else [])
+        needed = [t["checkpoint"] for t in run.state["live"]] if run.state else []
+        checkpoints.delete_except(run.folder, needed, self.log.best)
         rendezvous = os.environ.get("RENDEZVOUS_DIR")  # where head_node.slurm and its worker jobs meet
         folder, idle_minutes = rendezvous and Path(rendezvous), float(os.environ.get("IDLE_RELEASE_MINUTES", 0))
         self.callbacks = [
@@ -87,6 +88,8 @@ class SearchSession:
         try:
             if self.log.unfinished():
                 tuner.fit()
+            else:  # interrupted after its last trial. Tune, which would pass the search space, does not run
+                self.searcher.set_search_properties(None, None, self.run.space)
         finally:
             minutes = self.slot_time.minutes()
             busy = sum(row["gpu_minutes"] for row in self.log.trials.values())

@@ -63,7 +63,6 @@ def load_state(run_dir: Path) -> dict | None:
     return None
 
 
-def delete_state(run_dir: Path) -> None:
-    """Deletes the state of a search that is done."""
-    for name in (FILE, f"{FILE}.1"):
-        (run_dir / name).unlink(missing_ok=True)
+def keep_last_state(run_dir: Path) -> None:
+    """Deletes the state before the last one: the checkpoints that it names are gone when the search is done."""
+    (run_dir / f"{FILE}.1").unlink(missing_ok=True)

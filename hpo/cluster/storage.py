@@ -26,8 +26,7 @@ def wait_for_storage(run_dir: Path, needed: int, patience: float) -> bool:
                 file.write(b"x" * 4096)
                 file.flush()
                 os.fsync(file.fileno())
-            used = sum(path.stat().st_size for path in run_dir.rglob("*") if path.is_file())
-            if disk.room(run_dir).bytes >= needed - used:
+            if disk.room(run_dir).bytes >= needed - disk.used(run_dir):
                 return True
         except OSError:
             pass

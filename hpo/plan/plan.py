@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,9 @@ class Forecast:
         return checkpoint_bytes * self.checkpoints + best_model_bytes
 
 
-def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int) -> Forecast:
+def forecast(
+    space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int, ends: Iterable[int] = ()
+) -> Forecast:
     """Runs the searcher and the scheduler of a search on random losses, in simulated time.
 
     The losses do not matter: brackets, rungs and the number of promotions do not depend on them. With many slots most
@@ -52,6 +55,7 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
         max_t: iterations of a full training.
         reduction_factor: one of so many trials is promoted at a rung.
         slots: trials that can run at a time.
+        ends: the numbers of trials at which the search has ended before, in the middle of a bracket.
     """
     rng = random.Random(0)
     searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0})
@@ -67,7 +71,9 @@ def forecast(space: dict, num_samples: int, max_t: int, reduction_factor: int, s
         return rng.random()
 
     simulation = Simulation(searcher, scheduler, num_samples, train, slots=slots, max_t=max_t)
-    simulation.run()
+    for trials in (*ends, num_samples):
+        simulation.search_alg.num_samples = trials
+        simulation.run()
     rungs = []
     for number, bracket in enumerate(scheduler.brackets, 1):
         below = 0

@@ -114,7 +114,7 @@ class Simulation:
         trial.status = Trial.TERMINATED
         self._live.pop(trial.trial_id, None)
 
-    def restart(self, searcher, scheduler, saved: bool) -> "Simulation":
+    def restart(self, searcher, scheduler, saved: bool, num_samples: int | None = None) -> "Simulation":
         """Stops the search and resumes it with new objects, which take over the state.
 
         Args:
@@ -122,11 +122,12 @@ class Simulation:
             scheduler: a new scheduler, with the same settings.
             saved: whether running trials wrote a checkpoint before the stop. If not, they lose their work since their
                 last checkpoint.
+            num_samples: number of trials from now on; None: as before.
         """
         state = json.loads(json.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
         live = [t for t in self.trials if self.scheduler.in_race(t.trial_id)]
         new = copy.copy(self)
-        new.search_alg = SearchAlgorithm(searcher, self.search_alg.num_samples)
+        new.search_alg = SearchAlgorithm(searcher, num_samples or self.search_alg.num_samples)
         new.search_alg.created = self.search_alg.created
         new.scheduler, new.trials, new._live, new._events = scheduler, [], {}, []
         searcher.set_state(state[0], {t.trial_id for t in live})

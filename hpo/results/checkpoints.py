@@ -37,7 +37,7 @@ def delete_older(run_dir: Path, saved: dict[str, str], saved_before: dict[str, s
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def delete_except(run_dir: Path, needed: Iterable[str | None], keep_trial: str | None) -> None:
+def delete_except(run_dir: Path, needed: Iterable[str | None] = (), keep_trial: str | None = None) -> None:
     """Deletes the checkpoints of all trials, with exceptions.
 
     Args:

@@ -18,6 +18,7 @@ from hpo.results.tables import (
     METRICS,
     format_value,
     hyperparameter_columns,
+    looks_in_words,
     ranked,
     result_rows,
     table,
@@ -68,9 +69,13 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         best = ranked(trials, arguments["metric"])[0]
         values = ", ".join(f"{name} {format_value(name, best[name])}" for name in (*COLUMNS.values(), *METRICS))
         facts["Best trial so far"] = f"{best['trial_id']}: {values}"
-    if "test" in run:
-        tested = f"Test of the best model, on {run['test']['questions']} questions that no decision has used"
-        facts[tested] = tested_in_words(run["test"])
+    tests = run.get("tests", [])
+    if tests or "test" in run:  # older runs have one test, without date and trial
+        last = tests[-1] if tests else run["test"]
+        tested = f"Test of the best model, on {last['questions']} questions that no decision has used"
+        facts[tested] = tested_in_words(last)
+    if tests:
+        facts["Looks at the test set"] = looks_in_words(tests)
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions
         size = arguments["max_t"], arguments["num_samples"], run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)

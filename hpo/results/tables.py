@@ -42,6 +42,12 @@ def tested_in_words(tested: dict) -> str:
     return ", ".join(f"{name} {tested[name]:.4f}" for name in (*METRICS, *V2_METRICS) if name in tested)
 
 
+def looks_in_words(tests: list[dict]) -> str:
+    """How often the test set was looked at: the tests of run.json, with their dates and trials."""
+    times = "once" if len(tests) == 1 else f"{len(tests)} times"
+    return f"The test set was looked at {times}: " + ", ".join(f"{t['date']} (trial {t['trial_id']})" for t in tests)
+
+
 def mean_iteration_seconds(path: Path) -> float:
     """The mean duration of the iterations in an iterations.csv.
 

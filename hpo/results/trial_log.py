@@ -296,15 +296,6 @@ class TrialLog(Callback):
             raise OSError(f"the checkpoint of the best trial is gone from {self.run_dir / 'ray' / self.best}")
         return found[-1]
 
-    def delete_checkpoints_except(self, needed: list[str | None]) -> None:
-        """Deletes all checkpoints except some and, as long as there is no best_model, those of the best trial.
-
-        Args:
-            needed: paths in the run folder.
-        """
-        keep_trial = None if (self.run_dir / "best_model").exists() else self.best
-        checkpoints.delete_except(self.run_dir, needed, keep_trial)
-
 
 def live_trial(trial, run_dir: Path) -> dict:
     """What the saved state keeps of a trial that has not ended. The checkpoint is a path in the run folder."""

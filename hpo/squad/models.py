@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -11,7 +12,7 @@ import transformers
 
 from hpo import errors
 from hpo.errors import BadInput
-from hpo.files import sync
+from hpo.files import replace_folder, sync
 from hpo.squad import evaluation, lora, precision
 
 transformers.logging.set_verbosity_error()
@@ -119,8 +120,8 @@ def save_best_model(
 ) -> None:
     """Writes model and tokenizer of a checkpoint to a folder for from_pretrained.
 
-    The folder is written under another name and renamed when it is complete. The weights have the precision of the
-    training, whether the training came to its end or not.
+    The folder is written under another name and renamed when it is complete. It replaces an earlier one. The weights
+    have the precision of the training, whether the training came to its end or not.
 
     Args:
         checkpoint: of the best trial.
@@ -130,6 +131,7 @@ def save_best_model(
         adapters: arguments of `lora.adapted`. They are merged into the weights, in fp32. None: there are none.
     """
     folder = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interruption
     dtype = precision.DTYPES[dtype_name]
     if not is_of_full_training(checkpoint):
         model = load_weights(checkpoint, lora.adapted(pretrained(pretrained_folder), **adapters or {"r": 0}))
@@ -149,5 +151,4 @@ def save_best_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     sync(*folder.rglob("*"), folder)
-    folder.rename(path)
-    sync(path.parent)
+    replace_folder(folder, path)

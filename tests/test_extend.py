@@ -1,0 +1,149 @@
+"""A run that is done, or was interrupted, goes on with more trials: through the command line. See also test_bohb.py."""
+
+import datetime
+import json
+import signal
+import threading
+import time
+
+import pytest
+
+from conftest import run_script
+from faulty import write_script
+from hpo import files
+from test_run import KEYS, cut
+
+SMALL = ["--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--max_concurrent_trials", 1, "--seed", 7]
+KILLED_IN_ITS_TEST = """
+SEARCH = os.getpid()
+train = experiment.train
+
+
+def test(*_):
+    os.killpg(SEARCH, signal.SIGKILL)
+    time.sleep(60)
+
+
+experiment.test = test
+"""
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def read(folder):
+    """(run.json, rows of trials.csv)"""
+    return json.loads((folder / "run.json").read_text()), files.read_csv(folder / "trials.csv")
+
+
+@pytest.fixture(scope="module")
+def search(tiny_model, tiny_squad):
+    return ["--model", tiny_model, "--dataset", tiny_squad, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def done(search, tmp_path_factory):
+    """The folder of a run with four trials, which is done: seconds that it took, and its arguments."""
+    name = ["--output_dir", tmp_path_factory.mktemp("results"), "--run_name", "x"]
+    begun = time.time()
+    process = run_script(*search, *name, "--num_samples", 4)
+    assert process.returncode == 0, process.stderr
+    return name[1] / "x", time.time() - begun, name
+
+
+def test_run_that_cannot_be_extended_is_refused_in_one_line(done):
+    """And nothing is changed: fewer trials, a longer training, a state that is gone, as in runs of older versions."""
+    folder, _, name = done
+    before = content(folder)
+    assert folder / "state.jsonl" in before and folder / "state.jsonl.1" not in before
+    assert not list(folder.glob("ray/*/checkpoint_*"))
+
+    def refused(*arguments):
+        process = run_script(*name, "--resume", *arguments)
+        assert process.returncode == 2 and process.stdout == "" and len(process.stderr.splitlines()) == 1
+        return process.stderr
+
+    assert "--num_samples 3 (the run has 4)" in refused("--num_samples", 3)
+    assert refused("--num_samples", 6, "--max_t", 8).endswith("the run's: --max_t 8 (the run has 4)\n")
+    for arguments in ([], ["--num_samples", 4]):
+        process = run_script(*name, "--resume", *arguments)
+        assert process.returncode == 0 and "is done already" in process.stdout
+    (folder / "state.jsonl").rename(folder / "gone")
+    assert "has no state.jsonl" in refused("--num_samples", 6)
+    (folder / "gone").rename(folder / "state.jsonl")
+    assert content(folder) == before
+
+
+def test_extended_run_is_the_run_that_asked_for_more_at_once(done, search, tmp_path):
+    """The extension is preempted, then killed while it tests its best model, and then requeued."""
+    folder, seconds, name = done
+    missing, stop = [], threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            if not (folder / "best_model" / "model.safetensors").exists():
+                missing.append(time.time())
+            time.sleep(0.0005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    more = [*name, "--resume", "--num_samples", 6]
+    begun = time.time()
+    code, out = cut(more, 1, signal.SIGUSR1)
+    assert code == 1 and "4 trials have ended, 0 go on" in out and "the time is nearly up" in out, out
+    killed = run_script(*name, "--resume", script=write_script(tmp_path / "killed.py", KILLED_IN_ITS_TEST))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    first = read(folder)[0]["tests"]
+    assert len(first) == 1 and "testing it" in killed.stdout
+    process = run_script(*more, SLURM_RESTART_COUNT="1")
+    seconds += time.time() - begun
+    stop.set()
+    watcher.join()
+    assert process.returncode == 0 and not missing, process.stderr
+
+    whole = run_script(*search, "--num_samples", 6, "--output_dir", tmp_path, "--run_name", "whole")
+    assert whole.returncode == 0, whole.stderr
+    (run, rows), (expected_run, expected) = read(folder), read(tmp_path / "whole")
+    assert [[row[key] for key in KEYS] for row in rows] == [[row[key] for key in KEYS] for row in expected]
+    for file in ("best_result.json", "best_model/model.safetensors"):
+        assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    iterations = [(row["trial_id"], row["training_iteration"]) for row in files.read_csv(folder / "iterations.csv")]
+    assert len(iterations) == len(set(iterations)) == sum(row["training_iteration"] for row in rows)
+    assert not list(folder.glob("ray/*/checkpoint_*")) and not list(folder.glob(".best_model*"))
+
+    assert run["status"] == "done" and run["arguments"]["num_samples"] == 6
+    assert run["model_based_suggestions"]["n"] == 6 and run["slot_minutes"]["run again"] == 0
+    assert run["seconds"] < seconds  # the time between the end and the extension does not count
+    assert run["slot_minutes"]["allocated"] * 60 / run["seconds"] == pytest.approx(
+        expected_run["slot_minutes"]["allocated"] * 60 / expected_run["seconds"], rel=0.5
+    )
+    best = [row["trial_id"] for row in rows if row["status"] == "completed"]
+    assert [test["trial_id"] for test in run["tests"]] == [rows[2]["trial_id"], rows[5]["trial_id"]]
+    assert set(best) == {rows[i]["trial_id"] for i in (2, 4, 5)} and run["tests"][0] == first[0]
+    assert all(datetime.datetime.fromisoformat(test["date"]).tzinfo == datetime.UTC for test in run["tests"])
+    looks = ", ".join(f"{test['date']} (trial {test['trial_id']})" for test in run["tests"])
+    assert f"The test set was looked at 2 times: {looks}\n" in process.stdout
+    assert f"looked at 2 times: {looks}" in (folder / "report.html").read_text()
+    assert "The test set was looked at once: " in whole.stdout
+
+    model, tests = (folder / "best_model" / "config.json").stat().st_ino, run["tests"]
+    seventh = run_script(*name, "--resume", "--num_samples", 7)  # it is no better
+    run, rows = read(folder)
+    assert seventh.returncode == 0 and len(rows) == 7 and "looked at 2 times" in seventh.stdout
+    assert run["tests"] == tests and (folder / "best_model" / "config.json").stat().st_ino == model
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_folder_replaces_another_one(tmp_path, monkeypatch, can_exchange):
+    """Also where the file system cannot exchange two folders, and after an interruption of that."""
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+        (tmp_path / ".model.old").mkdir()
+    for text in ("one", "two"):
+        new = tmp_path / "new"
+        new.mkdir()
+        (new / text).touch()
+        files.replace_folder(new, tmp_path / "model")
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert [path.name for path in (tmp_path / "model").iterdir()] == [text]
