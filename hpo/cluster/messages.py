@@ -69,7 +69,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         result: of the best trial, see best_result.json.
     """
     setup, tested = run.setup, run.facts["tests"][-1]
-    if tested["eval_loss"] is None or not math.isfinite(tested["eval_loss"]):  # null in the run.json of an earlier search
+    if tested["eval_loss"] is None or not math.isfinite(tested["eval_loss"]):  # None: from run.json
         print(f"WARNING: the test of best_model in {setup.precision} gives no number: use --precision bf16 or fp32")
     try:
         report.write_page(run.folder)
