@@ -21,7 +21,6 @@ if __name__ == "__main__":  # first of all: bad input is refused before the slow
         ARGS = checks.check(arguments.parse(__doc__.split("\n")[0]))
     gc.disable()  # saves a second: the imports leave no garbage. exit_codes, at the end, enables it again
 
-import datetime
 import math
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hpo import ranges, search_space
 from hpo.files import write_json
-from hpo.results import checkpoints
 from hpo.results.tables import METRICS, MODES
 from hpo.squad import data, evaluation, loading, lora, models, precision, scores
 from hpo.squad.group import ONE_RANK
@@ -401,18 +399,14 @@ def main(args, train=train) -> None:
         result = {name: log.best_trial()[name] for name in METRICS}
         result["config"] = {"train_loop_config": log.configs[log.best]}
         write_json(run.folder / "best_result.json", result)
-        best_model, tests = run.folder / "best_model", run.facts["tests"]
-        if not tests or tests[-1]["trial_id"] != log.best:  # otherwise the best one is that of the search so far
+        best_model = run.folder / "best_model"
+        if not run.has_tested(log.best):  # otherwise it is best_model already, and no later trial is better
             adapters = lora.of_trial(setup, log.configs[log.best])
             models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
             print(f"best model: {best_model}; testing it", flush=True)
             resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}
             test_task = ray.remote(**resources)(test)
-            tested = ray.get(test_task.remote(best_model, test_set, setup))
-            date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-            tests.append({"date": date, "trial_id": log.best, "questions": len(test_set), **tested})
-            run.write("running")
-        checkpoints.delete_except(run.folder)  # not before: after an interruption best_model is made again
+            run.add_test(log.best, ray.get(test_task.remote(best_model, test_set, setup)))
     messages.print_results(run, log, result)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpo import files
-from hpo.results import checkpoints, tables
+from hpo.results import checkpoints, report, tables
 from hpo.results.trial_log import TrialLog
 
 
@@ -240,3 +240,17 @@ def test_cells_with_commas_and_quotes_are_read_back(tmp_path):
     assert files.read_csv(tmp_path / "x.csv") == rows
     files.write_atomically(tmp_path / "y", b"\xff\x00")
     assert (tmp_path / "y").read_bytes() == b"\xff\x00"
+
+
+def test_report_says_how_often_the_test_set_was_looked_at():
+    """Of a run of an older version it has the one test. A loss of NaN is null in run.json."""
+    scores = {"questions": 10, "eval_loss": None, "exact_match": 0.5, "f1": 0.75}
+    run = {"status": "done", "arguments": {"metric": "f1", "num_samples": 0}}
+    facts = report.facts_of(run | {"test": scores}, [], [])
+    tested = "Test of the best model, on 10 questions that no decision has used"
+    assert facts[tested] == "eval_loss nan, exact_match 0.5000, f1 0.7500" and "Looks at the test set" not in facts
+    tests = [scores | {"date": f"2026-01-0{i}T00:00:00+00:00", "trial_id": f"t{i}", "f1": i / 4} for i in (1, 2)]
+    facts = report.facts_of(run | {"tests": tests}, [], [])
+    assert facts[tested] == "eval_loss nan, exact_match 0.5000, f1 0.5000"
+    looks = "2026-01-01T00:00:00+00:00 (trial t1), 2026-01-02T00:00:00+00:00 (trial t2)"
+    assert facts["Looks at the test set"] == f"The test set was looked at 2 times: {looks}"

@@ -18,6 +18,7 @@ from hpo.cluster import preemption
 from hpo.cluster.run import Run
 from hpo.cluster.state import keep_last_state
 from hpo.cluster.storage import wait_for_storage
+from hpo.results import checkpoints
 
 STORAGE_PATIENCE = 3600  # seconds that a full or lost file system is waited for
 MAX_STORAGE_WAITS = 10  # in all
@@ -97,6 +98,7 @@ def ray_session(run: Run):
         with contextlib.suppress(OSError):
             run.write("interrupted")
         raise storage_error
+    checkpoints.delete_except(run.folder)  # not before: after an interruption best_model may be made again
     keep_last_state(run.folder)
     run.write("done")
 

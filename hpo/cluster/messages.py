@@ -68,8 +68,8 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         log: the tables of the search.
         result: of the best trial, see best_result.json.
     """
-    setup = run.setup
-    if not math.isfinite(run.facts["tests"][-1]["eval_loss"]):
+    setup, tested = run.setup, run.facts["tests"][-1]
+    if tested["eval_loss"] is None or not math.isfinite(tested["eval_loss"]):  # None: from run.json
         print(f"WARNING: the test of best_model in {setup.precision} gives no number: use --precision bf16 or fp32")
     try:
         report.write_page(run.folder)
@@ -80,7 +80,6 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     facts, iterations = run.facts, len(log.iterations)
     print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, run.args.num_samples, facts["grid"]))
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
-    tested = facts["tests"][-1]
     number = tested["questions"]
     of = "questions of the validation set"
     if setup.dropped:

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import datetime
 import fcntl
 import itertools
 import json
@@ -100,6 +101,18 @@ class Run:
         if earlier.get("status") == "done" and self.state is None:
             raise BadInput(f"--resume: {self.folder} has no {FILE}: an older version of this program has deleted it")
         self.facts["tests"] = earlier.get("tests", [])
+
+    def has_tested(self, trial_id: str) -> bool:
+        """Whether best_model is that of this trial, and was tested."""
+        tests = self.facts["tests"]
+        return bool(tests) and tests[-1]["trial_id"] == trial_id
+
+    def add_test(self, trial_id: str, metrics: dict[str, float]) -> None:
+        """Adds a test of best_model to run.json."""
+        date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        questions = self.facts["questions"]["test"]
+        self.facts["tests"].append({"date": date, "trial_id": trial_id, "questions": questions, **metrics})
+        self.write("running")
 
     def write(self, status: str) -> None:
         """Writes run.json."""

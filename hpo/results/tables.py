@@ -39,7 +39,8 @@ def hyperparameter_columns(trials: list[dict]) -> list[str]:
 
 def tested_in_words(tested: dict) -> str:
     """The metrics of the test of the best model, as run.json has them, with four decimals."""
-    return ", ".join(f"{name} {tested[name]:.4f}" for name in (*METRICS, *V2_METRICS) if name in tested)
+    values = {name: tested[name] for name in (*METRICS, *V2_METRICS) if name in tested}
+    return ", ".join(f"{name} {math.nan if value is None else value:.4f}" for name, value in values.items())
 
 
 def looks_in_words(tests: list[dict]) -> str:
