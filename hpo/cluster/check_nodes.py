@@ -52,7 +52,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     """
     setting = {name: getattr(args, name) for name in ("num_samples", "max_t", "reduction_factor")}
     setting["slots"] = arguments.slots(args)
-    forecast = plan.forecast(space, **setting)
+    forecast = plan.forecast(space, **setting, first=args.known, baseline=args.baseline)
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
     shared = setup.run_dir / "shared"

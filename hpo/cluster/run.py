@@ -39,7 +39,8 @@ class Run:
     def __init__(self, args: argparse.Namespace, space: dict, setup: Setup, test_size: int):
         self.args, self.space, self.setup, self.folder, self.state = args, space, setup, setup.run_dir, None
         self.slots = arguments.slots(args)
-        self.forecast = forecast(space, args.num_samples, args.max_t, args.reduction_factor, self.slots)
+        size = args.num_samples, args.max_t, args.reduction_factor, self.slots
+        self.forecast = forecast(space, *size, args.known, args.baseline)
         r = search_space.largest_trial(space, args)["lora_r"]
         self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
         self.needed = self.forecast.disk(*loading.disk_bytes(setup.model, self.adapters))
@@ -47,6 +48,7 @@ class Run:
             "status": "running",
             "arguments": arguments.kept(args),
             "search_space": search_space.describe(space),
+            "known_settings": json.loads(json.dumps(args.known)),  # as they are read back: a tuple is a list
             "environment": args.ranges,
             "grid": search_space.grid_size(space),
             "ds_config": setup.ds_config,
@@ -61,12 +63,13 @@ class Run:
         # Not an attribute: Tune pickles all that its callbacks refer to.
         atexit.register(lock(self.folder, LOCK_PATIENCE if "SLURM_RESTART_COUNT" in os.environ else 0).close)
         earlier = json.loads((self.folder / "run.json").read_text()) if args.resume else {}
+        earlier.setdefault("known_settings", [])  # older runs have none
         self.done = earlier.get("status") == "done"
         if self.done:
             return
         if args.resume:
             search_space.check_same(space, dict(earlier["search_space"]))
-            for name in ("ds_config", "questions"):
+            for name in ("ds_config", "questions", "known_settings"):
                 if earlier.get(name) != self.facts[name]:
                     raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
             try:

@@ -17,6 +17,7 @@ from hpo.results.tables import (
     COLUMNS,
     METRICS,
     format_value,
+    gain_in_words,
     hyperparameter_columns,
     ranked,
     result_rows,
@@ -68,6 +69,8 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         best = ranked(trials, arguments["metric"])[0]
         values = ", ".join(f"{name} {format_value(name, best[name])}" for name in (*COLUMNS.values(), *METRICS))
         facts["Best trial so far"] = f"{best['trial_id']}: {values}"
+    if "baseline" in run:
+        facts["Best trial minus baseline"] = gain_in_words(run["baseline"])
     if "test" in run:
         tested = f"Test of the best model, on {run['test']['questions']} questions that no decision has used"
         facts[tested] = tested_in_words(run["test"])
@@ -76,7 +79,8 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)
         facts["Slot time"] = spent.replace("slot time: ", "").replace("\ncost:", "; cost:")
     given = [f"{name}={value}" for name, value in run.get("environment", {}).items()]  # older runs have none
-    given += [f"--{key} {value}" for key, value in arguments.items() if value is not None]
+    for key, value in arguments.items():  # --try has a list
+        given += [f"--{key} {one}" for one in (value if isinstance(value, list) else [value]) if one is not None]
     return facts | {"Started with": " ".join(given)}
 
 
