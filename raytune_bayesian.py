@@ -32,7 +32,7 @@ import transformers
 from ray import tune
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from hpo import ranges, search_space
+from hpo import known, ranges, search_space
 from hpo.files import write_json
 from hpo.results.tables import METRICS, MODES
 from hpo.squad import data, evaluation, loading, lora, models, precision, scores
@@ -51,6 +51,8 @@ SEARCH_SPACE = {
         "wd": tune.choice([0.0, 0.01]),
     }
 }
+# Known good settings, which the first trials train with; --try adds more for one run. docs/bohb.md has the details.
+KNOWN = []  # for example [{"lr": 2.5e-5, "per_device_bs": 2, "wd": 0.0}]
 # The same for all trials:
 MAX_LENGTH = 1024  # tokens of a sequence; the longest question of SQuAD, with its passage, has 835 in BLOOM's tokens
 SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on; the validation set is the test
@@ -333,12 +335,10 @@ def search(run, train):
     from hpo.cluster.session import SearchSession
 
     args = run.args
-    searcher = TuneBOHB(seed=args.seed, max_concurrent=args.max_concurrent_trials)
+    points = known.points(args.known)
+    searcher = TuneBOHB(points_to_evaluate=points, seed=args.seed, max_concurrent=args.max_concurrent_trials)
     scheduler = HyperBandForBOHB(
-        time_attr="training_iteration",
-        max_t=args.max_t,
-        reduction_factor=args.reduction_factor,
-        stop_last_trials=False,
+        max_t=args.max_t, reduction_factor=args.reduction_factor, stop_last_trials=False, baseline=args.baseline
     )
     session = SearchSession(run, searcher, scheduler)
     tuner = tune.Tuner(
@@ -371,6 +371,7 @@ def search(run, train):
 def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
     space = ranges.space_of_run(SEARCH_SPACE, train, args)
+    args.known = known.settings(KNOWN, space, args)
     from hpo.cluster import check_nodes, launch, messages  # imported late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan

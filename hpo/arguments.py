@@ -17,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpo import disk, ranges
+from hpo import disk, known, ranges
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
 from hpo.results.slots import slots_of
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 FILES = 2000  # more than a run has at a time
 # Arguments that a run does not keep:
 NOT_OF_THE_SEARCH = (
-    "given", "cluster", "ranges", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration", "check",
+    "given", "cluster", "ranges", "known", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration", "check",
     "from_check", "earlier_check",
 )  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
@@ -100,6 +100,11 @@ def make_parser(description: str) -> Parser:
     add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass: less "
         "memory, the same training, slower")  # fmt: skip
     add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
+    add("--try", action="append", default=[], metavar="SETTING", help="one of the first trials trains with these "
+        "hyperparameters, such as lr=2.5e-5,per_device_bs=2,wd=0; may be given several times, and follows KNOWN of the "
+        "script")  # fmt: skip
+    add("--baseline", action="store_true", help="train the first known setting (KNOWN, --try) to the end, also if it "
+        "loses, and say what the search has gained over it")  # fmt: skip
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>, and check-<job id, or time> with --check")
@@ -212,6 +217,8 @@ def check_values(args: argparse.Namespace) -> None:
     if not all(re.fullmatch(r"[\w.-]+", name) for name in layers) or ("all-linear" in layers and len(layers) > 1):
         what = "names separated by commas, or all-linear alone"
         raise BadInput(f"--lora_target_modules {args.lora_target_modules}: {what}")
+    for text in vars(args)["try"]:
+        known.read(text)
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
     if not 0 < args.num_train_epochs < math.inf:
@@ -258,11 +265,12 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
     # Older runs have no such flags.
     older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
     older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
-    older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, "try": [], "baseline": False}
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
         earlier = older | run["arguments"]
         dict(run["search_space"])
+        list(map(known.read, earlier["try"]))
         if earlier["gpus_per_trial"] is not None:
             earlier["gpus_per_trial"] = gpus_per_trial(str(earlier["gpus_per_trial"]))
         for name, value in kept(args).items():

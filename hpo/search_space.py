@@ -17,6 +17,7 @@ from ray.tune.search.variant_generator import parse_spec_vars
 from hpo.bohb import steps
 from hpo.errors import BadInput, one_line
 from hpo.results.tables import ITERATION_FIELDS, TRIAL_FIELDS
+from hpo.results.tables import KNOWN as KNOWN_COLUMN
 
 
 def is_number(value) -> bool:
@@ -127,7 +128,7 @@ def fault_of(name: str, domain) -> str | None:
     """What is wrong with a hyperparameter, in words; None where nothing is."""
     if not isinstance(name, str) or not name.isidentifier():
         return "a name has letters, digits and '_' only, and begins with a letter"
-    if name in (*TRIAL_FIELDS, *ITERATION_FIELDS):
+    if name in (*TRIAL_FIELDS, *ITERATION_FIELDS, KNOWN_COLUMN):
         return f"use {INSTEAD[name]}" if name in INSTEAD else "the tables have another column of this name"
     if not isinstance(domain, Domain):
         if isinstance(domain, dict) and "grid_search" in domain:
@@ -293,6 +294,48 @@ def values(domain) -> list:
     if isinstance(domain, Domain):
         return [domain.lower, domain.upper - isinstance(domain, Integer)]  # Tune leaves the upper integer out
     return [domain]
+
+
+def value_of(domain, value):
+    """A value as a domain has it, such as 0.0 for 0. Raises ValueError where it has no such value."""
+    if isinstance(domain, Categorical) or not isinstance(domain, Domain):
+        for choice in values(domain):
+            if choice == value and isinstance(choice, bool) == isinstance(value, bool):  # True is 1, too
+                return choice.item() if isinstance(choice, np.generic) else choice
+    elif is_number(value):
+        least, most = values(domain)
+        if steps.is_quantized(domain):
+            found = steps.value(domain, steps.index(domain, min(max(value, least), most)))
+            if math.isclose(found, value, rel_tol=1e-9):
+                return found
+        elif least <= value <= most and (value == int(value) or not isinstance(domain, Integer)):
+            return int(value) if isinstance(domain, Integer) else float(value)
+    raise ValueError(f"{value!r} is not {'in ' * isinstance(domain, Domain)}{text(domain).lower()}")
+
+
+def setting_of(space: dict, setting: dict) -> dict:
+    """The values of a setting for all hyperparameters that are searched, as their domains have them.
+
+    A fixed value of the search space may be in the setting too, for example if it is copied from best_result.json.
+
+    Raises:
+        ValueError: a hyperparameter is missing, is not in the search space, or has a value that is not.
+    """
+    searched, found = space["train_loop_config"], {}
+    for name in [*searched, *setting]:
+        if name not in searched:
+            raise ValueError(f"{name} is not in the search space")
+        if name not in setting:
+            if isinstance(searched[name], Domain):
+                raise ValueError(f"{name} is missing")
+            continue
+        try:
+            value = value_of(searched[name], setting[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if isinstance(searched[name], Domain):
+            found[name] = value
+    return found
 
 
 def largest(domain) -> float:

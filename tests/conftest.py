@@ -192,7 +192,7 @@ def shared_squad() -> Path:
 # Files of tests that start Ray, a browser or many processes, in the order in which they run, after all others. The
 # shortest come last: of three processes (make test) none then waits long for another at the end.
 SLOW = ["run", "extend", "demo", "trial", "faults", "bench", "precision", "lora", "shared_gpus", "check", "slurm",
-        "trackers", "memory", "launches"]  # fmt: skip
+        "trackers", "known", "memory", "launches"]  # fmt: skip
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at the marks

@@ -24,6 +24,7 @@ from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.trainable import wrap_function
 
+from hpo import known
 from hpo.bohb import brackets, kde, scheduler, searcher
 from hpo.cluster.run import short_ends
 from hpo.plan import plan
@@ -747,6 +748,92 @@ def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, 
     for bracket in scheduler.brackets:
         for size, budget in bracket.rungs:
             assert reached[id(bracket), budget] <= size
+
+
+FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)]
+
+
+@unchecked
+@given(
+    num_samples=st.integers(1, 60),
+    max_t=st.integers(1, 50),
+    reduction_factor=st.integers(2, 5),
+    slots=st.integers(1, 10),
+    max_concurrent=st.integers(0, 5),
+    seed=st.integers(0, 10**6),
+    faulty=st.booleans(),
+)
+@settings(deadline=None, max_examples=500)
+def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
+    """Known settings are the first trials, also if the search is stopped and resumed. The first one, the baseline, is
+    trained to max_t unless it fails, and its bracket is that of its other trials.
+    """
+    chance = random.Random(seed)
+    first = chance.sample(FIRST, chance.randint(1, min(3, num_samples)))
+    options = {"seed": seed, "max_concurrent": max_concurrent, "points_to_evaluate": known.points(first)}
+
+    def new_pair():
+        search_alg, _ = pair(OURS, **options)
+        size = {"max_t": max_t, "reduction_factor": reduction_factor}
+        return search_alg, scheduler.HyperBandForBOHB(metric="eval_loss", mode="min", baseline=True, **size)
+
+    def fault(trial_id, iteration):
+        kind = chance.choices([None, "crash", "retry"], [20, 1, 1])[0] if faulty else None
+        failed.update([trial_id] * (kind == "crash"))
+        return kind
+
+    failed: set[str] = set()
+    simulation = Simulation(*new_pair(), num_samples, loss, slots=slots, max_t=max_t, fault=fault)
+    for _ in range(chance.randint(0, 6)):
+        saved = chance.random() < 0.5
+        simulation.run(len(simulation.reports) + chance.randint(1, 60), abrupt=not saved)
+        simulation = simulation.restart(*new_pair(), saved)
+    simulation.run()
+    search_alg, hyperband = simulation.search_alg.searcher, simulation.scheduler
+    suggested = list(search_alg.suggested.values())
+    assert [s["config"]["train_loop_config"] for s in suggested[: len(first)]] == first
+    assert [s.get("known", False) for s in suggested] == [i < len(first) for i in range(num_samples)]
+    assert hyperband.baseline == "00000" and not hyperband._trials and not search_alg.running
+    seen = {(o["trial_id"], o["budget"]): o["loss"] for o in search_alg.observations}
+    assert len(seen) == len(search_alg.observations) == observed(search_alg).total()
+    if "00000" not in failed:
+        assert max(t for _, _, trial_id, t, _ in simulation.reports if trial_id == "00000") == max_t
+        assert seen["00000", max_t] == loss(suggested[0]["config"], max_t)
+    for bracket in hyperband.brackets:
+        of_bracket = {t for t in search_alg.suggested if hyperband.bracket_of(t) is bracket}
+        sizes = [size for size, _ in bracket.rungs]
+        if bracket.added < sizes[0]:  # the last one of the search may be smaller
+            sizes = [math.ceil(bracket.added / reduction_factor**i - 1e-9) for i in range(len(sizes))]
+        members = of_bracket
+        for (_, below), size, (_, budget) in zip(bracket.rungs, sizes[1:], bracket.rungs[1:], strict=False):
+            at = {t for t in of_bracket if (t, budget) in seen}
+            assert len(at - {"00000"}) <= size
+            if not faulty:
+                members = sorted(members, key=lambda t: (seen[t, below], t))[:size]
+                assert at == {*members, *({"00000"} & of_bracket)}
+
+
+def test_without_known_settings_the_draws_are_the_same():
+    """The suggestions after known settings begin with those of a search that has none."""
+    plain, first = pair(OURS, seed=3)[0], pair(OURS, seed=3, points_to_evaluate=known.points(FIRST))[0]
+    rest = [first.suggest(str(i)) for i in range(8)][len(FIRST) :]
+    assert rest == [plain.suggest(str(i)) for i in range(5)]
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_baseline_that_loses_changes_nothing_for_its_bracket(slots):
+    """The same trials are promoted as without a baseline, and the model gets two results more."""
+    found = []
+    for baseline in (False, True):
+        search_alg, _ = pair(OURS, points_to_evaluate=known.points(FIRST[:1]))
+        hyperband = scheduler.HyperBandForBOHB(metric="eval_loss", mode="min", max_t=50, reduction_factor=4,
+                                               baseline=baseline)  # fmt: skip
+        simulation = Simulation(search_alg, hyperband, 22, loss, slots=slots)
+        simulation.run()
+        found.append([(o["trial_id"], o["budget"]) for o in search_alg.observations])
+    assert sorted(set(found[1]) - set(found[0])) == [("00000", 12), ("00000", 50)]
+    assert set(found[0]) <= set(found[1]) and len(found[1]) == len(found[0]) + 2
+    assert ("00000", 3) in found[0]
 
 
 @unchecked

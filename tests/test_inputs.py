@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 import raytune_bayesian
 from conftest import ROOT, make_model, run_script
 from faulty import write_script
-from hpo import arguments, checks, errors, files, ranges, search_space
+from hpo import arguments, checks, errors, files, known, ranges, search_space
 from hpo.bohb.searcher import TuneBOHB
 from hpo.results import report
 from hpo.squad import loading, reading
@@ -529,6 +529,122 @@ def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad, plan):
     assert process.returncode == 2, process.stderr
     assert process.stderr == "my_search.py: error: search space: lr: lower 0.0002 is not below upper 5e-06\n"
     assert not results.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# known good settings
+
+
+def known_of(*tries, given=(), space=raytune_bayesian.SEARCH_SPACE, more=()):
+    """The known settings of a run with KNOWN and some --try."""
+    argv = [word for text in tries for word in ("--try", text)]
+    return known.settings(list(given), space, arguments.parse("", [*argv, *more]))
+
+
+OK = {"lr": 2e-5, "per_device_bs": 2, "wd": 0.0}
+TRY = "lr=2e-5,per_device_bs=2,wd=0"
+
+
+def test_known_settings_are_taken_as_the_search_space_has_them(capsys):
+    assert known_of() == []
+    other = OK | {"lr": 2e-4}  # the upper bound
+    assert known_of(TRY, " wd = 0 ,lr=.00002, per_device_bs=2.0", given=[other, OK]) == [other, OK]
+    assert [type(value) for value in known_of(TRY)[0].values()] == [float, int, float]
+    assert capsys.readouterr().out == "".join(
+        f"--try {text}: this setting is given twice, and is tried once\n"
+        for text in (TRY, " wd = 0 ,lr=.00002, per_device_bs=2.0".strip())
+    )
+    space = space_with(
+        wd=0.1, warmup_steps=tune.quniform(0, 0.3, 0.1), adam_beta1=tune.choice([0.9, 0.8]),
+        lr_scheduler_type=tune.choice(["linear", "cosine"]), lr_scheduler_kwargs=tune.choice([{}, {"a": 1, "b": [2]}]),
+        flag=tune.choice([True, "1"]), width=tune.randint(2, 5), step=tune.qrandint(2, 8, 2),
+    )  # fmt: skip
+    text = (
+        "lr=1e-5,per_device_bs=1,wd=0.1,warmup_steps=0.3,adam_beta1=.9,lr_scheduler_type=linear,"
+        "lr_scheduler_kwargs={'a': 1, 'b': [2]},flag=True,width=4,step=8"
+    )
+    (setting,) = known_of(text, space=space)
+    assert "wd" not in setting and setting["flag"] is True  # a fixed value is not searched
+    assert setting["warmup_steps"] == 0.3 and setting["lr_scheduler_kwargs"] == {"a": 1, "b": [2]}
+    search_alg = TuneBOHB(space, seed=0, points_to_evaluate=known.points([setting]))
+    assert search_alg.suggest("a")["train_loop_config"] == setting
+    json.dumps(search_alg.get_state())
+    search_alg.on_rung_result("a", 1, 0.5)
+
+
+IN_LR = "is not in loguniform(5e-06, 0.0002)"
+
+
+@pytest.mark.parametrize("text, says", [
+    ("lr=2e-5", "per_device_bs is missing"),
+    ("lr=2e-5,per_device_bs=2,wd=0,dropout=0.1", "dropout is not in the search space"),
+    ("lr=2e-4000,per_device_bs=2,wd=0", f"lr: 0.0 {IN_LR}"),
+    ("lr=3e-4,per_device_bs=2,wd=0", f"lr: 0.0003 {IN_LR}"),
+    ("lr=nan,per_device_bs=2,wd=0", f"lr: 'nan' {IN_LR}"),
+    ("lr=1e999,per_device_bs=2,wd=0", f"lr: inf {IN_LR}"),
+    ("lr=2e-5,per_device_bs=4,wd=0", "per_device_bs: 4 is not in choice[1, 2]"),
+    ("lr=2e-5,per_device_bs=True,wd=0", "per_device_bs: True is not in choice[1, 2]"),
+    ("lr=2e-5,per_device_bs=2,wd=", "wd: '' is not in choice[0.0, 0.01]"),
+    *((text, "must be name=value,name=value,... with each name once")
+      for text in ("", "2e-5", "lr=2e-5,lr=2e-5,per_device_bs=2,wd=0", "=1", "a b=1")),
+])  # fmt: skip
+def test_a_known_setting_that_is_wrong(text, says):
+    with pytest.raises(errors.BadInput) as error:
+        known_of(text)
+    assert str(error.value) == " ".join(f"--try {text}: {says}".split())
+
+
+@pytest.mark.parametrize("domain, value, says", [
+    (tune.randint(2, 5), 5, "in uniform(2, 5)"),
+    (tune.randint(2, 5), 2.5, "in uniform(2, 5)"),
+    (tune.quniform(0, 0.3, 0.1), 0.25, "in uniform(0, 0.3) in steps of 0.1"),
+    (tune.quniform(0, 0.3, 0.1), 0.4, "in uniform(0, 0.3) in steps of 0.1"),
+    (tune.qrandint(2, 8, 2), 5, "in uniform(2, 8) in steps of 2"),
+    (tune.uniform(0, 1), True, "in uniform(0, 1)"),
+    (tune.uniform(0, 1), "0.5", "in uniform(0, 1)"),
+    (0.1, 0.2, "0.1"),
+])  # fmt: skip
+def test_a_known_value_that_the_domain_lacks(domain, value, says):
+    setting = OK | {"wd": value}
+    with pytest.raises(errors.BadInput) as error:
+        known_of(given=[setting], space=space_with(wd=domain))
+    assert str(error.value) == f"KNOWN: {setting}: wd: {value!r} is not {says}"
+
+
+def test_known_settings_as_a_whole():
+    for in_script, tries, more, says in [
+        ([OK], ["lr=3e-5,per_device_bs=2,wd=0"], ["--num_samples", "1"], "--num_samples 1: there are 2 known settings"),
+        ([], [], ["--baseline"], "--baseline: it is the first known setting, and there is none"),
+        (["lr"], [], [], "KNOWN: must be a list of dictionaries"),
+        ([OK], [TRY], ["--plan", "--max_t", "1", "--reduction_factor", "3", "4"], None),  # twice the same one
+        ([OK], ["lr=3e-5,per_device_bs=2,wd=0"], ["--plan", "--max_t", "1"], "--num_samples 1: there are 2 known"),
+    ]:
+        with pytest.raises(errors.BadInput) if says else contextlib.nullcontext() as error:
+            known_of(*tries, given=in_script, more=more)
+        assert not says or str(error.value).startswith(says)
+
+
+@mock.patch.object(TuneBOHB, "_check_model", lambda self: None)
+@given(st.integers(0, 10**6))
+@settings(deadline=None, max_examples=100)
+def test_what_a_search_suggests_can_be_a_known_setting(seed):
+    """Also in the words of the command line, and to the last digit."""
+    space = space_with(wd=tune.quniform(0.1, 0.7, 0.1), n=tune.lograndint(1, 90), m=tune.qlograndint(4, 64, 4))
+    suggested = TuneBOHB(space, seed=seed).suggest("a")["train_loop_config"]
+    (setting,) = known_of(",".join(f"{name}={value!r}" for name, value in suggested.items()), space=space)
+    assert setting == suggested
+    again = TuneBOHB(space, seed=0, points_to_evaluate=known.points([setting]))
+    assert again.suggest("a")["train_loop_config"] == suggested
+    again.on_rung_result("a", 1, 0.0)
+
+
+def test_a_search_with_a_wrong_known_setting_is_not_started(tmp_path, tiny_model, tiny_squad):
+    small = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results"]
+    for more in ([], ["--plan"]):
+        done = run_script(*small, *more, "--try", "lr=1,per_device_bs=2,wd=0")
+        says = f"raytune_bayesian.py: error: --try lr=1,per_device_bs=2,wd=0: lr: 1 {IN_LR}\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
+    assert not (tmp_path / "results").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ FLOORS = [  # from the bottom; a module imports from lower floors, and from its 
     {"errors", "files", "disk"},
     {"bohb", "squad", "results"},
     {"search_space"},
-    {"ranges"},
+    {"ranges", "known"},
     {"arguments"},
     {"checks", "plan"},
     {"cluster"},

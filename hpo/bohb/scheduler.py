@@ -16,6 +16,16 @@ from hpo.bohb.searcher import TuneBOHB
 logger = logging.getLogger(__name__)
 
 
+def plain(bracket: Bracket) -> dict[str, Any]:
+    """A bracket as data for JSON."""
+    return dataclasses.asdict(bracket) | {"promoted": sorted(bracket.promoted)}
+
+
+def from_plain(data: dict[str, Any]) -> Bracket:
+    """The bracket of `plain`."""
+    return Bracket(**data | {"rungs": [tuple(rung) for rung in data["rungs"]], "promoted": set(data["promoted"])})
+
+
 class HyperBandForBOHB(TrialScheduler):
     """Hyperband with synchronous rungs. A trial is paused at its rung, and resumed if it is promoted.
 
@@ -34,9 +44,12 @@ class HyperBandForBOHB(TrialScheduler):
         max_t: the largest budget.
         reduction_factor: one of so many trials is promoted at a rung.
         stop_last_trials: whether to stop a trial at max_t. If not, it ends by itself.
+        baseline: whether the first trial of the search is trained to max_t in any case. If its bracket does not promote
+            it, it goes on alone and takes no place of a promoted trial. Its results reach the model as all others.
 
     Attributes:
         brackets: all brackets, the oldest first.
+        baseline: the id of the trial that is trained to max_t in any case; None if there is none.
         pause_all: set it before a planned stop. Each trial is paused at its next checkpoint, and none is started.
         node_fault: set it while on_trial_error handles a failure that says nothing about the hyperparameters, such as a
             lost node. The model then gets no bad result.
@@ -52,11 +65,15 @@ class HyperBandForBOHB(TrialScheduler):
         max_t: int = 81,
         reduction_factor: float = 3,
         stop_last_trials: bool = True,
+        baseline: bool = False,
     ):
         super().__init__()
         if mode not in (None, "min", "max"):
             raise ValueError(f'mode {mode!r} is neither "min" nor "max"')
         self.brackets: list[Bracket] = []
+        self.baseline: str | None = None
+        self._alone: Bracket | None = None  # that of the baseline alone, after its own has not promoted it
+        self._has_baseline = baseline
         self.pause_all = False
         self.node_fault = False
         self._time_attr, self._reduction_factor, self._stop_last_trials = time_attr, reduction_factor, stop_last_trials
@@ -82,8 +99,10 @@ class HyperBandForBOHB(TrialScheduler):
         """The brackets, as data for JSON."""
         number = {id(bracket): i for i, bracket in enumerate(self.brackets)}
         return {
-            "brackets": [dataclasses.asdict(b) | {"promoted": sorted(b.promoted)} for b in self.brackets],
+            "brackets": list(map(plain, self.brackets)),
             "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()},
+            "baseline": self.baseline,
+            "alone": self._alone and plain(self._alone),
         }
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
@@ -93,12 +112,11 @@ class HyperBandForBOHB(TrialScheduler):
             state: from get_state.
             waiting: ids of the trials that had no slot yet. They come back as pending, all others as paused.
         """
-        self.brackets = [
-            Bracket(**b | {"rungs": [tuple(rung) for rung in b["rungs"]], "promoted": set(b["promoted"])})
-            for b in state["brackets"]
-        ]
+        self.brackets = list(map(from_plain, state["brackets"]))
         self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
-        self._active = [b for b in self.brackets if b.members or b.open]
+        self.baseline, alone = state.get("baseline"), state.get("alone")  # older states have neither
+        self._alone = alone and from_plain(alone)
+        self._active = [b for b in [*self.brackets, *filter(None, [self._alone])] if b.members or b.open]
         for bracket in self._active:
             for trial_id in bracket.members:
                 if trial_id not in bracket.scores and trial_id not in waiting:
@@ -109,8 +127,12 @@ class HyperBandForBOHB(TrialScheduler):
         return self._bracket_of.get(trial_id)
 
     def in_race(self, trial_id: str) -> bool:
-        """Whether a trial is still in its bracket, so that it has a rung to reach."""
-        return trial_id in self._bracket_of and trial_id in self._bracket_of[trial_id].members
+        """Whether a trial has a rung to reach, in its bracket or as the baseline alone."""
+        return trial_id in self._bracket_of and trial_id in self._race(trial_id).members
+
+    def _race(self, trial_id: str) -> Bracket:
+        """The bracket that decides on a trial: its own, or that of the baseline alone."""
+        return self._alone if self._alone and trial_id == self.baseline else self._bracket_of[trial_id]
 
     # -- called by Tune -----------------------------------------------------------------------------------------------
 
@@ -125,6 +147,8 @@ class HyperBandForBOHB(TrialScheduler):
         self._trials[trial.trial_id] = trial
         if trial.trial_id in self._bracket_of:
             return
+        if self._has_baseline and not self._bracket_of:
+            self.baseline = trial.trial_id
         if not self.brackets or not self.brackets[-1].open:
             # The band's next bracket; they are in the order of their size. After the last, the next band begins.
             self.brackets.append(Bracket(list(self._band[len(self.brackets) % len(self._band)])))
@@ -157,7 +181,7 @@ class HyperBandForBOHB(TrialScheduler):
         )
 
     def _decide(self, tune_controller, trial: Trial, result: dict) -> str:
-        bracket = self._bracket_of[trial.trial_id]
+        bracket = self._race(trial.trial_id)
         bracket.promoted.discard(trial.trial_id)
         if "failed" in result:
             self._fail(tune_controller, trial.trial_id)
@@ -178,6 +202,7 @@ class HyperBandForBOHB(TrialScheduler):
                 "when it is resumed. Report a checkpoint at each of config['rungs']."
             )
         self._promote_if_complete(tune_controller, bracket, current=trial.trial_id)
+        bracket = self._race(trial.trial_id)
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
             return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
         if trial.trial_id in bracket.members:
@@ -195,7 +220,7 @@ class HyperBandForBOHB(TrialScheduler):
             self._fail(tune_controller, trial.trial_id)
 
     def _fail(self, tune_controller, trial_id: str) -> None:
-        bracket = self._bracket_of[trial_id]
+        bracket = self._race(trial_id)
         if trial_id in bracket.members and trial_id not in bracket.scores:
             self._record(tune_controller, trial_id, -math.inf)
         self._leave(trial_id)
@@ -212,8 +237,8 @@ class HyperBandForBOHB(TrialScheduler):
         """Chooses the trial for a free slot.
 
         Returns:
-            A promoted trial, of the oldest bracket that has one; else a pending trial. None if there is neither, or if
-            the searcher's max_concurrent trials are running.
+            A promoted trial, of the oldest bracket that has one; else the baseline, if it goes on alone; else a pending
+            trial. None if there is none, or if the searcher's max_concurrent trials are running.
         """
         if self.pause_all:
             return None
@@ -223,7 +248,8 @@ class HyperBandForBOHB(TrialScheduler):
         self._active = [b for b in self._active if b.members or b.open]
         limit = searcher.max_concurrent if searcher.max_concurrent > 0 else math.inf
         promoted = [(b, t) for b in self._active for t in b.members if t in b.promoted and t in self._trials]
-        promoted.sort(key=lambda pair: pair[1] not in searcher.running)  # trials that ran before a restart come first
+        # Trials that ran before a restart come first.
+        promoted.sort(key=lambda pair: (pair[1] not in searcher.running, pair[0] is self._alone))
         for bracket, trial_id in promoted:
             room = len(searcher.running) < limit or trial_id in searcher.running
             if room and self._trials[trial_id].status == Trial.PAUSED:
@@ -255,7 +281,7 @@ class HyperBandForBOHB(TrialScheduler):
 
     def _record(self, tune_controller, trial_id: str, score: float) -> None:
         """Keeps the first score of a trial at the current rung (higher is better), and gives it to the model."""
-        bracket = self._bracket_of[trial_id]
+        bracket = self._race(trial_id)
         if trial_id in bracket.scores:
             return
         score = score if math.isfinite(score) else -math.inf  # NaN has no order
@@ -263,7 +289,7 @@ class HyperBandForBOHB(TrialScheduler):
         self._searcher(tune_controller).on_rung_result(trial_id, bracket.budget, -score)
 
     def _leave(self, trial_id: str) -> None:
-        self._bracket_of[trial_id].drop(trial_id)
+        self._race(trial_id).drop(trial_id)
         self._trials.pop(trial_id, None)
 
     def _promote_if_complete(self, tune_controller, bracket: Bracket, current: str | None = None) -> None:
@@ -285,9 +311,15 @@ class HyperBandForBOHB(TrialScheduler):
             return
         next_size = math.ceil(bracket.added / self._reduction_factor ** (bracket.rung + 1) - 1e-9)
         ranked = sorted(bracket.members, key=lambda t: -bracket.scores[t])  # of equal scores the older trial is first
-        best = [t for t in ranked if bracket.scores[t] > -math.inf][:next_size]
+        finite = [t for t in ranked if bracket.scores[t] > -math.inf]
+        best = finite[:next_size]
         others = [t for t in bracket.members if t not in best]
         bracket.rung += 1
+        if self.baseline in finite and self.baseline in others:  # it goes on to the rungs that are left, as one of one
+            others.remove(self.baseline)
+            left = [(1, budget) for _, budget in bracket.rungs[bracket.rung :]]
+            self._alone = Bracket(left, added=1, members=[self.baseline], promoted={self.baseline} - {current})
+            self._active.append(self._alone)
         bracket.scores = {}
         bracket.members = [t for t in bracket.members if t in best]
         bracket.promoted = {t for t in best if t != current}

@@ -46,12 +46,13 @@ class TuneBOHB(Searcher):
         bohb_config: arguments of the model, those of hpbandster's config generator BOHB.
         metric: key of a result by which trials are compared. None: the metric of Tune.
         mode: "min" or "max". None: the mode of Tune.
-        points_to_evaluate: configurations to suggest first, with flat names such as "train_loop_config/lr".
+        points_to_evaluate: configurations to suggest first, with flat names such as "train_loop_config/lr". They
+            take no random draw: the suggestions after them begin as those of a search without them.
         seed: seed of all random draws. None: each search is another one.
         max_concurrent: the number of trials that may run at a time; 0 is no limit.
 
     Attributes:
-        suggested: {"config", "model_based"} by trial id, of all trials.
+        suggested: {"config", "model_based"} by trial id, of all trials; with "known": True for points_to_evaluate.
         observations: the results that the model was given, in this order, each {"trial_id", "budget", "loss"}.
         slots: the number of trials that the cluster has room for, where it is known. One more is suggested: it waits
             for a slot. A suggestion that is made later knows more results.
@@ -223,7 +224,8 @@ class TuneBOHB(Searcher):
             return None
         if self.slots is not None and len(self.running) > self.slots:
             return None
-        if self._points_to_evaluate:
+        known = bool(self._points_to_evaluate)
+        if known:
             config, model_based = self._points_to_evaluate.pop(0), False
             config = config | {name: steps.index(d, config[name]) for name, d in self._quantized.items()}
         else:
@@ -235,7 +237,7 @@ class TuneBOHB(Searcher):
         plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in config.items()}
         plain |= {name: steps.value(domain, plain[name]) for name, domain in self._quantized.items()}
         plain = unflatten_list_dict(plain)
-        self.suggested[trial_id] = {"config": plain, "model_based": model_based}
+        self.suggested[trial_id] = {"config": plain, "model_based": model_based} | ({"known": True} if known else {})
         return copy.deepcopy(plain)
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:

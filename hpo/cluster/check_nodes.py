@@ -53,7 +53,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     """
     setting = {name: getattr(args, name) for name in ("num_samples", "max_t", "reduction_factor")}
     setting["slots"] = arguments.slots(args)
-    forecast = plan.forecast(space, **setting)
+    forecast = plan.forecast(space, **setting, first=args.known, baseline=args.baseline)
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
     shared = make_folders(args, setup.run_dir)
@@ -78,7 +78,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     facts |= {"git_commit": git_commit(arguments.ROOT)}
     setting["slots"] = slots_that_passed(rows, args.max_concurrent_trials)
     if setting["slots"]:
-        forecast = plan.forecast(space, **setting)
+        forecast = plan.forecast(space, **setting, first=args.known, baseline=args.baseline)
         questions = len(setup.train) * args.num_train_epochs
         seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
         facts["seconds_per_iteration"] = seconds

@@ -5,7 +5,7 @@ import sys
 
 import ray
 
-from hpo import ranges
+from hpo import known, ranges
 from hpo.bohb.brackets import band_size, rungs
 from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
@@ -43,7 +43,7 @@ def announce(run: Run) -> None:
         model = loading.count_parameters(setup.model)
         print(f"LoRA: up to {run.adapters:,} trained parameters; the {model:,} of the model are frozen")
     brackets = rungs(args.max_t, args.reduction_factor)
-    for line in ranges.changes(run.space, args.ranges):
+    for line in [*ranges.changes(run.space, args.ranges), *known.in_words(args.known, args.baseline)]:
         print(line)
     if setup.shares_gpu:
         print(f"{trials_per_gpu(args.gpus_per_trial)} trials share each GPU")
@@ -89,6 +89,9 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     print(f"Test of the best model on {number} {of}, which no decision has used:")
     print("  " + tables.tested_in_words(tested))
     print(tables.looks_in_words(facts["tests"]))
+    if "baseline" in facts:
+        print(f"Best trial minus baseline, trial {facts['baseline']['trial_id']}: ", end="")
+        print(tables.gain_in_words(facts["baseline"]))
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     print(tables.table(list(log.trials.values()), setup.metric), flush=True)

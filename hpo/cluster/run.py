@@ -47,6 +47,7 @@ class Run:
             "status": "running",
             "arguments": arguments.kept(args),
             "search_space": search_space.describe(space),
+            "known_settings": json.loads(json.dumps(args.known)),  # as they are read back: a tuple is a list
             "environment": args.ranges,
             "grid": search_space.grid_size(space),
             "ds_config": setup.ds_config,
@@ -65,9 +66,8 @@ class Run:
             if self.done:
                 return
             self.take_over(earlier)
-        self.forecast = forecast(
-            space, args.num_samples, args.max_t, args.reduction_factor, self.slots, short_ends(self.state)
-        )
+        size = args.num_samples, args.max_t, args.reduction_factor, self.slots
+        self.forecast = forecast(space, *size, short_ends(self.state), args.known, args.baseline)
         r = search_space.largest_trial(space, args)["lora_r"]
         self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
         checkpoint, best_model = loading.disk_bytes(setup.model, self.adapters)
@@ -91,7 +91,8 @@ class Run:
             BadInput: it is another search, or its state cannot be read.
         """
         search_space.check_same(self.space, dict(earlier["search_space"]))
-        for name in ("ds_config", "questions"):
+        earlier.setdefault("known_settings", [])  # older runs have none
+        for name in ("ds_config", "questions", "known_settings"):
             if earlier.get(name) != self.facts[name]:
                 raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
         try:

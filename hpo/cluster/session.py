@@ -13,7 +13,7 @@ from hpo.cluster.ray_private import ResumableSearch
 from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from hpo.cluster.watchdogs import FaultyNodes, SharedGpus, Watchdog
-from hpo.results import checkpoints, trackers
+from hpo.results import checkpoints, tables, trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
 from hpo.results.slots import trials_per_gpu
@@ -104,6 +104,10 @@ class SearchSession:
         if self.log.unfinished():  # after SIGINT, Tuner.fit returns as if the search had ended
             raise KeyboardInterrupt
         self.log.save([])  # what follows can be interrupted too
+        if self.scheduler.baseline:
+            baseline = self.log.trials[self.scheduler.baseline]
+            self.run.facts["baseline"] = {"trial_id": self.scheduler.baseline}
+            self.run.facts["baseline"]["gain"] = tables.gain(self.log.best_trial(), baseline)
         preemption.stop_on_signals()
         return self.log
 

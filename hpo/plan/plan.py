@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ray.tune.search.sample import Domain
 
-from hpo import arguments, errors, ranges, search_space
+from hpo import arguments, errors, known, ranges, search_space
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.files import columns
@@ -42,7 +42,14 @@ class Forecast:
 
 
 def forecast(
-    space: dict, num_samples: int, max_t: int, reduction_factor: int, slots: int, ends: Iterable[int] = ()
+    space: dict,
+    num_samples: int,
+    max_t: int,
+    reduction_factor: int,
+    slots: int,
+    ends: Iterable[int] = (),
+    first: list[dict] = (),
+    baseline: bool = False,
 ) -> Forecast:
     """Runs the searcher and the scheduler of a search on random losses, in simulated time.
 
@@ -56,19 +63,21 @@ def forecast(
         reduction_factor: one of so many trials is promoted at a rung.
         slots: trials that can run at a time.
         ends: the numbers of trials at which the search has ended before, in the middle of a bracket.
+        first: the known settings, see known.settings.
+        baseline: whether the first of them is trained to the end. Here it loses at its first rung.
     """
     rng = random.Random(0)
-    searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0})
+    searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0}, points_to_evaluate=known.points(first))
     searcher.set_search_properties("loss", "min", space)
     scheduler = HyperBandForBOHB(
-        time_attr="training_iteration", metric="loss", mode="min", max_t=max_t, reduction_factor=reduction_factor
+        metric="loss", mode="min", max_t=max_t, reduction_factor=reduction_factor, baseline=baseline
     )
     most = 0
 
     def train(config: dict, t: int) -> float:
         nonlocal most
         most = max(most, simulation.checkpoints())
-        return rng.random()
+        return 2.0 if baseline and config["train_loop_config"] == first[0] else rng.random()
 
     simulation = Simulation(searcher, scheduler, num_samples, train, slots=slots, max_t=max_t)
     for trials in (*ends, num_samples):
@@ -219,11 +228,11 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     disk_bytes, largest = None, search_space.largest_trial(space, args)
     if model:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
-    forecasts = [forecast(space, **setting) for setting in settings]
+    forecasts = [forecast(space, **setting, first=args.known, baseline=args.baseline) for setting in settings]
     seconds, limit = args.seconds_per_iteration and [args.seconds_per_iteration] * len(settings), arguments.time_limit()
     if args.from_check is not None:
         seconds = pace.of_check(args, space, forecasts)
-    for line in ranges.changes(space, args.ranges):
+    for line in [*ranges.changes(space, args.ranges), *known.in_words(args.known, args.baseline)]:
         print(line)
     where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")

@@ -16,10 +16,11 @@ import plotly.subplots
 import scipy.stats
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from hpo.results.tables import COLUMNS, MODES
+from hpo.results.tables import COLUMNS, KNOWN, MODES, origin
 
 NAMES = {"eval_loss": "eval_loss", "exact_match": "EM", "f1": "F1"}  # of the metrics, on axes and in titles
 MIN_RESULTS = 4  # at a rung, for the figures that compare hyperparameters
+COLOURS = {"model": "#d62728", "random": "#7f7f7f", KNOWN: "#1f77b4"}  # of trials, by their origin
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 70, "r": 30, "t": 60, "b": 60}}
 
 
@@ -80,17 +81,17 @@ def history(by_rung: dict[int, optuna.Study], metric: str) -> go.Figure:
 def learning_curves(
     trials: list[dict], iterations: list[dict], by_rung: dict[int, optuna.Study], metric: str
 ) -> go.Figure:
-    """The metric over the iterations of each trial. Colours tell model-based from random; rungs are vertical lines."""
+    """The metric over the iterations of each trial. Colours tell their origins apart; rungs are vertical lines."""
     figure = go.Figure()
     shown = set()
     for trial in trials:
         rows = [r for r in iterations if r["trial_id"] == trial["trial_id"] and r[metric] is not None]
         rows.sort(key=lambda r: r["training_iteration"])
         if rows:
-            source = "model-based" if trial["model_based"] else "random"
+            source = {"model": "model-based"}.get(origin(trial), origin(trial))
             figure.add_scatter(
                 x=[r["training_iteration"] for r in rows], y=[r[metric] for r in rows], mode="lines+markers",
-                marker_size=4, line={"width": 1.5, "color": "#d62728" if trial["model_based"] else "#7f7f7f"},
+                marker_size=4, line={"width": 1.5, "color": COLOURS[origin(trial)]},
                 name=source, legendgroup=source, showlegend=source not in shown, hovertext=trial["trial_id"],
             )  # fmt: skip
             shown.add(source)

@@ -17,6 +17,7 @@ from hpo.results.tables import (
     COLUMNS,
     METRICS,
     format_value,
+    gain_in_words,
     hyperparameter_columns,
     looks_in_words,
     ranked,
@@ -76,12 +77,15 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         facts[tested] = tested_in_words(last)
     if tests:
         facts["Looks at the test set"] = looks_in_words(tests)
+    if "baseline" in run:
+        facts["Best trial minus baseline"] = gain_in_words(run["baseline"])
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions
         size = arguments["max_t"], arguments["num_samples"], run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)
         facts["Slot time"] = spent.replace("slot time: ", "").replace("\ncost:", "; cost:")
     given = [f"{name}={value}" for name, value in run.get("environment", {}).items()]  # older runs have none
-    given += [f"--{key} {value}" for key, value in arguments.items() if value is not None]
+    for key, value in arguments.items():  # --try has a list
+        given += [f"--{key} {one}" for one in (value if isinstance(value, list) else [value]) if one is not None]
     return facts | {"Started with": " ".join(given)}
 
 

@@ -22,6 +22,8 @@ V2_METRICS = ["HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"]
 TRIAL_FIELDS = [
     "trial_id", *COLUMNS.values(), *METRICS, "training_iteration", "status", "model_based", "resumes", "gpu_minutes",
 ]  # fmt: skip
+# A further column of trials.csv in a search with known settings (KNOWN, --try): True for their trials, else empty.
+KNOWN = "known"
 # How the training of an iteration went: norm of the gradients before clipping (median over the steps), loss scale at
 # the end (fp16 only), steps that were skipped because their gradients overflowed, tokens trained on per second.
 TRAINING = ["grad_norm", "loss_scale", "skipped_steps", "tokens_per_second"]
@@ -34,7 +36,24 @@ ENDED = ("stopped", "completed", "failed")
 def hyperparameter_columns(trials: list[dict]) -> list[str]:
     """The columns of trials.csv that are hyperparameters. Empty if there are no trials."""
     keys = trials[0] if trials else {}
-    return [key for key in keys if key not in (*TRIAL_FIELDS, *V2_METRICS) or key in COLUMNS.values()]
+    return [key for key in keys if key not in (*TRIAL_FIELDS, *V2_METRICS, KNOWN) or key in COLUMNS.values()]
+
+
+def origin(trial: dict) -> str:
+    """Where the hyperparameters of a trial come from: "known", "model" or "random"."""
+    return KNOWN if trial.get(KNOWN) else "model" if trial["model_based"] else "random"
+
+
+def gain(best: dict, baseline: dict) -> dict[str, float]:
+    """The metrics of the best trial minus those of the baseline. Empty if the baseline has not reached max_t."""
+    return {name: best[name] - baseline[name] for name in METRICS} if baseline["status"] == "completed" else {}
+
+
+def gain_in_words(gained: dict) -> str:
+    """What a search has gained over its baseline, as run.json has it."""
+    if not gained["gain"]:
+        return f"not known: trial {gained['trial_id']}, the baseline, has failed"
+    return ", ".join(f"{name} {value:+.4f}" for name, value in gained["gain"].items())
 
 
 def tested_in_words(tested: dict) -> str:
@@ -84,11 +103,18 @@ def ranked(trials: list[dict], metric: str) -> list[dict]:
 
 
 def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
-    """The table of results as text cells, best trial first. The first row is the header."""
+    """The table of results as text cells, best trial first. The first row is the header.
+
+    A search with known settings has a column more: where the hyperparameters come from.
+    """
     extra = [key for key in hyperparameter_columns(trials) if key not in COLUMNS.values()]
     keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS, "training_iteration"]
     names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1", "Iterations"]
-    return [names, *([format_value(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
+    rows = [names, *([format_value(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
+    if any(trial.get(KNOWN) for trial in trials):
+        origins = ["Origin", *(origin(trial) for trial in ranked(trials, metric))]
+        rows = [[*row, cell] for row, cell in zip(rows, origins, strict=True)]
+    return rows
 
 
 def table(trials: list[dict], metric: str) -> str:

@@ -14,6 +14,7 @@ from hpo.results.tables import (
     COLUMNS,
     ENDED,
     ITERATION_FIELDS,
+    KNOWN,
     METRICS,
     TRAINING,
     TRIAL_FIELDS,
@@ -21,6 +22,7 @@ from hpo.results.tables import (
     badness,
     format_value,
     hyperparameter_columns,
+    origin,
     rank,
 )
 
@@ -164,15 +166,17 @@ class TrialLog(Callback):
         """The row of a trial in trials.csv. Its metrics are those of the last rung that the trial has reached."""
         if trial.trial_id not in self.trials:
             searched = self.configs[trial.trial_id] = trial.config["train_loop_config"]
+            suggestion = self.searcher.suggested[trial.trial_id]
             self.trials[trial.trial_id] = {
                 "trial_id": trial.trial_id,
                 **{COLUMNS.get(name, name): value for name, value in searched.items()},
                 **dict.fromkeys(METRICS),
                 "training_iteration": 0,
                 "status": "pending",
-                "model_based": self.searcher.suggested[trial.trial_id]["model_based"],
+                "model_based": suggestion["model_based"],
                 "resumes": 0,
                 "gpu_minutes": 0.0,
+                **({KNOWN: True} if suggestion.get("known") else {}),
             }
         return self.trials[trial.trial_id]
 
@@ -258,10 +262,9 @@ class TrialLog(Callback):
 
     def _describe(self, row: dict) -> str:
         """A trial in words: id, hyperparameters, where they came from, and metrics."""
-        source = "model" if row["model_based"] else "random"
         config = " ".join(f"{key} {format_value(key, row[key])}" for key in hyperparameter_columns([row]))
         scores = " ".join(f"{key} {format_value(key, row[key])}" for key in METRICS if row[key] is not None)
-        return f"trial {row['trial_id']} ({config}, {source}) {scores}"
+        return f"trial {row['trial_id']} ({config}, {origin(row)}) {scores}"
 
     # -- files --------------------------------------------------------------------------------------------------------
 

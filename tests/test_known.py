@@ -1,0 +1,122 @@
+"""Searches with known good settings and a baseline, through the command line."""
+
+import json
+import re
+import signal
+
+import pytest
+
+from conftest import ROOT, run_script
+from faulty import write_script
+from hpo import files
+from hpo.results import tables
+from test_run import closing_block
+
+# One bracket of 4 trials with rungs at 1 and 4, then one of 2 trials with a rung at 4.
+SMALL = ["--max_t", 4, "--reduction_factor", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10]
+ONE_AT_A_TIME = ["--max_concurrent_trials", 1, "--report_to", "none"]
+GOOD, BAD = {"lr": 2e-4, "per_device_bs": 2, "wd": 0.01}, {"lr": 5e-6, "per_device_bs": 1, "wd": 0.0}
+# The losses do not depend on what little a trial learns here: the lowest lr is the worst. The search can be killed in
+# the third iteration of the trial with the lowest lr, which is after its bracket has dropped it.
+SCRIPT = f"""
+experiment.KNOWN = [{BAD}]
+SEARCH, WHEN = os.getpid(), os.environ.get("KILL")
+
+
+def train(config, setup, trial):
+    lr, report = config["train_loop_config"]["lr"], trial.report
+
+    def reported(metrics, checkpoint=None):
+        if lr == 5e-6 and str(metrics["training_iteration"]) == WHEN:
+            os.kill(SEARCH, signal.SIGKILL)
+            time.sleep(60)
+        changed = {{"eval_loss": metrics["eval_loss"] - 1000 * lr}}
+        report(metrics | changed, checkpoint)
+
+    trial.report = reported
+    experiment.train(config, setup, trial)
+"""
+TRIES = ["--try", "wd=0.01,lr=2e-4, per_device_bs=2", "--try", "lr=5e-6,per_device_bs=1,wd=0"]
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    return write_script(tmp_path_factory.mktemp("script") / "my_search.py", SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, script, tiny_model, tiny_squad):
+    """A search with a baseline that its bracket does not promote: (folder, output)."""
+    output_dir = tmp_path_factory.mktemp("results")
+    name = ["--output_dir", output_dir, "--run_name", "x"]
+    done = run_script(
+        "--model", tiny_model, "--dataset", tiny_squad, *SMALL, *ONE_AT_A_TIME, *name, *TRIES, "--baseline",
+        script=script,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return output_dir / "x", done.stdout
+
+
+def test_known_settings_come_first_and_are_marked(searched):
+    folder, out = searched
+    assert f"--try {TRIES[-1]}: this setting is given twice, and is tried once\n" in out
+    assert "trial 1: lr 5e-06 per_device_bs 1 wd 0.0, baseline, which is trained to the end\n" in out
+    assert "trial 2: lr 0.0002 per_device_bs 2 wd 0.01, known setting\n" in out
+    trials = files.read_csv(folder / "trials.csv")
+    assert list(trials[0]) == [*tables.TRIAL_FIELDS, "known"]
+    columns = {"learning_rate": "lr", "batch_size": "per_device_bs", "weight_decay": "wd"}
+    assert [{name: t[column] for column, name in columns.items()} for t in trials[:2]] == [BAD, GOOD]
+    assert [t["known"] for t in trials] == [True, True, None, None, None, None]
+    assert [t["model_based"] for t in trials] == [False] * 6
+    assert out.count(" weight_decay 0.0, known) eval_loss ") == 2  # at 1 and 4
+    _, rows = closing_block(out)
+    assert rows[0][-1] == "Origin" and sorted(row[-1] for row in rows[2:]) == ["known"] * 2 + ["random"] * 4
+    page = (folder / "report.html").read_text()
+    assert "<td>known</td>" in page and '"name":"known"' in page  # the table and the learning curves
+    assert json.loads((folder / "run.json").read_text())["known_settings"] == [BAD, GOOD]
+
+
+def test_the_baseline_is_trained_to_the_end_beside_its_bracket(searched):
+    folder, out = searched
+    trials, iterations = (files.read_csv(folder / f"{name}.csv") for name in ("trials", "iterations"))
+    first, best = trials[0], tables.ranked(trials, "eval_loss")[0]
+    assert (first["training_iteration"], first["status"]) == (4, "completed")
+    assert [t["training_iteration"] for t in trials[:4]].count(4) == 2  # the one that its bracket promotes, and it
+    assert len(iterations) == (4 + 3) + 3 + 2 * 4 and "of 18 iterations" in out  # 3 are the baseline's, as planned
+    gained = json.loads((folder / "run.json").read_text())["baseline"]
+    assert gained == {"trial_id": first["trial_id"], "gain": {k: best[k] - first[k] for k in tables.METRICS}}
+    assert gained["gain"]["eval_loss"] < 0
+    line = re.search(r"\nBest trial minus baseline, trial (\w+): eval_loss (\S+), exact_match \S+, f1 \S+\n", out)
+    assert line.groups() == (first["trial_id"], f"{gained['gain']['eval_loss']:.4f}")
+    assert "<dt>Best trial minus baseline</dt>" in (folder / "report.html").read_text()
+
+
+def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_model, tiny_squad):
+    """Killed while the baseline trains alone. Other known settings are refused; it goes on as one that ran through."""
+    folder, _ = searched
+    name = ["--output_dir", tmp_path, "--run_name", "x"]
+    start = ["--model", tiny_model, "--dataset", tiny_squad, *SMALL, *ONE_AT_A_TIME, *name, *TRIES, "--baseline"]
+    cut = run_script(*start, script=script, KILL="3")
+    assert cut.returncode == -signal.SIGKILL, cut.stderr
+    other = run_script(*name, "--resume", script=ROOT / "raytune_bayesian.py")  # without KNOWN
+    says = f"--resume: known_settings {[GOOD, BAD]} is not that of the run, {[BAD, GOOD]}\n"
+    assert (other.returncode, other.stderr) == (2, f"raytune_bayesian.py: error: {says}")
+    other = run_script(*name, "--resume", "--try", "lr=1e-4,per_device_bs=1,wd=0", script=script)
+    assert other.returncode == 2 and "other arguments than the run's: --try" in other.stderr
+    assert other.stderr.count("\n") == 1
+    done = run_script(*name, "--resume", script=script)
+    assert done.returncode == 0, done.stderr
+    assert "going on with a search" in done.stdout and "Best trial minus baseline" in done.stdout
+    columns = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration", "status", "known"]
+    rows = [[[t[k] for k in columns] for t in files.read_csv(f / "trials.csv")] for f in (folder, tmp_path / "x")]
+    assert rows[0] == rows[1]
+
+
+def test_a_plan_counts_the_baseline(tmp_path, tiny_model):
+    plans = [
+        run_script("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, *TRIES[:2], *more).stdout
+        for more in ([], ["--baseline"])
+    ]
+    assert ["trial 1: lr 0.0002 per_device_bs 2 wd 0.01, known setting\n" in plan for plan in plans] == [True, False]
+    assert "wd 0.01, baseline, which is trained to the end\n" in plans[1]
+    assert "34 trials, 568 iterations" in plans[0] and "34 trials, 615 iterations" in plans[1]  # 50 - 3 more
