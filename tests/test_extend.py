@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import signal
 import threading
 import time
@@ -52,15 +53,15 @@ def done(search, tmp_path_factory):
     return name[1] / "x", time.time() - begun, name
 
 
-def test_run_that_cannot_be_extended_is_refused_in_one_line(done):
-    """And nothing is changed: fewer trials, a longer training, a state that is gone, as in runs of older versions."""
+def test_run_that_cannot_be_extended_is_refused_in_one_line(done, tmp_path):
+    """And nothing is changed: fewer trials, a longer training, a full disk, a state that is gone, as in older runs."""
     folder, _, name = done
     before = content(folder)
     assert folder / "state.jsonl" in before and folder / "state.jsonl.1" not in before
     assert not list(folder.glob("ray/*/checkpoint_*"))
 
-    def refused(*arguments):
-        process = run_script(*name, "--resume", *arguments)
+    def refused(*arguments, **environment):
+        process = run_script(*name, "--resume", *arguments, **environment)
         assert process.returncode == 2 and process.stdout == "" and len(process.stderr.splitlines()) == 1
         return process.stderr
 
@@ -69,6 +70,9 @@ def test_run_that_cannot_be_extended_is_refused_in_one_line(done):
     for arguments in ([], ["--num_samples", 4]):
         process = run_script(*name, "--resume", *arguments)
         assert process.returncode == 0 and "is done already" in process.stdout
+    (tmp_path / "quota").write_text("#!/bin/sh\necho 10 0 11 0 0 0 0 0\n")  # 1 KB is left
+    (tmp_path / "quota").chmod(0o755)
+    assert "GB are free (quota's limit)" in refused("--num_samples", 6, PATH=f"{tmp_path}:{os.environ['PATH']}")
     (folder / "state.jsonl").rename(folder / "gone")
     assert "has no state.jsonl" in refused("--num_samples", 6)
     (folder / "gone").rename(folder / "state.jsonl")
