@@ -106,8 +106,8 @@ class SearchSession:
         self.log.save([])  # what follows can be interrupted too
         if self.scheduler.baseline:
             baseline = self.log.trials[self.scheduler.baseline]
-            self.run.facts["baseline"] = {"trial_id": self.scheduler.baseline}
-            self.run.facts["baseline"]["gain"] = tables.gain(self.log.best_trial(), baseline)
+            gain = tables.gain(self.log.best_trial(), baseline)
+            self.run.facts["baseline"] = {"trial_id": baseline["trial_id"], "gain": gain}
         preemption.stop_on_signals()
         return self.log
 

@@ -52,7 +52,9 @@ def gain(best: dict, baseline: dict) -> dict[str, float]:
 def gain_in_words(gained: dict) -> str:
     """What a search has gained over its baseline, as run.json has it."""
     if not gained["gain"]:
-        return f"not known: trial {gained['trial_id']}, the baseline, has failed"
+        return "not known: the baseline has failed before max_t"
+    if not any(gained["gain"].values()):
+        return "0, the baseline is the best trial"
     return ", ".join(f"{name} {value:+.4f}" for name, value in gained["gain"].items())
 
 
