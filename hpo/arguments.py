@@ -136,8 +136,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     Returns:
         The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
-        it is None if the trials run on this machine. `ranges` has the variables that change the search space.
-        `earlier_check` is the check.json of --from_check.
+        it is None if the trials run on this machine. `ranges` has the variables that change the search space. `known`
+        is empty: known.settings needs the search space. `earlier_check` is the check.json of --from_check.
 
     Raises:
         BadInput: an argument is wrong.
@@ -146,7 +146,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args = parser.parse_args(argv)
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    args.ranges = ranges.read(os.environ)
+    args.ranges, args.known = ranges.read(os.environ), []
     for other in ("plan", "prefetch", "resume"):
         if args.check and getattr(args, other):
             raise BadInput(f"--check: not with --{other}")

@@ -269,7 +269,7 @@ def test_states(content):
             state_file.load_state(file.parent)
 
 
-FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "cluster", "ranges", "help")]
+FLAGS = [f"--{name}" for name in vars(args_of()) if name not in ("given", "cluster", "ranges", "known", "help")]
 
 
 
