@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import tempfile
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import raytune_bayesian
 from conftest import run_script
 from faulty import write_script
 from hpo import arguments, checks, disk, errors, search_space
-from hpo.cluster import check_nodes, node_state, small_trial
+from hpo.cluster import check_nodes, launch, node_state, preemption, small_trial
 from hpo.plan import pace, plan
 from hpo.squad.setup import prepare
 
@@ -148,6 +149,37 @@ def test_a_lost_process_is_a_row(tmp_path, tiny_model, tiny_squad):
     assert "often it was killed for its memory (MEM_PER_NODE), see logs/" in row[-1]
     (folder,) = (tmp_path / "results").iterdir()
     assert re.fullmatch(r"check-[\d-]+", folder.name)
+
+
+def test_a_check_that_the_time_limit_ends(tmp_path, tiny_model, tiny_squad):
+    """Exit code 2, and the table says that the trials of the node were not done."""
+    body = f"""
+STARTED = Path({str(tmp_path / "started")!r})
+
+
+def train(config, setup, trial):
+    STARTED.touch()
+    time.sleep(3600)
+
+
+if __name__ == "__main__":
+    import threading
+
+    def warn():  # as Slurm does
+        while not STARTED.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=warn, daemon=True).start()
+"""
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--run_name", "c"]
+    script = write_script(tmp_path / "waiting.py", body)
+    process = run_script("--check", *where, *SMALL, "--max_concurrent_trials", 1, script=script)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert process.stderr.splitlines()[-1].endswith("--check: 1 of 1 nodes are not ok, see the table above")
+    (row,) = rows_of(process.stdout)[1:]
+    assert row[-1] == check_nodes.NOT_DONE and row[4] == "same"  # the looks at GPUs, versions and disks were done
+    assert not json.loads((tmp_path / "results" / "c" / "check.json").read_text())["ok"]
 
 
 @pytest.mark.parametrize(
@@ -320,9 +352,64 @@ def test_nodes_that_refuse_or_do_not_come(tmp_path, monkeypatch, capsys):
     (tmp_path / "refused").write_text("n2: ray is 2.9 here: wrong\n")
     nodes, refused = check_nodes.wait_for_nodes(2, 1000, tmp_path / "refused")
     assert nodes == [up] and refused == [("n2", "ray is 2.9 here: wrong")] and capsys.readouterr().out == ""
-    nodes, refused = check_nodes.wait_for_nodes(3, 0.1, tmp_path / "refused")
-    assert nodes == [up] and len(refused) == 1
+    nodes, others = check_nodes.wait_for_nodes(3, 0.1, tmp_path / "refused")
+    late = ("(not joined)", "did not join within 0 s (WORKER_TIMEOUT): see logs/ and squeue")
+    assert nodes == [up] and others == [*refused, late]
     assert "waiting for nodes: 1 of 3 have joined, 1 refused; at most 0 s more" in capsys.readouterr().out
+
+
+def test_nodes_that_have_joined_do_not_wait_for_hours(tmp_path, monkeypatch, capsys):
+    """The first node has WORKER_TIMEOUT to join; the others have JOIN_SECONDS more."""
+    now, up = [0.0], {"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerHostname": "n1"}
+    monkeypatch.setattr(
+        check_nodes, "time", SimpleNamespace(time=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
+    )
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [up] * (now[0] >= 5000))
+    late = "did not join within 600 s after the first node: see logs/ and squeue"
+    assert check_nodes.wait_for_nodes(2, 21600, tmp_path / "refused") == ([up], [("(not joined)", late)])
+    assert 5600 <= now[0] < 5610
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("at most 21600 s more for the first (WORKER_TIMEOUT)")
+    assert told[1] == "waiting for nodes: 1 of 2 have joined, 0 refused; at most 600 s more"
+
+
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back after the test."""
+    before = {how: signal.getsignal(how) for how in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    preemption.came.clear()
+    for how, handler in before.items():
+        signal.signal(how, handler)
+
+
+def test_the_time_limit_ends_the_wait_for_nodes_and_trials(tmp_path, monkeypatch, handlers):
+    """What is done is taken. After SIGTERM nothing is."""
+    up = {"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerHostname": "n1", "NodeID": "n1"}
+    cancelled = []
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [up])
+    monkeypatch.setattr(
+        check_nodes.ray, "wait", lambda f, timeout: (f, []) if f == ["done"] and not timeout else ([], f)
+    )
+    monkeypatch.setattr(check_nodes.ray, "cancel", lambda future, force: cancelled.append(future))
+    monkeypatch.setattr(check_nodes.ray, "get", lambda future: 7)
+    preemption.mark_signals()
+    signal.raise_signal(signal.SIGUSR1)
+    late = "did not join before the time limit: see logs/ and squeue"
+    assert check_nodes.wait_for_nodes(2, 1000, tmp_path / "refused") == ([up], [("(not joined)", late)])
+    assert check_nodes.answer("f", "n1", deadline=1e12) == check_nodes.NOT_DONE and cancelled == ["f"]
+    assert check_nodes.answer("done", "n1", deadline=1e12) == 7
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(preemption.Terminated):
+        check_nodes.answer("f", "n1", deadline=1e12)
+
+
+def test_the_time_limit_before_a_check_begins(capsys, handlers):
+    """While the model and the data are loaded: exit code 2 and a line."""
+    with pytest.raises(SystemExit) as ended, launch.exit_codes(arguments.parse("", ["--check"])):
+        signal.raise_signal(signal.SIGUSR1)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --check: the time limit came before the check of the nodes began\n")
 
 
 def test_node_that_is_lost_or_hangs(monkeypatch):
