@@ -19,6 +19,7 @@ from faulty import write_script
 from hpo import arguments, checks, disk, errors, search_space
 from hpo.cluster import check_nodes, launch, node_state, preemption, small_trial
 from hpo.plan import pace, plan
+from hpo.results.slots import slots_that_passed
 from hpo.squad.setup import prepare
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
@@ -64,7 +65,7 @@ def test_plan_takes_the_pace_of_a_check(checked):
     check = json.loads((folder / "check.json").read_text())
     plan_of = ["--plan", "--from_check", folder]
     at = re.compile(r"^at \S+ s an iteration: .*$", re.MULTILINE)
-    same = run_script(*plan_of, "--max_concurrent_trials", check["nodes"][0]["slots"])
+    same = run_script(*plan_of)
     assert same.returncode == 0, same.stderr
     assert at.search(same.stdout).group() == at.search(process.stdout).group()
     longer = run_script(*plan_of, "--num_train_epochs", 2)
@@ -328,8 +329,8 @@ def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
 
 def test_slots_of_the_plan_are_those_of_the_nodes_that_passed():
     rows = [row(slots=4), row(slots=4, problems=["too slow"]), row(slots=2), {"node": "n4", "problems": ["lost"]}]
-    assert [check_nodes.slots_that_passed(rows, at_a_time) for at_a_time in (0, 5, 9)] == [6, 5, 6]
-    assert check_nodes.slots_that_passed(rows[1:2], 0) == 0
+    assert [slots_that_passed(rows, at_a_time) for at_a_time in (0, 5, 9)] == [6, 5, 6]
+    assert slots_that_passed(rows[1:2], 0) == 0
 
 
 def test_table_of_nodes():
@@ -491,10 +492,35 @@ def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
     assert check_nodes.pace_of([{"trials": []}], [4, 2], setup, small) is None
 
 
+def write_check(folder, args, rows: list[dict], **more):
+    """Writes a check.json with these rows of nodes."""
+    facts = {"arguments": arguments.kept(args), "nodes": rows, "pace": {}} | more
+    (folder / "check.json").write_text(json.dumps(facts))
+
+
+def test_a_plan_from_a_check_has_its_slots(tmp_path):
+    """Those of its nodes that were ok. This machine may have no GPU, or too few for such a trial."""
+    args = arguments.parse("", ["--check", "--gpus_per_trial", "2", "--cpus_per_trial", "999", "--precision", "bf16"])
+    rows = [row(slots=4), row(slots=4), row(slots=4, problems=["too slow"]), {"node": "n4", "problems": ["lost"]}]
+    write_check(tmp_path, args, rows)
+    argv = ["--plan", "--from_check", str(tmp_path)]
+    planned = checks.check(arguments.parse("", argv))
+    assert planned.gpus_per_trial == 2 and [s["slots"] for s in arguments.plan_settings(planned)] == [8]
+    given = arguments.parse("", [*argv, "--max_concurrent_trials", "0", "3"])
+    assert [s["slots"] for s in arguments.plan_settings(given)] == [8, 3]
+    write_check(tmp_path, args, rows[2:])
+    with pytest.raises(errors.BadInput, match="no node was ok: give the slots, --max_concurrent_trials$"):
+        arguments.parse("", argv)
+    assert arguments.parse("", [*argv, "--max_concurrent_trials", "3"]).max_concurrent_trials == [3]
+    write_check(tmp_path, args, rows, pace=None)
+    with pytest.raises(errors.BadInput, match="no node has run the small trial, so there is no pace$"):
+        arguments.parse("", argv)
+
+
 def test_what_is_not_given_is_as_in_the_check(tmp_path):
     """So a plan from a check of few questions is for few questions, too, unless it is given another number."""
     args = arguments.parse("", ["--check", "--max_train_samples", "9", "--max_concurrent_trials", "2"])
-    (tmp_path / "check.json").write_text(json.dumps({"arguments": arguments.kept(args)}))
+    write_check(tmp_path, args, [row(slots=2), row(slots=2)])
     planned = arguments.parse("", ["--plan", "--from_check", str(tmp_path), "--max_eval_samples", "5"])
     assert (planned.max_train_samples, planned.max_eval_samples, planned.max_concurrent_trials) == (9, 5, [2])
 
@@ -509,7 +535,6 @@ def test_what_is_not_given_is_as_in_the_check(tmp_path):
         ({"lora_r": 4}, {}, "the check was of a largest trial with"),
         ({}, {"ds_config": {"zero_optimization": {"stage": 1}}}, "the check was of another ds_config"),
         ({"gpus_per_trial": 0.5}, {}, "the check was of --gpus_per_trial 0"),
-        ({}, {"pace": None}, "no node has run the small trial"),
         ({}, {"questions": 5}, "not the folder of a check"),
     ],
 )

@@ -30,7 +30,7 @@ from hpo.errors import BadInput
 from hpo.files import columns, write_json
 from hpo.plan import pace, plan
 from hpo.results.provenance import git_commit, versions
-from hpo.results.slots import bytes_of_gpu, slots_of, trials_per_gpu
+from hpo.results.slots import bytes_of_gpu, slots_of, slots_that_passed, trials_per_gpu
 from hpo.squad import loading
 
 JOIN_SECONDS = 600  # that nodes may take to join once the first one has; and the first, where WORKER_TIMEOUT is not set
@@ -232,12 +232,6 @@ def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None
             continue
         row["trials"].append(found)
         row["problems"] += [problem for problem in problems_of(found, sharing) if problem not in row["problems"]]
-
-
-def slots_that_passed(rows: list[dict], at_a_time: int) -> int:
-    """How many trials can run at a time on the nodes that are ok; at most `at_a_time`, unless it is 0."""
-    slots = sum(row["slots"] for row in rows if not row["problems"])
-    return min(slots, at_a_time or slots)
 
 
 def problems_of(trial: dict, sharing: int) -> list[str]:

@@ -11,6 +11,12 @@ def trials_per_gpu(gpus_per_trial: float) -> int:
     return round(1 / gpus_per_trial) if 0 < gpus_per_trial < 1 else 1
 
 
+def slots_that_passed(rows: list[dict], at_a_time: int) -> int:
+    """How many trials can run at a time on the nodes of a check that are ok; at most `at_a_time`, unless it is 0."""
+    slots = sum(row["slots"] for row in rows if not row["problems"])
+    return min(slots, at_a_time or slots)
+
+
 def bytes_of_gpu(peak: int, sharing: int) -> int:
     """Bytes of a GPU that trials need together, if torch reserves `peak` bytes for each of `sharing` trials."""
     return sharing * (peak + CONTEXT)
