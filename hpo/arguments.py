@@ -239,7 +239,8 @@ def check_disk(output_dir: Path, needed: int) -> None:
 def take_from_check(args: argparse.Namespace) -> None:
     """Reads the check of --from_check, and takes the arguments that are not given from it.
 
-    The slots are those of its nodes that were ok, as in the plan that it has printed.
+    So it does with the variables that change the search space. The slots are those of its nodes that were ok, as in
+    the plan that it has printed.
 
     Raises:
         BadInput: it is no folder of a check, no small trial has run, or no node was ok and no slots are given.
@@ -256,6 +257,7 @@ def take_from_check(args: argparse.Namespace) -> None:
             args.given |= {"precision"} & {name}  # it is not a default: the plan of memory is for it
         if args.earlier_check["pace"] is None:
             raise BadInput(f"--from_check {args.from_check}: no node has run the small trial, so there is no pace")
+        args.ranges = ranges.read(args.earlier_check.get("environment", {})) | args.ranges
         passed = slots_that_passed(args.earlier_check["nodes"], earlier["max_concurrent_trials"])
         if "max_concurrent_trials" not in args.given:
             args.max_concurrent_trials = [passed]

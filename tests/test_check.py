@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 import raytune_bayesian
 from conftest import run_script
 from faulty import write_script
-from hpo import arguments, checks, disk, errors, search_space
+from hpo import arguments, checks, disk, errors, ranges, search_space
 from hpo.cluster import check_nodes, launch, node_state, preemption, small_trial
 from hpo.plan import pace, plan
 from hpo.results.slots import slots_that_passed
@@ -515,6 +515,29 @@ def test_a_plan_from_a_check_has_its_slots(tmp_path):
     write_check(tmp_path, args, rows, pace=None)
     with pytest.raises(errors.BadInput, match="no node has run the small trial, so there is no pace$"):
         arguments.parse("", argv)
+
+
+def test_a_check_tells_and_keeps_the_search_space(tmp_path, tiny_model, tiny_squad, monkeypatch, capsys, handlers):
+    """What the environment has changed. The plan from the check takes it, unless its own environment has another."""
+    for name, value in {"LR_LOWER": "1e-5", "WD_CHOICES": "0, 0.1"}.items():
+        monkeypatch.setenv(name, value)
+    where = ["--output_dir", tmp_path, "--run_name", "c"]
+    args, setup, largest = prepared(tiny_model, tiny_squad, "--check", *where)
+    monkeypatch.setattr(launch, "start_ray", lambda *_: None)
+    monkeypatch.setattr(check_nodes.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(check_nodes, "rows_of_nodes", lambda *_: [row(problems=["lost"], slots=1)])
+    with pytest.raises(errors.BadInput, match="1 of 1 nodes are not ok"):
+        check_nodes.check(args, ranges.changed(SPACE, args.ranges), setup, largest, None)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("LR_LOWER=1e-5 in the environment: lr is ")
+    assert told[1] == "WD_CHOICES=0,0.1 in the environment: wd is choice[0.0, 0.1]"
+    kept = json.loads((tmp_path / "c" / "check.json").read_text())["environment"]
+    assert kept == {"LR_LOWER": "1e-5", "WD_CHOICES": "0,0.1"}
+    write_check(tmp_path, args, [row(slots=1)], environment=kept)
+    monkeypatch.delenv("LR_LOWER")
+    monkeypatch.setenv("WD_CHOICES", "0.2")
+    planned = arguments.parse("", ["--plan", "--from_check", str(tmp_path)])
+    assert planned.ranges == {"LR_LOWER": "1e-5", "WD_CHOICES": "0.2"}
 
 
 def test_what_is_not_given_is_as_in_the_check(tmp_path):

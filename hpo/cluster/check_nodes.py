@@ -20,7 +20,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from hpo import arguments
+from hpo import arguments, ranges
 from hpo.cluster import launch, preemption, small_trial
 from hpo.cluster.node_state import SHARED_SECONDS, appears, in_words, look
 from hpo.cluster.run import make_folder
@@ -62,7 +62,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     shared = make_folders(args, setup.run_dir)
     batches = small_trial.batch_sizes(space, setup, largest)
     setups = [(config, small_trial.small_setup(setup, size, shared)) for config, size in batches]
-    print(f"check: results in {setup.run_dir}", flush=True)
+    print("\n".join([*ranges.changes(space, args.ranges), f"check: results in {setup.run_dir}"]), flush=True)
     with launch.ray_folders() as folders:
         try:
             launch.start_ray(setup.gpus_per_trial, *folders)
@@ -76,6 +76,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
     facts = {"ok": not bad, "job": arguments.slurm_job(), "arguments": arguments.kept(args)}
+    facts["environment"] = args.ranges
     facts |= {"model_folder": str(setup.model.absolute())}
     facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
     facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
