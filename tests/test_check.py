@@ -17,7 +17,7 @@ import raytune_bayesian
 from conftest import run_script
 from faulty import write_script
 from hpo import arguments, checks, disk, errors, ranges, search_space
-from hpo.cluster import check_nodes, launch, node_state, preemption, small_trial
+from hpo.cluster import check_nodes, launch, messages, node_state, preemption, small_trial
 from hpo.plan import pace, plan
 from hpo.results.slots import slots_that_passed
 from hpo.squad.setup import prepare
@@ -325,6 +325,34 @@ def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
     trial = {"last_skipped_steps": skipped, "peak_bytes": 6e9, "gpu_bytes": 12e9}
     problems = check_nodes.problems_of(trial, sharing)
     assert len(problems) == len(says) and all(p.startswith(s) for p, s in zip(problems, says, strict=True))
+
+
+@pytest.mark.parametrize(
+    "have, flags, problem",
+    [
+        ((4, 2), "", "only 2 of its 4 GPUs are used, because its CPUs are enough for 2 trials: a larger --cpus-"),
+        ((4, 8), "--gpus_per_trial 0.25", "only 2 of its 4 GPUs are used, because its CPUs are enough for 8 trials: "),
+        ((4, 3), "--gpus_per_trial 2 --cpus_per_trial 2", "only 2 of its 4 GPUs are used, because its CPUs are"),
+        ((4, 2), "--max_concurrent_trials 4", None),  # of 2 nodes
+        ((4, 2), "--max_concurrent_trials 5", "only 2 of its 4 GPUs are used"),
+        ((4, 4), "", None),
+        ((5, 2), "--gpus_per_trial 2", None),
+        ((4, 2), "--gpus_per_trial 0", None),
+        ((4, 0), "", "too small: "),
+    ],
+)
+def test_gpus_that_no_trial_gets(have, flags, problem):
+    """The CPUs of a node are too few for its GPUs: its row in the check says it, and a warning of the search."""
+    args = arguments.parse("", ["--gpus_per_trial", "1", *flags.split()])
+    has = {"GPU": float(have[0]), "CPU": float(have[1])}
+    nodes = [{"NodeID": name, "NodeManagerHostname": name, "Resources": has} for name in "ab"]
+    rows = check_nodes.rows_with_slots(nodes, args)
+    for each in rows.values():
+        assert len(each["problems"]) == (problem is not None) and all(p.startswith(problem) for p in each["problems"])
+    args.cluster = {"NUM_WORKERS": 2, "GPUS_PER_NODE": have[0], "CPUS_PER_NODE": have[1]}
+    if not problem or problem.startswith("only"):
+        warnings = messages.cpu_warnings(args, arguments.slots(args))
+        assert warnings == [f"WARNING: on a node {text}" for text in rows["a"]["problems"]]
 
 
 def test_slots_of_the_plan_are_those_of_the_nodes_that_passed():

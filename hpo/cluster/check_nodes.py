@@ -30,7 +30,7 @@ from hpo.errors import BadInput
 from hpo.files import columns, write_json
 from hpo.plan import pace, plan
 from hpo.results.provenance import git_commit, versions
-from hpo.results.slots import bytes_of_gpu, slots_of, slots_that_passed, trials_per_gpu
+from hpo.results.slots import bytes_of_gpu, gpus_without_cpus, slots_of, slots_that_passed, trials_per_gpu
 from hpo.squad import loading
 
 JOIN_SECONDS = 600  # that nodes may take to join once the first one has; and the first, where WORKER_TIMEOUT is not set
@@ -132,10 +132,19 @@ def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[
     expected = int(os.environ.get("HPO_NODES", arguments.machines(args)[0]))
     patience = float(os.environ.get("WORKER_TIMEOUT", JOIN_SECONDS))
     nodes, others = wait_for_nodes(expected, patience, Path(os.environ.get("RENDEZVOUS_DIR", shared)) / "refused")
-    rows = {}
+    rows = rows_with_slots(nodes, args)
+    look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
+    add_differences(list(rows.values()), versions())
+    run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
+    return [*rows.values(), *({"node": node, "problems": [reason], "trials": []} for node, reason in others)]
+
+
+def rows_with_slots(nodes: list[dict], args) -> dict[str, dict]:
+    """A row for each node of Ray, by its id: see rows_of_nodes. Without slots, or with unused GPUs, it is not ok."""
+    rows, of_trial = {}, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
     for node in nodes:
         have = node["Resources"]
-        slots = slots_of(have, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial})
+        slots = slots_of(have, of_trial)
         rows[node["NodeID"]] = row = {"node": node["NodeManagerHostname"], "problems": [], "trials": []}
         row |= {"cpus": int(have["CPU"]), "number_of_gpus": int(have.get("GPU", 0))}
         row["slots"] = min(slots, args.max_concurrent_trials or slots)
@@ -143,10 +152,12 @@ def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[
             has = f"it has {row['cpus']} CPUs and {row['number_of_gpus']} GPUs for trials"
             needs = f"a trial needs {args.cpus_per_trial} and {args.gpus_per_trial}"
             row["problems"].append(f"too small: {has}, {needs}: ask Slurm for more, or a smaller trial")
-    look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
-    add_differences(list(rows.values()), versions())
-    run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
-    return [*rows.values(), *({"node": node, "problems": [reason], "trials": []} for node, reason in others)]
+    total = sum(row["slots"] for row in rows.values())
+    if not args.max_concurrent_trials or total < args.max_concurrent_trials:  # else no more slots are wanted
+        for node in nodes:
+            unused = gpus_without_cpus(node["Resources"], of_trial)
+            rows[node["NodeID"]]["problems"] += [unused] * bool(unused)
+    return rows
 
 
 def wait_for_nodes(expected: int, patience: float, refused_file: Path) -> tuple[list[dict], list[tuple[str, str]]]:
