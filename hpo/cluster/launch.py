@@ -142,9 +142,16 @@ def exit_codes(args: argparse.Namespace):
     """
     script, folder = Path(sys.argv[0]).name, arguments.run_dir(args)
     gc.enable()  # the imports are done
+    if args.check:
+        preemption.stop_on_signals()  # until it marks them: it loads the model and the data first
     try:
         with errors.exit_on_bad_input():
-            yield
+            try:
+                yield
+            except preemption.Preempted:
+                if not args.check:
+                    raise
+                raise errors.BadInput("--check: the time limit came before the check of the nodes began") from None
     except (Exception, KeyboardInterrupt, preemption.Terminated) as error:
         storage = errors.is_storage(error)
         if storage:
