@@ -160,6 +160,18 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
         ["--model", "@/nowhere"],
         r"--model .*nowhere: neither a folder nor the name of a repository",
     ),
+    **{
+        f"no name of the hub: {name}": (
+            [flag, name],
+            rf"{flag} {name}: neither a folder nor the name of a repository on the hub$",
+        )
+        for flag, name in [
+            ("--model", "models--bigscience--bloom-560m"),
+            ("--model", "bloom-560m-"),
+            ("--dataset", "my..set"),
+            ("--dataset", "squad.git"),
+        ]
+    },
     "run_name exists": (
         ["--output_dir", "@/results", "--run_name", "old"],
         r"--run_name old: .*results/old exists already",
@@ -201,6 +213,7 @@ ONE_OF_EACH_KIND = [
     "ds_config not JSON",
     "answer not at answer_start",
     "weights that are none",
+    "no name of the hub: bloom-560m-",
     "run_name exists",
 ]
 SLOW_IMPORTS = ["transformers", "datasets", "evaluate", "deepspeed", "ray"]
