@@ -398,6 +398,16 @@ def test_tokens_without_an_embedding_are_refused(tmp_path, tokenizer, tiny_squad
     assert str(error.value) == f"--model {folder}: its tokenizer gives token {tokens.max()}, and it has 200 embeddings"
 
 
+def test_a_tokenizer_that_special_tokens_change_is_refused():
+    def spells(text, add_special_tokens):
+        return SimpleNamespace(input_ids=[1, 7] if add_special_tokens else [5])
+
+    with pytest.raises(BadInput) as error:
+        squad_data.special_prefix(mock.Mock(side_effect=spells, name_or_path="my/model"))
+    what = "a text has other tokens between special tokens than without them"
+    assert str(error.value) == f"--model my/model: its tokenizer cannot be used: {what}"
+
+
 # -- models that are refused ------------------------------------------------------------------------------------------
 
 NO_CACHE = "generating an answer needs a cache of keys and values, which this model has not"
