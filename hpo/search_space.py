@@ -1,13 +1,13 @@
 """Questions about a search space of Ray Tune."""
 
 import ast
-import inspect
 import json
 import math
 import sys
 import sysconfig
 from itertools import product
 from numbers import Integral, Real
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -36,8 +36,8 @@ ABOVE_0 = (lambda v: is_number(v) and v > 0, "a number above 0")
 BELOW_1 = (lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
 WHOLE = (lambda v: is_whole(v) and v >= 1, "a whole number from 1 on")
 REQUIRED = {"lr": FROM_0, "per_device_bs": WHOLE, "wd": FROM_0}
-# Fields of transformers.TrainingArguments that `training_arguments` passes on. No other field that is worth a search
-# has an effect: the script, its Trainer or DeepSpeed decide. Each of these has a test that shows its effect.
+# Fields of transformers.TrainingArguments that `training_arguments` passes on: a choice. Each has a test that shows its
+# effect. Other fields can have one too, such as neftune_noise_alpha, if make_trainer passes them on.
 PASSED_ON = {
     "warmup_steps": FROM_0,  # below 1: a share of all steps
     "lr_scheduler_type": (lambda v: isinstance(v, str), "the name of a schedule"),
@@ -48,6 +48,8 @@ PASSED_ON = {
     "adam_epsilon": ABOVE_0,
     "gradient_accumulation_steps": WHOLE,
 }
+# Where code of a user reads a hyperparameter from. A dictionary of another name, such as ds_config, has none.
+READ_FROM = {"hyperparameters", "hparams", "hp", "params", "config", "cfg", "searched"}  # as in docs/bohb.md
 LORA = {"lora_r": WHOLE, "lora_alpha": ABOVE_0}  # read in hpo/squad/lora.py
 KNOWN = REQUIRED | PASSED_ON | LORA
 FLAGS = ("gradient_accumulation_steps", *LORA)  # a flag says the value where it is not searched
@@ -213,33 +215,45 @@ def check_read(searched: dict, train) -> None:
 
 
 def names_read(train) -> set[str]:
-    """The names that functions read from a dictionary: x["name"], x.get("name"), "name" in x, for name in ("name",).
+    """The hyperparameters that functions read, by name: see `names_read_by`.
 
     These are the functions in the module of `train`, and in the user's modules that it imports.
     """
-    modules, texts = [sys.modules[train.__module__]], set()
+    modules, names = [sys.modules[train.__module__]], set()
     for module in modules:  # which grows
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
+        for node in ast.walk(ast.parse(Path(module.__file__).read_bytes())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-                constants = (c for inner in ast.walk(node) for c in names_read_by(inner) if isinstance(c, ast.Constant))
-                texts |= {c.value for c in constants if isinstance(c.value, str)}
+                names |= names_read_by(node)
         for value in vars(module).values():
             name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
             other = sys.modules.get(name) if isinstance(name, str) else None
             if other and other not in modules and is_of_user(other):
                 modules.append(other)
-    return texts
+    return names - {"train_loop_config", "rungs"}  # what a `config` has besides
 
 
-def names_read_by(node: ast.AST) -> list[ast.AST]:
-    """What a piece of code looks up in a dictionary, or loops over."""
-    if isinstance(node, ast.Subscript):
-        return [node.slice]
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("get", "pop"):
-        return node.args[:1]
-    if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
-        return [node.left]
-    return getattr(node.iter, "elts", []) if isinstance(node, ast.For | ast.comprehension) else []
+def names_read_by(function: ast.AST) -> set[str]:
+    """The texts that a function looks up in hyperparameters: x["name"], x.get("name"), "name" in x.
+
+    x is an expression with one of READ_FROM, such as `hyperparameters` or `config["train_loop_config"]`. A variable
+    instead of a text stands for all texts that the function lets it run over: for name in ("name", "other").
+    """
+    keys, texts = [], {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            source, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("get", "pop") and node.args:
+            source, key = node.func.value, node.args[0]
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In | ast.NotIn):
+            source, key = node.comparators[0], node.left
+        else:
+            if isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
+                texts.setdefault(node.target.id, []).extend(getattr(node.iter, "elts", []))
+            continue
+        if READ_FROM & {getattr(n, "id", getattr(n, "attr", None)) for n in ast.walk(source)}:
+            keys.append(key)
+    keys += [text for key in keys if isinstance(key, ast.Name) for text in texts.get(key.id, [])]
+    return {key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)}
 
 
 def is_of_user(module: ModuleType) -> bool:

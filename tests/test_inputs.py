@@ -1,5 +1,6 @@
 """Bad input, through the command line: one line, exit code 2, within seconds, nothing created."""
 
+import ast
 import contextlib
 import http.server
 import json
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from unittest import mock
 
 import huggingface_hub
@@ -158,6 +160,18 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
         ["--model", "@/nowhere"],
         r"--model .*nowhere: neither a folder nor the name of a repository",
     ),
+    **{
+        f"no name of the hub: {name}": (
+            [flag, name],
+            rf"{flag} {name}: neither a folder nor the name of a repository on the hub$",
+        )
+        for flag, name in [
+            ("--model", "models--bigscience--bloom-560m"),
+            ("--model", "bloom-560m-"),
+            ("--dataset", "my..set"),
+            ("--dataset", "squad.git"),
+        ]
+    },
     "run_name exists": (
         ["--output_dir", "@/results", "--run_name", "old"],
         r"--run_name old: .*results/old exists already",
@@ -199,6 +213,7 @@ ONE_OF_EACH_KIND = [
     "ds_config not JSON",
     "answer not at answer_start",
     "weights that are none",
+    "no name of the hub: bloom-560m-",
     "run_name exists",
 ]
 SLOW_IMPORTS = ["transformers", "datasets", "evaluate", "deepspeed", "ray"]
@@ -459,10 +474,17 @@ def test_schedules_are_tried_out():
 
 def test_a_hyperparameter_that_the_user_reads(tmp_path, monkeypatch):
     """In any function or method of the script, or of a module that it imports; a text outside is no use of it."""
-    (tmp_path / "my_loss.py").write_text('def smooth(hyperparameters):\n    return hyperparameters["smoothing"]\n')
+    (tmp_path / "my_code").mkdir()
+    (tmp_path / "my_code" / "__init__.py").touch()
+    (tmp_path / "my_code" / "my_loss.py").write_text("""
+def smooth(hyperparameters):
+    hyperparameters["written"] = {"other": 1}["other"]
+    return hyperparameters["smoothing"]
+""")
     (tmp_path / "my_search.py").write_text("""
 import functools
-import my_loss
+import my_code
+from my_code import my_loss
 import raytune_bayesian
 NAMES = ["unread"]
 class Trainer(raytune_bayesian.Trainer):
@@ -477,8 +499,21 @@ def train(config, setup, trial):
 
     for name in ("smoothing", "temperature", "depth", "width"):
         check_space(my_search.train, **{name: tune.uniform(0, 1)})
-    with pytest.raises(errors.BadInput, match="unread: the training does not read it"):
-        check_space(my_search.train, unread=tune.uniform(0, 1))
+    for name in ("unread", "written", "other"):
+        with pytest.raises(errors.BadInput, match=f"{name}: the training does not read it"):
+            check_space(my_search.train, **{name: tune.uniform(0, 1)})
+
+
+def test_the_script_reads_no_other_hyperparameter():
+    """None of its texts can be searched without an effect, such as gradient_clipping, which it reads in ds_config."""
+    tree = ast.parse(Path(raytune_bayesian.__file__).read_text())
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    others = [text for text in texts - set(search_space.KNOWN) if text.isidentifier()]
+    assert {"gradient_clipping", "rungs", "train_loop_config", "sequences"} <= set(others)
+    assert search_space.names_read(raytune_bayesian.train) <= set(search_space.KNOWN)
+    for text in others:
+        with pytest.raises(errors.BadInput, match=f"search space: {text}: "):
+            check_space(**{text: tune.uniform(0.1, 1)})
 
 
 def test_values_of_a_domain():

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
@@ -79,6 +80,24 @@ def test_checkpoint_has_adapters_only_and_best_model_is_a_plain_model(tmp_path, 
         model = evaluation.fuse_gelu(AutoModelForCausalLM.from_pretrained(path))
         loss = evaluation.evaluate_loss(model, setup.selection, 0, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
+
+
+def test_best_model_reads_the_weights_once(tmp_path, tiny_model, monkeypatch):
+    """Without the copy that a worker process keeps for its next trials: it would take twice the memory."""
+    lora.adapted(AutoModelForCausalLM.from_pretrained(tiny_model), 4).save_pretrained(tmp_path / "checkpoint")
+    models._kept.cache_clear()
+    monkeypatch.setattr(models, "pretrained", None)
+    models.save_best_model(tmp_path / "checkpoint", tiny_model, "fp32", tmp_path / "best_model", {"r": 4})
+    assert models._kept.cache_info().currsize == 0 and (tmp_path / "best_model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1.0])
+def test_a_best_model_that_is_no_number_is_told(tmp_path, tiny_model, capsys, value):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.transformer.h[0].mlp.dense_h_to_4h.weight.data[3, 5] = value
+    model.save_pretrained(tmp_path / "checkpoint")
+    models.save_best_model(tmp_path / "checkpoint", tiny_model, "fp32", tmp_path / "best_model")
+    assert ("WARNING: best_model has weights that are infinite" in capsys.readouterr().out) is not math.isfinite(value)
 
 
 LARGE = 24  # sequences of an optimizer step

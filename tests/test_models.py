@@ -5,7 +5,10 @@ And what a model folder may have wrong: it is refused in one line, before Ray st
 
 import copy
 import json
+import math
 import re
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import raytune_bayesian
 from bench import common
 from conftest import make_squad, run_script
+from hpo import errors
 from hpo.errors import BadInput
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation, models, reading
@@ -394,6 +398,16 @@ def test_tokens_without_an_embedding_are_refused(tmp_path, tokenizer, tiny_squad
     assert str(error.value) == f"--model {folder}: its tokenizer gives token {tokens.max()}, and it has 200 embeddings"
 
 
+def test_a_tokenizer_that_special_tokens_change_is_refused():
+    def spells(text, add_special_tokens):
+        return SimpleNamespace(input_ids=[1, 7] if add_special_tokens else [5])
+
+    with pytest.raises(BadInput) as error:
+        squad_data.special_prefix(mock.Mock(side_effect=spells, name_or_path="my/model"))
+    what = "a text has other tokens between special tokens than without them"
+    assert str(error.value) == f"--model my/model: its tokenizer cannot be used: {what}"
+
+
 # -- models that are refused ------------------------------------------------------------------------------------------
 
 NO_CACHE = "generating an answer needs a cache of keys and values, which this model has not"
@@ -416,6 +430,48 @@ def test_a_cache_that_loses_the_wrong_row_is_refused(tmp_path, tokenizer, tiny_s
     monkeypatch.setattr(transformers.DynamicCache, "reorder_cache", lambda cache, rows: reorder(cache, 1 - rows))
     with pytest.raises(BadInput, match="an answer changes when another one in its batch has ended, so it cannot be"):
         try_model(setup, test, largest)
+
+
+def test_a_model_that_is_too_large_is_not_tried(tmp_path, tokenizer, tiny_squad, monkeypatch, capsys):
+    setup, test = prepared(save(tmp_path / "model", random_model("llama", tokenizer), tokenizer), tiny_squad)
+    capsys.readouterr()
+    try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
+    begins, ends = capsys.readouterr().out.splitlines()
+    assert begins.startswith("trying the model") and re.fullmatch(r"the model was tried in \d+\.\d s", ends)
+    monkeypatch.setattr(errors, "free_in_groups", lambda: 2e9 + 1000)
+    try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("the model is not tried before the search: that needs 0.000")
+    assert line.endswith(" GB, 1e-06 are free; with more memory (sbatch --mem=...) it is")
+
+
+@pytest.mark.parametrize(
+    "line, group, files",
+    [
+        ("0::/user.slice/me/session", "user.slice/me", ("memory.max", "memory.current", "inactive_file")),
+        (
+            "4:cpu,memory:/slurm/job/step",
+            "memory/slurm/job",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+)
+def test_the_limit_of_a_control_group_counts(tmp_path, line, group, files):
+    """Also of one that it is in: here the parent's is the smaller one."""
+    limit, used, inactive = files
+    parent = tmp_path / "sys/fs/cgroup" / group
+    own, above = parent / line.rpartition("/")[2], parent.parent
+    for folder, most in ((own, 10**9), (parent, 8000), (above, "max")):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / used).write_text("5000\n")
+        (folder / "memory.stat").write_text(f"anon 4700\nfile 300\n{inactive} 200\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{line}\n")
+    assert errors.free_in_groups(tmp_path) == 8000 - 5000 + 200
+    (parent / limit).write_text("max\n")
+    (own / limit).write_text("max\n")
+    assert errors.free_in_groups(tmp_path) == math.inf
 
 
 def edited(folder, **values):

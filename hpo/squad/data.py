@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpo.errors import BadInput
+
 ANSWER_ROOM = 48  # tokens kept free for an answer in evaluation: the length of a prompt must not depend on it
 
 
@@ -168,10 +170,16 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
 
 
 def special_prefix(tokenizer) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text: BOS for Llama or Gemma, none for BLOOM."""
+    """The special tokens that a tokenizer puts in front of a text: BOS for Llama or Gemma, none for BLOOM.
+
+    Raises BadInput where a text has other tokens between special ones than without them.
+    """
     with_special, without = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
-    start = next(i for i in range(len(with_special)) if with_special[i : i + len(without)] == without)
-    return with_special[:start]
+    for start in range(len(with_special)):
+        if with_special[start : start + len(without)] == without:
+            return with_special[:start]
+    text = "a text has other tokens between special tokens than without them"
+    raise BadInput(f"--model {tokenizer.name_or_path}: its tokenizer cannot be used: {text}")
 
 
 def _window_around(offsets: list[tuple[int, int]], begin: int, end: int, room: int) -> int:

@@ -19,9 +19,11 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 
-@functools.lru_cache(maxsize=1)
-def _pretrained(folder: str) -> torch.nn.Module:
+def _read(folder: str | Path) -> torch.nn.Module:
     return evaluation.fuse_gelu(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+_kept = functools.lru_cache(maxsize=1)(_read)
 
 
 def pretrained(folder: str | Path) -> torch.nn.Module:
@@ -29,7 +31,7 @@ def pretrained(folder: str | Path) -> torch.nn.Module:
 
     A worker process reads the files once and keeps the model for its next trials.
     """
-    return copy.deepcopy(_pretrained(str(folder)))
+    return copy.deepcopy(_kept(str(folder)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -121,7 +123,7 @@ def save_best_model(
     """Writes model and tokenizer of a checkpoint to a folder for from_pretrained.
 
     The folder is written under another name and renamed when it is complete. It replaces an earlier one. The weights
-    have the precision of the training, whether the training came to its end or not.
+    have the precision of the training, whether the training came to its end or not. The model is in memory once.
 
     Args:
         checkpoint: of the best trial.
@@ -134,13 +136,13 @@ def save_best_model(
     shutil.rmtree(folder, ignore_errors=True)  # left by an interruption
     dtype = precision.DTYPES[dtype_name]
     if not is_of_full_training(checkpoint):
-        model = load_weights(checkpoint, lora.adapted(pretrained(pretrained_folder), **adapters or {"r": 0}))
+        model = load_weights(checkpoint, lora.adapted(_read(pretrained_folder), **adapters or {"r": 0}))
     elif adapters:
-        model = lora.with_saved_adapters(pretrained(pretrained_folder), checkpoint)
+        model = lora.with_saved_adapters(_read(pretrained_folder), checkpoint)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     model = (model.merge_and_unload() if adapters else model).to(dtype)
-    if not all(weight.isfinite().all() for weight in model.parameters()):
+    if not all(end.isfinite() for weight in model.parameters() for end in weight.aminmax()):  # makes no copy of one
         print(
             f"WARNING: best_model has weights that are infinite in {dtype_name}, or NaN: "
             "train with --precision bf16 or fp32",

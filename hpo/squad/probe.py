@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ NO_EOS = -1  # no token
 
 
 def free_memory() -> int:
-    """Bytes that this process may still use: of the machine, or of the Slurm job."""
+    """Bytes that this process may still use: of the machine, of its control groups, or of the Slurm job."""
     per_node, per_cpu = (int(os.environ.get(f"SLURM_MEM_PER_{unit}", 0)) << 20 for unit in ("NODE", "CPU"))
     of_job = per_node or per_cpu * int(os.environ.get("SLURM_CPUS_ON_NODE", 1))
-    return min(psutil.virtual_memory().available, of_job or math.inf) - OTHER
+    return min(psutil.virtual_memory().available, errors.free_in_groups(), of_job or math.inf) - OTHER
 
 
 def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
@@ -46,8 +47,10 @@ def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
     lora.check(setup.model, largest["lora_r"], setup.lora_target_modules, setup.gradient_checkpointing)
     needed, free = 5 * loading.count_parameters(setup.model), free_memory()
     if needed > free:
-        print(f"the model is not tried before the search: that needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} are free")
+        needs = f"that needs {needed / 1e9:.3g} GB, {max(0, free) / 1e9:.3g} are free"
+        print(f"the model is not tried before the search: {needs}; with more memory (sbatch --mem=...) it is")
         return
+    began = time.monotonic()
     print("trying the model on the CPU: a training step, the longest sequence, an answer", flush=True)
     tokenizer, what = models.load_tokenizer(setup.model), "reading the weights"
     pad = tokenizer.pad_token_id
@@ -77,6 +80,7 @@ def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:
     except Exception as error:  # whatever a model raises
         reason = errors.one_line(f"{type(error).__name__}: {error}")
         raise BadInput(f"--model {setup.model}: it fails at {what}: {reason}") from error
+    print(f"the model was tried in {time.monotonic() - began:.1f} s", flush=True)
 
 
 def _read_weights(folder: Path) -> torch.nn.Module:
