@@ -402,8 +402,9 @@ def main(args, train=train) -> None:
         write_json(run.folder / "best_result.json", result)
         best_model = run.folder / "best_model"
         if not run.has_tested(log.best):  # otherwise it is best_model already, and no later trial is better
-            adapters = lora.of_trial(setup, log.configs[log.best])
-            models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
+            if not run.has_untested(log.best):
+                adapters = lora.of_trial(setup, log.configs[log.best])
+                models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
             print(f"best model: {best_model}; testing it", flush=True)
             resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}
             test_task = ray.remote(**resources)(test)

@@ -28,7 +28,9 @@ def read(text: str) -> dict:
 
 
 def settings(given: list[dict], space: dict, args) -> list[dict]:
-    """The known settings of a run: those of the script, then those of --try. One that is given twice is there once.
+    """The known settings of a new run: those of the script, then those of --try. One that is given twice is there once.
+
+    With --resume there are none yet: Run takes those of run.json.
 
     Args:
         given: KNOWN of the script.
@@ -43,6 +45,8 @@ def settings(given: list[dict], space: dict, args) -> list[dict]:
     """
     from hpo import search_space  # imported late, because it imports Ray
 
+    if args.resume:
+        return []
     if not isinstance(given, list) or not all(isinstance(setting, dict) for setting in given):
         raise BadInput('KNOWN: must be a list of dictionaries such as {"lr": 2.5e-5, "per_device_bs": 2, "wd": 0.0}')
     sources = [(f"KNOWN: {setting}", setting) for setting in given]

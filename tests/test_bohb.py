@@ -813,6 +813,23 @@ def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots,
                 assert at == {*members, *({"00000"} & of_bracket)}
 
 
+def test_a_known_setting_with_a_tuple_is_suggested_after_a_restart():
+    """The saved state has a list for it."""
+    space = {"train_loop_config": {"lr": SPACE["train_loop_config"]["lr"], "layers": tune.choice([(1, 2), (3, 4)])}}
+    first = known.points([{"lr": 1e-5, "layers": layers} for layers in [(1, 2), (3, 4), (1, 2)]])
+
+    def new_pair():
+        return pair(OURS, space=space, points_to_evaluate=first)
+
+    simulation = Simulation(*new_pair(), 3, lambda config, t: 1.0, max_t=50)
+    simulation.run(1)
+    left = simulation.search_alg.searcher._points_to_evaluate
+    simulation = simulation.restart(*new_pair(), saved=True)
+    assert 0 < len(left) < 3 and simulation.search_alg.searcher._points_to_evaluate == left
+    simulation.run()
+    assert [s["known"] for s in simulation.search_alg.searcher.suggested.values()] == [True] * 3
+
+
 def test_without_known_settings_the_draws_are_the_same():
     """The suggestions after known settings begin with those of a search that has none."""
     plain, first = pair(OURS, seed=3)[0], pair(OURS, seed=3, points_to_evaluate=known.points(FIRST))[0]

@@ -137,7 +137,9 @@ class TuneBOHB(Searcher):
                 after its final report and before Tune removed it. It no longer holds a slot.
         """
         self.suggested, self.observations = state["suggested"], state["observations"]
-        self._points_to_evaluate = state.get("points_to_evaluate", [])  # older states have none
+        # Only how many are left: JSON has lists for tuples. Older states have none.
+        given, left = self._points_to_evaluate, len(state.get("points_to_evaluate", []))
+        self._points_to_evaluate = given[len(given) - left :]
         if self._space is None:
             self._restored = state, live
             return
