@@ -390,7 +390,8 @@ def main(args, train=train) -> None:
         return check_nodes.check(args, space, setup, largest, train)
     run = Run(args, space, setup, len(test_set))
     if run.done:
-        print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
+        print(f"{run.folder} is done already; a larger --num_samples adds trials")
+        print(f"python -m hpo.results {run.folder} shows it")
         return
     messages.announce(run)
 

@@ -765,8 +765,8 @@ FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)
 )
 @settings(deadline=None, max_examples=500)
 def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
-    """Known settings are the first trials, also if the search is stopped and resumed. The first one, the baseline, is
-    trained to max_t unless it fails, and its bracket is that of its other trials.
+    """Known settings are the first trials, also if the search is stopped, and resumed for more trials or fewer. The
+    first one, the baseline, is trained to max_t unless it fails, and its bracket is that of its other trials.
     """
     chance = random.Random(seed)
     first = chance.sample(FIRST, chance.randint(1, min(3, num_samples)))
@@ -787,7 +787,9 @@ def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots,
     for _ in range(chance.randint(0, 6)):
         saved = chance.random() < 0.5
         simulation.run(len(simulation.reports) + chance.randint(1, 60), abrupt=not saved)
-        simulation = simulation.restart(*new_pair(), saved)
+        if chance.random() < 0.3:
+            num_samples = chance.randint(max(len(first), simulation.search_alg.created), num_samples + 20)
+        simulation = simulation.restart(*new_pair(), saved, num_samples)
     simulation.run()
     search_alg, hyperband = simulation.search_alg.searcher, simulation.scheduler
     suggested = list(search_alg.suggested.values())
@@ -802,7 +804,7 @@ def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots,
     for bracket in hyperband.brackets:
         of_bracket = {t for t in search_alg.suggested if hyperband.bracket_of(t) is bracket}
         sizes = [size for size, _ in bracket.rungs]
-        if bracket.added < sizes[0]:  # the last one of the search may be smaller
+        if bracket.added < sizes[0]:  # the last one of the search, or of it before it got more trials
             sizes = [math.ceil(bracket.added / reduction_factor**i - 1e-9) for i in range(len(sizes))]
         members = of_bracket
         for (_, below), size, (_, budget) in zip(bracket.rungs, sizes[1:], bracket.rungs[1:], strict=False):

@@ -1,10 +1,13 @@
 """A run that is done, or was interrupted, goes on with more trials: through the command line. See also test_bohb.py."""
 
+import contextlib
 import datetime
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -14,7 +17,7 @@ from ray import tune
 
 from conftest import run_script
 from faulty import write_script
-from hpo import errors, files, search_space
+from hpo import arguments, errors, files, search_space
 from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from test_run import KEYS, cut
@@ -72,8 +75,8 @@ def test_run_that_cannot_be_extended_is_refused_in_one_line(done, tmp_path):
 
     assert "--num_samples 3 (the run has 4)" in refused("--num_samples", 3)
     assert refused("--num_samples", 6, "--max_t", 8).endswith("the run's: --max_t 8 (the run has 4)\n")
-    for arguments in ([], ["--num_samples", 4]):
-        process = run_script(*name, "--resume", *arguments)
+    for more in ([], ["--num_samples", 4]):
+        process = run_script(*name, "--resume", *more)
         assert process.returncode == 0 and "is done already" in process.stdout
     (tmp_path / "quota").write_text("#!/bin/sh\necho 10 0 11 0 0 0 0 0\n")  # 1 KB is left
     (tmp_path / "quota").chmod(0o755)
@@ -174,6 +177,29 @@ def test_an_extension_keeps_the_results_of_the_run(tmp_path):
     results = {"tests": [{"trial_id": "a"}], "baseline": {"trial_id": "a"}, "slot_minutes": {"allocated": 1.0}}
     facts = take_over(tmp_path, results | {"status": "done"}).facts
     assert {name: facts[name] for name in results} == results and facts["status"] == "running"
+
+
+def test_a_number_of_trials_that_was_too_large_is_undone(tmp_path):
+    """As long as no trial above the smaller number has begun."""
+    assert take_over(tmp_path, {}, suggested=4, num_samples=4).args.num_samples == 4
+    with pytest.raises(errors.BadInput, match="--num_samples 3: 4 trials have begun already"):
+        take_over(tmp_path, {}, suggested=4, num_samples=3)
+
+
+@pytest.mark.parametrize("status", ["done", "interrupted"])
+def test_number_of_trials_on_the_command_line(tmp_path, status):
+    """Of a resumed run. Exit code 3 of python -m hpo.arguments: there is nothing to do."""
+    of_run = arguments.kept(arguments.parse("", ["--num_samples", "6", "--precision", "fp32"]))
+    (tmp_path / "x").mkdir()
+    files.write_json(tmp_path / "x" / "run.json", {"arguments": of_run, "search_space": {}, "status": status})
+    resume = ["--resume", "--run_name", "x", "--output_dir", str(tmp_path)]
+    for number in (4, 8):
+        with pytest.raises(errors.BadInput) if (number, status) == (4, "done") else contextlib.nullcontext():
+            assert arguments.parse("", [*resume, "--num_samples", str(number)]).num_samples == number
+    for more, code in ([], 3 if status == "done" else 0), (["--num_samples", "8"], 0):
+        command = [sys.executable, "-m", "hpo.arguments", *resume, *more]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert (process.returncode, process.stdout, process.stderr) == (code, "", "")
 
 
 def test_run_that_an_older_version_has_not_tested_is_tested(done, tmp_path):

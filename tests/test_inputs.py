@@ -92,6 +92,7 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "unknown metric": (["--metric", "bleu"], r"--metric: invalid choice: 'bleu'"),
     "unknown flag": (["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "abbreviated flag": (["--max_train", "1"], r"unrecognized arguments: --max_train"),
+    "plan of a run": (["--plan", "--resume"], r"--plan: not with --resume"),
     "not a number": (["--max_t", "many"], r"--max_t: invalid int value: 'many'"),
     "max_t": (["--max_t", "0"], r"--max_t 0: must be at least 1"),
     "reduction_factor": (["--reduction_factor", "1"], r"--reduction_factor 1: must be at least 2"),

@@ -86,9 +86,10 @@ def test_the_baseline_is_trained_to_the_end_beside_its_bracket(searched):
     gained = json.loads((folder / "run.json").read_text())["baseline"]
     assert gained == {"trial_id": first["trial_id"], "gain": {k: best[k] - first[k] for k in tables.METRICS}}
     assert gained["gain"]["eval_loss"] < 0
-    line = re.search(r"\nBest trial minus baseline, trial (\w+): eval_loss (\S+), exact_match \S+, f1 \S+\n", out)
+    gain = r"eval_loss (\S+) \(lower is better\), exact_match \S+, f1 \S+"
+    line = re.search(rf"\nGain over the baseline \(trial (\w+)\): {gain}\n", out)
     assert line.groups() == (first["trial_id"], f"{gained['gain']['eval_loss']:.4f}")
-    assert "<dt>Best trial minus baseline</dt>" in (folder / "report.html").read_text()
+    assert f"<dt>Gain over the baseline (trial {first['trial_id']})</dt>" in (folder / "report.html").read_text()
 
 
 def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_model, tiny_squad):
@@ -104,7 +105,7 @@ def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_mo
     assert other.stderr.count("\n") == 1
     done = run_script(*name, "--resume", script=script)
     assert done.returncode == 0, done.stderr
-    assert "going on with a search" in done.stdout and "Best trial minus baseline" in done.stdout
+    assert "going on with a search" in done.stdout and "Gain over the baseline (trial" in done.stdout
     columns = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration", "status", "known"]
     rows = [[[t[k] for k in columns] for t in files.read_csv(f / "trials.csv")] for f in (folder, tmp_path / "x")]
     assert rows[0] == rows[1]

@@ -99,6 +99,9 @@ class Run:
             self.state = load_state(self.folder)
         except RuntimeError as error:
             raise BadInput(f"--resume: {error}") from None
+        suggested = len(self.state["searcher"]["suggested"]) if self.state else 0
+        if self.args.num_samples < suggested:
+            raise BadInput(f"--num_samples {self.args.num_samples}: {suggested} trials have begun already")
         if earlier.get("status") == "done" and self.state is None:
             raise BadInput(f"--resume: {self.folder} has no {FILE}: an older version of this program has deleted it")
         known = earlier.get("known_settings", [])  # older runs have none
