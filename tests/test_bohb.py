@@ -855,6 +855,20 @@ def test_a_baseline_that_loses_changes_nothing_for_its_bracket(slots):
     assert ("00000", 3) in found[0]
 
 
+def test_a_baseline_that_loses_as_the_last_one_leaves_its_slot():
+    """To the trials that its bracket promotes."""
+    search_alg, _ = pair(OURS, points_to_evaluate=known.points(FIRST[:1]))
+    size = {"max_t": 50, "reduction_factor": 4, "baseline": True}
+    hyperband = scheduler.HyperBandForBOHB(metric="eval_loss", mode="min", **size)
+    slow = FIRST[0]["lr"]  # all others have a result at the first rung before
+    options = {"seconds": lambda config: 99.0 if config["train_loop_config"]["lr"] == slow else 1.0}
+    simulation = Simulation(search_alg, hyperband, 22, loss, slots=2, **options)
+    simulation.run()
+    assert max(simulation.reports[: 22 * 3], key=lambda report: report[1])[2:4] == ("00000", 3)
+    starts = {trial_id: start for start, _, trial_id, t, _ in simulation.reports if t == 4}
+    assert len(starts) == 7 and max(starts.values()) == starts["00000"]
+
+
 @unchecked
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 2))
 @example(1, [16], 0)  # a trial that was promoted while it was running has to be resumed first
