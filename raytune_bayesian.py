@@ -391,8 +391,7 @@ def main(args, train=train) -> None:
     run = Run(args, space, setup, len(test_set))
     if run.done:
         print(f"{run.folder} is done already; a larger --num_samples adds trials")
-        print(f"python -m hpo.results {run.folder} shows it")
-        return
+        return print(f"python -m hpo.results {run.folder} shows it")
     messages.announce(run)
 
     # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.
