@@ -338,8 +338,9 @@ def search(run, train):
     points = known.points(args.known)
     searcher = TuneBOHB(points_to_evaluate=points, seed=args.seed, max_concurrent=args.max_concurrent_trials)
     scheduler = HyperBandForBOHB(
-        max_t=args.max_t, reduction_factor=args.reduction_factor, stop_last_trials=False, baseline=args.baseline
-    )
+        time_attr="training_iteration", max_t=args.max_t, reduction_factor=args.reduction_factor,
+        stop_last_trials=False, baseline=args.baseline,
+    )  # fmt: skip
     session = SearchSession(run, searcher, scheduler)
     tuner = tune.Tuner(
         session.trainable(train),

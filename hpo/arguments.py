@@ -20,7 +20,7 @@ from pathlib import Path
 from hpo import disk, known, ranges
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput
-from hpo.results.slots import slots_of
+from hpo.results.slots import slots_of, slots_that_passed
 from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
@@ -137,8 +137,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
 
     Returns:
         The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
-        it is None if the trials run on this machine. `ranges` has the variables that change the search space. `known`
-        is empty: known.settings needs the search space. `earlier_check` is the check.json of --from_check.
+        it is None if the trials run on this machine, and with --from_check. `ranges` has the variables that change the
+        search space. `known` is empty: known.settings needs the search space. `earlier_check` is the check.json of
+        --from_check.
 
     Raises:
         BadInput: an argument is wrong.
@@ -180,7 +181,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     else:
         if args.seconds_per_iteration is not None:
             args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
-    args.cluster = read_cluster_env() if args.plan else cluster_of_job()
+    args.cluster = None if args.from_check is not None else read_cluster_env() if args.plan else cluster_of_job()
     return args
 
 
@@ -239,7 +240,14 @@ def check_disk(output_dir: Path, needed: int) -> None:
 
 
 def take_from_check(args: argparse.Namespace) -> None:
-    """Reads the check of --from_check, and takes the arguments that are not given from it. Raises BadInput."""
+    """Reads the check of --from_check, and takes the arguments that are not given from it.
+
+    So it does with the variables that change the search space. The slots are those of its nodes that were ok, as in
+    the plan that it has printed.
+
+    Raises:
+        BadInput: it is no folder of a check, no small trial has run, or no node was ok and no slots are given.
+    """
     try:
         args.earlier_check = json.loads((Path(args.from_check) / "check.json").read_text())
         earlier = args.earlier_check["arguments"]
@@ -250,6 +258,14 @@ def take_from_check(args: argparse.Namespace) -> None:
             value = earlier[name]
             setattr(args, name, [value] if name in ("reduction_factor", "max_concurrent_trials") else value)
             args.given |= {"precision"} & {name}  # it is not a default: the plan of memory is for it
+        if args.earlier_check["pace"] is None:
+            raise BadInput(f"--from_check {args.from_check}: no node has run the small trial, so there is no pace")
+        args.ranges = ranges.read(args.earlier_check.get("environment", {})) | args.ranges
+        passed = slots_that_passed(args.earlier_check["nodes"], earlier["max_concurrent_trials"])
+        if "max_concurrent_trials" not in args.given:
+            args.max_concurrent_trials = [passed]
+        if not passed and not all(args.max_concurrent_trials):
+            raise BadInput(f"--from_check {args.from_check}: no node was ok: give the slots, --max_concurrent_trials")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"--from_check {args.from_check}: not the folder of a check ({error!r})") from None
 
@@ -356,18 +372,27 @@ def node_cpus(args: argparse.Namespace) -> int:
     return args.cluster["CPUS_PER_NODE"] if args.cluster else len(os.sched_getaffinity(0))
 
 
+def kinds_of_nodes(args: argparse.Namespace) -> list[tuple[int, dict[str, int]]]:
+    """The nodes for trials, as (number of nodes, resources of each); the head job's own may be of another kind."""
+    nodes, gpus, cpus = machines(args)
+    kinds = [(nodes, {"CPU": cpus, "GPU": gpus})]
+    if args.cluster and "HEAD_GPUS" in args.cluster:
+        kinds.append((1, {"CPU": args.cluster["HEAD_CPUS"], "GPU": args.cluster["HEAD_GPUS"]}))
+    return kinds
+
+
 def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
-    """How many trials can run at a time, once all workers have joined.
+    """How many trials can run at a time, once all workers have joined; with --from_check, on its nodes that were ok.
 
     Args:
         args: the arguments of the run.
         at_a_time: in place of --max_concurrent_trials; 0: as many as there is room for.
     """
-    nodes, gpus, cpus = machines(args)
     of_trial = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
-    room = nodes * slots_of({"CPU": cpus, "GPU": gpus}, of_trial)
-    if args.cluster and "HEAD_GPUS" in args.cluster:
-        room += slots_of({"CPU": args.cluster["HEAD_CPUS"], "GPU": args.cluster["HEAD_GPUS"]}, of_trial)
+    if args.from_check is not None:
+        room = slots_that_passed(args.earlier_check["nodes"], 0)
+    else:
+        room = sum(number * slots_of(have, of_trial) for number, have in kinds_of_nodes(args))
     at_a_time = args.max_concurrent_trials if at_a_time is None else at_a_time
     return min(room, at_a_time or room)
 

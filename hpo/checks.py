@@ -38,7 +38,12 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check_resources(args: argparse.Namespace) -> None:
-    """GPUs and CPUs of a trial. The default is one GPU, or none where there are none."""
+    """GPUs and CPUs of a trial. The default is one GPU, or none where there are none.
+
+    Those of --from_check have run on its nodes: this machine may have fewer.
+    """
+    if args.from_check is not None:
+        return
     where = "a worker node (cluster.env)" if args.cluster else "this machine"
     cpus = arguments.node_cpus(args)
     if args.cpus_per_trial > cpus:  # first: to look for GPUs is slow

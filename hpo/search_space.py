@@ -323,7 +323,7 @@ def value_of(domain, value):
                 return found
         elif least <= value <= most and (value == int(value) or not isinstance(domain, Integer)):
             return int(value) if isinstance(domain, Integer) else float(value)
-    raise ValueError(f"{value!r} is not {'in ' * isinstance(domain, Domain)}{text(domain).lower()}")
+    raise ValueError(f"{value!r} is not {'in ' * isinstance(domain, Domain)}{text(domain)}")
 
 
 def setting_of(space: dict, setting: dict) -> dict:

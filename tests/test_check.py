@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import signal
 import tempfile
 from types import SimpleNamespace
 
@@ -15,9 +16,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 import raytune_bayesian
 from conftest import run_script
 from faulty import write_script
-from hpo import arguments, checks, disk, errors, search_space
-from hpo.cluster import check_nodes, node_state, small_trial
+from hpo import arguments, checks, disk, errors, ranges, search_space
+from hpo.cluster import check_nodes, launch, messages, node_state, preemption, small_trial
 from hpo.plan import pace, plan
+from hpo.results.slots import slots_that_passed
 from hpo.squad.setup import prepare
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
@@ -63,7 +65,7 @@ def test_plan_takes_the_pace_of_a_check(checked):
     check = json.loads((folder / "check.json").read_text())
     plan_of = ["--plan", "--from_check", folder]
     at = re.compile(r"^at \S+ s an iteration: .*$", re.MULTILINE)
-    same = run_script(*plan_of, "--max_concurrent_trials", check["nodes"][0]["slots"])
+    same = run_script(*plan_of)
     assert same.returncode == 0, same.stderr
     assert at.search(same.stdout).group() == at.search(process.stdout).group()
     longer = run_script(*plan_of, "--num_train_epochs", 2)
@@ -148,6 +150,37 @@ def test_a_lost_process_is_a_row(tmp_path, tiny_model, tiny_squad):
     assert "often it was killed for its memory (MEM_PER_NODE), see logs/" in row[-1]
     (folder,) = (tmp_path / "results").iterdir()
     assert re.fullmatch(r"check-[\d-]+", folder.name)
+
+
+def test_a_check_that_the_time_limit_ends(tmp_path, tiny_model, tiny_squad):
+    """Exit code 2, and the table says that the trials of the node were not done."""
+    body = f"""
+STARTED = Path({str(tmp_path / "started")!r})
+
+
+def train(config, setup, trial):
+    STARTED.touch()
+    time.sleep(3600)
+
+
+if __name__ == "__main__":
+    import threading
+
+    def warn():  # as Slurm does
+        while not STARTED.exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    threading.Thread(target=warn, daemon=True).start()
+"""
+    where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--run_name", "c"]
+    script = write_script(tmp_path / "waiting.py", body)
+    process = run_script("--check", *where, *SMALL, "--max_concurrent_trials", 1, script=script)
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert process.stderr.splitlines()[-1].endswith("--check: 1 of 1 nodes are not ok, see the table above")
+    (row,) = rows_of(process.stdout)[1:]
+    assert row[-1] == check_nodes.NOT_DONE and row[4] == "same"  # the looks at GPUs, versions and disks were done
+    assert not json.loads((tmp_path / "results" / "c" / "check.json").read_text())["ok"]
 
 
 @pytest.mark.parametrize(
@@ -294,10 +327,38 @@ def test_what_is_wrong_with_a_small_trial(skipped, sharing, says):
     assert len(problems) == len(says) and all(p.startswith(s) for p, s in zip(problems, says, strict=True))
 
 
+@pytest.mark.parametrize(
+    "have, flags, problem",
+    [
+        ((4, 2), "", "only 2 of its 4 GPUs are used, because its CPUs are enough for 2 trials: a larger --cpus-"),
+        ((4, 8), "--gpus_per_trial 0.25", "only 2 of its 4 GPUs are used, because its CPUs are enough for 8 trials: "),
+        ((4, 3), "--gpus_per_trial 2 --cpus_per_trial 2", "only 2 of its 4 GPUs are used, because its CPUs are"),
+        ((4, 2), "--max_concurrent_trials 4", None),  # of 2 nodes
+        ((4, 2), "--max_concurrent_trials 5", "only 2 of its 4 GPUs are used"),
+        ((4, 4), "", None),
+        ((5, 2), "--gpus_per_trial 2", None),
+        ((4, 2), "--gpus_per_trial 0", None),
+        ((4, 0), "", "too small: "),
+    ],
+)
+def test_gpus_that_no_trial_gets(have, flags, problem):
+    """The CPUs of a node are too few for its GPUs: its row in the check says it, and a warning of the search."""
+    args = arguments.parse("", ["--gpus_per_trial", "1", *flags.split()])
+    has = {"GPU": float(have[0]), "CPU": float(have[1])}
+    nodes = [{"NodeID": name, "NodeManagerHostname": name, "Resources": has} for name in "ab"]
+    rows = check_nodes.rows_with_slots(nodes, args)
+    for each in rows.values():
+        assert len(each["problems"]) == (problem is not None) and all(p.startswith(problem) for p in each["problems"])
+    args.cluster = {"NUM_WORKERS": 2, "GPUS_PER_NODE": have[0], "CPUS_PER_NODE": have[1]}
+    if not problem or problem.startswith("only"):
+        warnings = messages.cpu_warnings(args, arguments.slots(args))
+        assert warnings == [f"WARNING: on a node {text}" for text in rows["a"]["problems"]]
+
+
 def test_slots_of_the_plan_are_those_of_the_nodes_that_passed():
     rows = [row(slots=4), row(slots=4, problems=["too slow"]), row(slots=2), {"node": "n4", "problems": ["lost"]}]
-    assert [check_nodes.slots_that_passed(rows, at_a_time) for at_a_time in (0, 5, 9)] == [6, 5, 6]
-    assert check_nodes.slots_that_passed(rows[1:2], 0) == 0
+    assert [slots_that_passed(rows, at_a_time) for at_a_time in (0, 5, 9)] == [6, 5, 6]
+    assert slots_that_passed(rows[1:2], 0) == 0
 
 
 def test_table_of_nodes():
@@ -320,9 +381,64 @@ def test_nodes_that_refuse_or_do_not_come(tmp_path, monkeypatch, capsys):
     (tmp_path / "refused").write_text("n2: ray is 2.9 here: wrong\n")
     nodes, refused = check_nodes.wait_for_nodes(2, 1000, tmp_path / "refused")
     assert nodes == [up] and refused == [("n2", "ray is 2.9 here: wrong")] and capsys.readouterr().out == ""
-    nodes, refused = check_nodes.wait_for_nodes(3, 0.1, tmp_path / "refused")
-    assert nodes == [up] and len(refused) == 1
+    nodes, others = check_nodes.wait_for_nodes(3, 0.1, tmp_path / "refused")
+    late = ("(not joined)", "did not join within 0 s (WORKER_TIMEOUT): see logs/ and squeue")
+    assert nodes == [up] and others == [*refused, late]
     assert "waiting for nodes: 1 of 3 have joined, 1 refused; at most 0 s more" in capsys.readouterr().out
+
+
+def test_nodes_that_have_joined_do_not_wait_for_hours(tmp_path, monkeypatch, capsys):
+    """The first node has WORKER_TIMEOUT to join; the others have JOIN_SECONDS more."""
+    now, up = [0.0], {"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerHostname": "n1"}
+    monkeypatch.setattr(
+        check_nodes, "time", SimpleNamespace(time=lambda: now[0], sleep=lambda s: now.append(now.pop() + s))
+    )
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [up] * (now[0] >= 5000))
+    late = "did not join within 600 s after the first node: see logs/ and squeue"
+    assert check_nodes.wait_for_nodes(2, 21600, tmp_path / "refused") == ([up], [("(not joined)", late)])
+    assert 5600 <= now[0] < 5610
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].endswith("at most 21600 s more for the first (WORKER_TIMEOUT)")
+    assert told[1] == "waiting for nodes: 1 of 2 have joined, 0 refused; at most 600 s more"
+
+
+@pytest.fixture
+def handlers():
+    """Puts the handlers of signals back after the test."""
+    before = {how: signal.getsignal(how) for how in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    preemption.came.clear()
+    for how, handler in before.items():
+        signal.signal(how, handler)
+
+
+def test_the_time_limit_ends_the_wait_for_nodes_and_trials(tmp_path, monkeypatch, handlers):
+    """What is done is taken. After SIGTERM nothing is."""
+    up = {"Alive": True, "Resources": {"CPU": 4.0}, "NodeManagerHostname": "n1", "NodeID": "n1"}
+    cancelled = []
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: [up])
+    monkeypatch.setattr(
+        check_nodes.ray, "wait", lambda f, timeout: (f, []) if f == ["done"] and not timeout else ([], f)
+    )
+    monkeypatch.setattr(check_nodes.ray, "cancel", lambda future, force: cancelled.append(future))
+    monkeypatch.setattr(check_nodes.ray, "get", lambda future: 7)
+    preemption.mark_signals()
+    signal.raise_signal(signal.SIGUSR1)
+    late = "did not join before the time limit: see logs/ and squeue"
+    assert check_nodes.wait_for_nodes(2, 1000, tmp_path / "refused") == ([up], [("(not joined)", late)])
+    assert check_nodes.answer("f", "n1", deadline=1e12) == check_nodes.NOT_DONE and cancelled == ["f"]
+    assert check_nodes.answer("done", "n1", deadline=1e12) == 7
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(preemption.Terminated):
+        check_nodes.answer("f", "n1", deadline=1e12)
+
+
+def test_the_time_limit_before_a_check_begins(capsys, handlers):
+    """While the model and the data are loaded: exit code 2 and a line."""
+    with pytest.raises(SystemExit) as ended, launch.exit_codes(arguments.parse("", ["--check"])):
+        signal.raise_signal(signal.SIGUSR1)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("error: --check: the time limit came before the check of the nodes began\n")
 
 
 def test_node_that_is_lost_or_hangs(monkeypatch):
@@ -404,10 +520,58 @@ def test_mean_pace_of_all_nodes(tmp_path, tiny_model, tiny_squad):
     assert check_nodes.pace_of([{"trials": []}], [4, 2], setup, small) is None
 
 
+def write_check(folder, args, rows: list[dict], **more):
+    """Writes a check.json with these rows of nodes."""
+    facts = {"arguments": arguments.kept(args), "nodes": rows, "pace": {}} | more
+    (folder / "check.json").write_text(json.dumps(facts))
+
+
+def test_a_plan_from_a_check_has_its_slots(tmp_path):
+    """Those of its nodes that were ok. This machine may have no GPU, or too few for such a trial."""
+    args = arguments.parse("", ["--check", "--gpus_per_trial", "2", "--cpus_per_trial", "999", "--precision", "bf16"])
+    rows = [row(slots=4), row(slots=4), row(slots=4, problems=["too slow"]), {"node": "n4", "problems": ["lost"]}]
+    write_check(tmp_path, args, rows)
+    argv = ["--plan", "--from_check", str(tmp_path)]
+    planned = checks.check(arguments.parse("", argv))
+    assert planned.gpus_per_trial == 2 and [s["slots"] for s in arguments.plan_settings(planned)] == [8]
+    given = arguments.parse("", [*argv, "--max_concurrent_trials", "0", "3"])
+    assert [s["slots"] for s in arguments.plan_settings(given)] == [8, 3]
+    write_check(tmp_path, args, rows[2:])
+    with pytest.raises(errors.BadInput, match="no node was ok: give the slots, --max_concurrent_trials$"):
+        arguments.parse("", argv)
+    assert arguments.parse("", [*argv, "--max_concurrent_trials", "3"]).max_concurrent_trials == [3]
+    write_check(tmp_path, args, rows, pace=None)
+    with pytest.raises(errors.BadInput, match="no node has run the small trial, so there is no pace$"):
+        arguments.parse("", argv)
+
+
+def test_a_check_tells_and_keeps_the_search_space(tmp_path, tiny_model, tiny_squad, monkeypatch, capsys, handlers):
+    """What the environment has changed. The plan from the check takes it, unless its own environment has another."""
+    for name, value in {"LR_LOWER": "1e-5", "WD_CHOICES": "0, 0.1"}.items():
+        monkeypatch.setenv(name, value)
+    where = ["--output_dir", tmp_path, "--run_name", "c"]
+    args, setup, largest = prepared(tiny_model, tiny_squad, "--check", *where)
+    monkeypatch.setattr(launch, "start_ray", lambda *_: None)
+    monkeypatch.setattr(check_nodes.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(check_nodes, "rows_of_nodes", lambda *_: [row(problems=["lost"], slots=1)])
+    with pytest.raises(errors.BadInput, match="1 of 1 nodes are not ok"):
+        check_nodes.check(args, ranges.changed(SPACE, args.ranges), setup, largest, None)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("LR_LOWER=1e-5 in the environment: lr is ")
+    assert told[1] == "WD_CHOICES=0,0.1 in the environment: wd is choice[0.0, 0.1]"
+    kept = json.loads((tmp_path / "c" / "check.json").read_text())["environment"]
+    assert kept == {"LR_LOWER": "1e-5", "WD_CHOICES": "0,0.1"}
+    write_check(tmp_path, args, [row(slots=1)], environment=kept)
+    monkeypatch.delenv("LR_LOWER")
+    monkeypatch.setenv("WD_CHOICES", "0.2")
+    planned = arguments.parse("", ["--plan", "--from_check", str(tmp_path)])
+    assert planned.ranges == {"LR_LOWER": "1e-5", "WD_CHOICES": "0.2"}
+
+
 def test_what_is_not_given_is_as_in_the_check(tmp_path):
     """So a plan from a check of few questions is for few questions, too, unless it is given another number."""
     args = arguments.parse("", ["--check", "--max_train_samples", "9", "--max_concurrent_trials", "2"])
-    (tmp_path / "check.json").write_text(json.dumps({"arguments": arguments.kept(args)}))
+    write_check(tmp_path, args, [row(slots=2), row(slots=2)])
     planned = arguments.parse("", ["--plan", "--from_check", str(tmp_path), "--max_eval_samples", "5"])
     assert (planned.max_train_samples, planned.max_eval_samples, planned.max_concurrent_trials) == (9, 5, [2])
 
@@ -422,7 +586,6 @@ def test_what_is_not_given_is_as_in_the_check(tmp_path):
         ({"lora_r": 4}, {}, "the check was of a largest trial with"),
         ({}, {"ds_config": {"zero_optimization": {"stage": 1}}}, "the check was of another ds_config"),
         ({"gpus_per_trial": 0.5}, {}, "the check was of --gpus_per_trial 0"),
-        ({}, {"pace": None}, "no node has run the small trial"),
         ({}, {"questions": 5}, "not the folder of a check"),
     ],
 )

@@ -575,7 +575,7 @@ def test_known_settings_are_taken_as_the_search_space_has_them(capsys):
     search_alg.on_rung_result("a", 1, 0.5)
 
 
-IN_LR = "is not in loguniform(5e-06, 0.0002)"
+IN_LR = "is not in LogUniform(5e-06, 0.0002)"
 
 
 @pytest.mark.parametrize("text, says", [
@@ -598,13 +598,13 @@ def test_a_known_setting_that_is_wrong(text, says):
 
 
 @pytest.mark.parametrize("domain, value, says", [
-    (tune.randint(2, 5), 5, "in uniform(2, 5)"),
-    (tune.randint(2, 5), 2.5, "in uniform(2, 5)"),
-    (tune.quniform(0, 0.3, 0.1), 0.25, "in uniform(0, 0.3) in steps of 0.1"),
-    (tune.quniform(0, 0.3, 0.1), 0.4, "in uniform(0, 0.3) in steps of 0.1"),
-    (tune.qrandint(2, 8, 2), 5, "in uniform(2, 8) in steps of 2"),
-    (tune.uniform(0, 1), True, "in uniform(0, 1)"),
-    (tune.uniform(0, 1), "0.5", "in uniform(0, 1)"),
+    (tune.randint(2, 5), 5, "in Uniform(2, 5)"),
+    (tune.randint(2, 5), 2.5, "in Uniform(2, 5)"),
+    (tune.quniform(0, 0.3, 0.1), 0.25, "in Uniform(0, 0.3) in steps of 0.1"),
+    (tune.quniform(0, 0.3, 0.1), 0.4, "in Uniform(0, 0.3) in steps of 0.1"),
+    (tune.qrandint(2, 8, 2), 5, "in Uniform(2, 8) in steps of 2"),
+    (tune.uniform(0, 1), True, "in Uniform(0, 1)"),
+    (tune.uniform(0, 1), "0.5", "in Uniform(0, 1)"),
     (0.1, 0.2, "0.1"),
 ])  # fmt: skip
 def test_a_known_value_that_the_domain_lacks(domain, value, says):

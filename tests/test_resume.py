@@ -91,19 +91,18 @@ CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={}
 CUDA += "RuntimeError: CUDA error: an illegal memory access\n"
 
 
-def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_path):
+@pytest.mark.parametrize("network", ["10.0.0.", "2001:db8::"])
+def test_a_node_whose_gpu_fails_is_given_up_while_others_work(monkeypatch, tmp_path, network):
     nodes = [
-        {"NodeManagerAddress": f"10.0.0.{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)
+        {"NodeManagerAddress": f"{network}{i}", "Alive": True, "Resources": {f"slurm_job_7{i}": 1.0}} for i in (1, 2)
     ]
     monkeypatch.setattr(ray, "nodes", lambda: nodes)
     said, text = [], ""
     watch, victim = watchdogs.FaultyNodes(tmp_path, said.append), trial("a", "RUNNING")
     victim.error_file = str(tmp_path / "error.txt")
-    for number, address in enumerate(
-        ["10.0.0.2", "10.0.0.1", "10.0.0.1"], 1
-    ):  # one is an accident, and so is as many as elsewhere
+    for number, node in enumerate((2, 1, 1), 1):  # one is an accident, and so is as many as elsewhere
         assert not said
-        text += CUDA.format(number, address)
+        text += CUDA.format(number, f"{network}{node}")
         (tmp_path / "error.txt").write_text(text)
         watch.on_trial_recover(0, [], victim)
     assert said == ["worker 71 is given up: a GPU of its node fails"]

@@ -544,6 +544,35 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
 
 
+def test_a_worker_job_that_slurm_does_not_take_is_submitted_again():
+    """The last worker is lost while Slurm is busy: no reason to end the search, but for as long as a worker may take.
+
+    Of Slurm the answers alone.
+    """
+    text = (ROOT / "head_node.slurm").read_text()
+    functions = text[text.index("retry_until=0 #") : text.index("restart_local() {")]
+    ends = next(line for line in text.splitlines() if line.endswith("|| no_worker_left"))
+    command = f"""set -Eeuo pipefail
+log() {{ echo "$*"; }}; in_queue() {{ :; }}; timeout() {{ :; }}; no_worker_left() {{ echo over; }}; results=r
+add_worker() {{ answer=busy; ((SECONDS >= 10)) || return 1; workers+=(8); }}
+workers=(7) jobs=1 checking=0 rendezvous=/nowhere MAX_WORKER_RESTARTS=2 WORKER_TIMEOUT=$1
+declare -A local_workers=()
+{functions}
+joined=1
+for SECONDS in 0 5 9 12; do
+	replace_lost
+{ends}
+done
+echo "${{workers[*]}}" """
+    outputs = []
+    for patience in (60, 7):
+        done = subprocess.run(["bash", "-c", command, "-", str(patience)], capture_output=True, text=True, timeout=60)
+        outputs.append(done.stdout.splitlines())
+    begin = ["worker job 7 has ended", "no new worker job can be submitted now, will try again: busy"]
+    replaced = "worker job 8 replaces it (1 of at most 2)"
+    assert outputs == [[*begin, replaced, "8"], [*begin, "over", replaced, "8"]], outputs
+
+
 CLUSTER_ENV = """declare -x KIND=activated
 [ -z "$BASHRCSOURCED" ] && SOURCED=here
 export LD="$LD_FOR_TARGET"
@@ -644,7 +673,7 @@ def test_no_worker_comes(project, tiny):
     assert project.wait_for_end(job) == ("FAILED", "1:0")
     assert project.left_over() == {}
     log = project.log(job)
-    waits = r"waiting in the queue:( \d+){2} \(QOSMaxJobsPerUserLimit: a limit of its QOS is reached\)"
+    waits = r"waiting in the queue:( \d+){2} \(QOSMaxJobsPerUserLimit: a limit of its QOS is reached; "
     assert re.search(waits, log), log
     assert "no worker joined within 25 s (WORKER_TIMEOUT)" in log
     for worker in project.workers(job):

@@ -20,8 +20,8 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from hpo import arguments
-from hpo.cluster import launch, small_trial
+from hpo import arguments, ranges
+from hpo.cluster import launch, preemption, small_trial
 from hpo.cluster.node_state import SHARED_SECONDS, appears, in_words, look
 from hpo.cluster.run import make_folder
 from hpo.cluster.trial import bundles
@@ -30,16 +30,19 @@ from hpo.errors import BadInput
 from hpo.files import columns, write_json
 from hpo.plan import pace, plan
 from hpo.results.provenance import git_commit, versions
-from hpo.results.slots import bytes_of_gpu, slots_of, trials_per_gpu
+from hpo.results.slots import bytes_of_gpu, gpus_without_cpus, slots_of, slots_that_passed, trials_per_gpu
 from hpo.squad import loading
 
-JOIN_SECONDS = 600  # that nodes may take to join, where WORKER_TIMEOUT does not say
+JOIN_SECONDS = 600  # that nodes may take to join once the first one has; and the first, where WORKER_TIMEOUT is not set
 LOOK_SECONDS = 600  # that a node may take for its GPUs and disks: the first import of torch can take minutes
 TRIAL_SECONDS = 3600  # that the small trials of a node may take, where --trial_timeout does not say
+NOT_DONE = "not done before the time limit"
 
 
 def check(args, space: dict, setup, largest: dict, train) -> None:
     """Checks all nodes, prints the table and the plan, and writes check.json.
+
+    SIGUSR1, which Slurm sends before the time limit, ends the wait for nodes and trials. The table has what is done.
 
     Args:
         args: the arguments of the program.
@@ -59,10 +62,11 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     shared = make_folders(args, setup.run_dir)
     batches = small_trial.batch_sizes(space, setup, largest)
     setups = [(config, small_trial.small_setup(setup, size, shared)) for config, size in batches]
-    print(f"check: results in {setup.run_dir}", flush=True)
+    print("\n".join([*ranges.changes(space, args.ranges), f"check: results in {setup.run_dir}"]), flush=True)
     with launch.ray_folders() as folders:
         try:
             launch.start_ray(setup.gpus_per_trial, *folders)
+            preemption.mark_signals()
             rows = rows_of_nodes(args, shared, setups, train, forecast.disk(*disk_bytes))
         finally:
             ray.shutdown()
@@ -72,6 +76,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
     facts = {"ok": not bad, "job": arguments.slurm_job(), "arguments": arguments.kept(args)}
+    facts["environment"] = args.ranges
     facts |= {"model_folder": str(setup.model.absolute())}
     facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
     facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
@@ -127,12 +132,19 @@ def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[
     expected = int(os.environ.get("HPO_NODES", arguments.machines(args)[0]))
     patience = float(os.environ.get("WORKER_TIMEOUT", JOIN_SECONDS))
     nodes, others = wait_for_nodes(expected, patience, Path(os.environ.get("RENDEZVOUS_DIR", shared)) / "refused")
-    late = f"did not join within {patience:.0f} s (WORKER_TIMEOUT): see logs/ and squeue"
-    others += [("(not joined)", late)] * max(0, expected - len(nodes) - len(others))
-    rows = {}
+    rows = rows_with_slots(nodes, args)
+    look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
+    add_differences(list(rows.values()), versions())
+    run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
+    return [*rows.values(), *({"node": node, "problems": [reason], "trials": []} for node, reason in others)]
+
+
+def rows_with_slots(nodes: list[dict], args) -> dict[str, dict]:
+    """A row for each node of Ray, by its id: see rows_of_nodes. Without slots, or with unused GPUs, it is not ok."""
+    rows, of_trial = {}, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
     for node in nodes:
         have = node["Resources"]
-        slots = slots_of(have, {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial})
+        slots = slots_of(have, of_trial)
         rows[node["NodeID"]] = row = {"node": node["NodeManagerHostname"], "problems": [], "trials": []}
         row |= {"cpus": int(have["CPU"]), "number_of_gpus": int(have.get("GPU", 0))}
         row["slots"] = min(slots, args.max_concurrent_trials or slots)
@@ -140,28 +152,41 @@ def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[
             has = f"it has {row['cpus']} CPUs and {row['number_of_gpus']} GPUs for trials"
             needs = f"a trial needs {args.cpus_per_trial} and {args.gpus_per_trial}"
             row["problems"].append(f"too small: {has}, {needs}: ask Slurm for more, or a smaller trial")
-    look_at_nodes(rows, shared, args.gpus_per_trial > 0, needed)
-    add_differences(list(rows.values()), versions())
-    run_trials({node_id: row for node_id, row in rows.items() if row.get("can_run")}, setups, train, args.trial_timeout)
-    return [*rows.values(), *({"node": node, "problems": [reason], "trials": []} for node, reason in others)]
+    total = sum(row["slots"] for row in rows.values())
+    if not args.max_concurrent_trials or total < args.max_concurrent_trials:  # else no more slots are wanted
+        for node in nodes:
+            unused = gpus_without_cpus(node["Resources"], of_trial)
+            rows[node["NodeID"]]["problems"] += [unused] * bool(unused)
+    return rows
 
 
 def wait_for_nodes(expected: int, patience: float, refused_file: Path) -> tuple[list[dict], list[tuple[str, str]]]:
-    """Waits until all nodes have joined or refused to join, at most `patience` seconds.
+    """Waits until all nodes have joined or refused to join.
+
+    It waits at most `patience` seconds for the first node, and then at most JOIN_SECONDS for the others, because the
+    GPUs of those that have joined are idle.
 
     Returns:
         The nodes of Ray that have CPUs for trials, and the others as (node, reason).
     """
-    deadline, told = time.time() + patience, None
+    deadline, limit, told = time.time() + patience, f"within {patience:.0f} s (WORKER_TIMEOUT)", None
+    first = True
     while True:
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
         lines = refused_file.read_text().splitlines() if refused_file.exists() else []
         refused = [tuple(part.strip() for part in line.partition(":")[::2]) for line in lines if line.strip()]
-        if len(nodes) + len(refused) >= expected or time.time() > deadline:
-            return sorted(nodes, key=lambda node: node["NodeManagerHostname"]), refused
+        if nodes and first:
+            first, until = False, time.time() + JOIN_SECONDS
+            if until < deadline:
+                deadline, limit = until, f"within {JOIN_SECONDS} s after the first node"
+        cut, missing = preemption.time_is_up(), max(0, expected - len(nodes) - len(refused))
+        if not missing or cut or time.time() > deadline:
+            late = f"did not join {'before the time limit' if cut else limit}: see logs/ and squeue"
+            others = refused + [("(not joined)", late)] * missing
+            return sorted(nodes, key=lambda node: node["NodeManagerHostname"]), others
         if told != (len(nodes), len(refused)):
             told = len(nodes), len(refused)
-            waits = f"at most {deadline - time.time():.0f} s more (WORKER_TIMEOUT)"
+            waits = f"at most {deadline - time.time():.0f} s more" + " for the first (WORKER_TIMEOUT)" * (not nodes)
             print(f"waiting for nodes: {told[0]} of {expected} have joined, {told[1]} refused; {waits}", flush=True)
         time.sleep(1)
 
@@ -221,12 +246,6 @@ def run_trials(rows: dict[str, dict], setups: list, train, timeout: float | None
         row["problems"] += [problem for problem in problems_of(found, sharing) if problem not in row["problems"]]
 
 
-def slots_that_passed(rows: list[dict], at_a_time: int) -> int:
-    """How many trials can run at a time on the nodes that are ok; at most `at_a_time`, unless it is 0."""
-    slots = sum(row["slots"] for row in rows if not row["problems"])
-    return min(slots, at_a_time or slots)
-
-
 def problems_of(trial: dict, sharing: int) -> list[str]:
     """What is wrong with a small trial that has come to its end.
 
@@ -252,9 +271,12 @@ def once(function):
 
 def answer(future, node_id: str, deadline: float):
     """What a task on a node returns; or, as a text, why it does not."""
-    while not ray.wait([future], timeout=2)[0]:
+    while not ray.wait([future], timeout=0 if preemption.time_is_up() else 2)[0]:
         if not any(node["Alive"] and node["NodeID"] == node_id for node in ray.nodes()):
             return "the node has left the cluster: see the log of its job in logs/"
+        if preemption.time_is_up():
+            ray.cancel(future, force=True)
+            return NOT_DONE
         if time.time() > deadline:
             ray.cancel(future, force=True)
             return "no answer in time: it hangs, or is too slow: leave the node out (sbatch --exclude), and report it"

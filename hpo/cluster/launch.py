@@ -64,7 +64,13 @@ def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str) -> None:
 
 @contextlib.contextmanager
 def ray_folders():
-    """Two temporary folders with mode 0700: for Ray's sockets and logs, and for files of the worker processes."""
+    """Two temporary folders with mode 0700: for Ray's sockets and logs, and for files of the worker processes.
+
+    Two empty names where Ray runs already (RAY_ADDRESS): it has its own.
+    """
+    if "RAY_ADDRESS" in os.environ:
+        yield "", ""
+        return
     private = {"prefix": "bohb-", "ignore_cleanup_errors": True}
     short = None if len(tempfile.gettempdir()) < 26 else "/tmp"  # the names of Ray's sockets have at most 107 bytes
     with tempfile.TemporaryDirectory(dir=short, **private) as temp_dir, tempfile.TemporaryDirectory(**private) as tmp:
@@ -136,9 +142,16 @@ def exit_codes(args: argparse.Namespace):
     """
     script, folder = Path(sys.argv[0]).name, arguments.run_dir(args)
     gc.enable()  # the imports are done
+    if args.check:
+        preemption.stop_on_signals()  # until it marks them: it loads the model and the data first
     try:
         with errors.exit_on_bad_input():
-            yield
+            try:
+                yield
+            except preemption.Preempted:
+                if not args.check:
+                    raise
+                raise errors.BadInput("--check: the time limit came before the check of the nodes began") from None
     except (Exception, KeyboardInterrupt, preemption.Terminated) as error:
         storage = errors.is_storage(error)
         if storage:

@@ -5,13 +5,13 @@ import sys
 
 import ray
 
-from hpo import known, ranges
+from hpo import arguments, known, ranges
 from hpo.bohb.brackets import band_size, rungs
 from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
 from hpo.files import to_json
 from hpo.results import report, slot_time, tables
-from hpo.results.slots import trials_per_gpu
+from hpo.results.slots import gpus_without_cpus, trials_per_gpu
 from hpo.results.trial_log import TrialLog
 from hpo.squad import loading, precision
 
@@ -48,6 +48,8 @@ def announce(run: Run) -> None:
     if setup.shares_gpu:
         print(f"{trials_per_gpu(args.gpus_per_trial)} trials share each GPU")
     print(f"search: {trials} trials on {run.slots} slots, brackets of (trials, iterations) {brackets}")
+    for line in cpu_warnings(args, run.slots):
+        print(line)
     print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")
     print(f"model: {forecast.model_based} of {trials} suggestions come after it has enough results; a third of them")
     print("  stays random")
@@ -58,6 +60,15 @@ def announce(run: Run) -> None:
     if ray.__version__ != TESTED_WITH:
         print(f"WARNING: Ray {ray.__version__} is installed; this program was tested with Ray {TESTED_WITH}")
     sys.stdout.flush()
+
+
+def cpu_warnings(args, slots: int) -> list[str]:
+    """A line for each kind of node whose CPUs are too few for its GPUs, unless `slots` are all that are wanted."""
+    if slots == args.max_concurrent_trials:
+        return []
+    of_trial = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
+    texts = [gpus_without_cpus(have, of_trial) for _, have in arguments.kinds_of_nodes(args)]
+    return [f"WARNING: on a node {text}" for text in dict.fromkeys(texts) if text]
 
 
 def print_results(run: Run, log: TrialLog, result: dict) -> None:

@@ -31,6 +31,26 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
+came = set()  # signals, since mark_signals
+
+
+def mark_signals() -> None:
+    """From here on SIGUSR1 and SIGTERM raise nothing: time_is_up tells of them.
+
+    An exception that a handler raises while Ray waits in C code can be swallowed there.
+    """
+    came.clear()
+    for each in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(each, lambda number, _: came.add(number))
+
+
+def time_is_up() -> bool:
+    """Whether SIGUSR1 has come since mark_signals. Raises Terminated if SIGTERM has come."""
+    if signal.SIGTERM in came:
+        raise Terminated
+    return signal.SIGUSR1 in came
+
+
 class PauseOnSignal(Callback):
     """On SIGUSR1 starts no new trials; the running ones save at their next step and are paused; raises Preempted.
 

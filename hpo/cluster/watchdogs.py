@@ -100,7 +100,7 @@ class FaultyNodes(Callback):
         """Counts the error that has ended a trial's process."""
         text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         last = text[text.rfind("Failure #") :]
-        found, reasons = re.search(r"\bip=([\d.]+|[\da-f:]+)", last), re.findall(r"CUDA error.*", last)
+        found, reasons = re.search(r"\bip=([\da-f.:]+)", last), re.findall(r"CUDA error.*", last)
         if not found or not reasons or errors.kind_of(reasons[-1]) is not errors.Kind.NODE:
             return
         address = found.group(1)

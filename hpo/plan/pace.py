@@ -33,13 +33,11 @@ def of_check(args, space: dict, forecasts: list) -> list[float]:
     """The seconds of an iteration, for each forecast, by the check of --from_check.
 
     Raises:
-        BadInput: it is no folder of a check that has measured, or the check was of another model or other settings.
+        BadInput: it is no folder of a check, or the check was of another model or other settings.
     """
     try:
         check = args.earlier_check
         then, pace = check["arguments"], check["pace"]
-        if pace is None:
-            raise BadInput(f"--from_check {args.from_check}: no node has run the small trial, so there is no pace")
         local = loading.local_model(args.model)
         if args.model != then["model"] and str(local and local.absolute()) != check["model_folder"]:
             raise BadInput(f"--from_check {args.from_check}: the check was of --model {then['model']}")

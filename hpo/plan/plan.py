@@ -235,6 +235,8 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     for line in [*ranges.changes(space, args.ranges), *known.in_words(args.known, args.baseline)]:
         print(line)
     where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
+    if args.from_check is not None:
+        where = "the nodes that were ok in the check have"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
     print(plan(space, settings, forecasts, seconds, disk_bytes, limit, args.gpus_per_trial), flush=True)
     if model is None:

@@ -11,6 +11,25 @@ def trials_per_gpu(gpus_per_trial: float) -> int:
     return round(1 / gpus_per_trial) if 0 < gpus_per_trial < 1 else 1
 
 
+def gpus_without_cpus(have: dict[str, float], resources: dict[str, float]) -> str:
+    """That a node's CPUs are too few for its GPUs, in words. Empty where they are enough, or no trial fits.
+
+    The arguments are those of `slots_of`.
+    """
+    slots, gpus = slots_of(have, resources), resources["gpu"]
+    if not gpus or not slots or slots == slots_of(have, {"gpu": gpus}):
+        return ""
+    used = f"only {slots * gpus:.3g} of its {have['GPU']:g} GPUs are used"
+    trials = f"{slots} trial" + "s" * (slots > 1)
+    return f"{used}, because its CPUs are enough for {trials}: a larger --cpus-per-task, or CPUS_PER_NODE"
+
+
+def slots_that_passed(rows: list[dict], at_a_time: int) -> int:
+    """How many trials can run at a time on the nodes of a check that are ok; at most `at_a_time`, unless it is 0."""
+    slots = sum(row["slots"] for row in rows if not row["problems"])
+    return min(slots, at_a_time or slots)
+
+
 def bytes_of_gpu(peak: int, sharing: int) -> int:
     """Bytes of a GPU that trials need together, if torch reserves `peak` bytes for each of `sharing` trials."""
     return sharing * (peak + CONTEXT)
