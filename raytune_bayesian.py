@@ -391,8 +391,8 @@ def main(args, train=train) -> None:
         return check_nodes.check(args, space, setup, largest, train)
     run = Run(args, space, setup, len(test_set))
     if run.done:
-        print(f"{run.folder} is done already; python -m hpo.results {run.folder} shows it")
-        return
+        print(f"{run.folder} is done already; a larger --num_samples adds trials")
+        return print(f"python -m hpo.results {run.folder} shows it")
     messages.announce(run)
 
     # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.
@@ -403,8 +403,9 @@ def main(args, train=train) -> None:
         write_json(run.folder / "best_result.json", result)
         best_model = run.folder / "best_model"
         if not run.has_tested(log.best):  # otherwise it is best_model already, and no later trial is better
-            adapters = lora.of_trial(setup, log.configs[log.best])
-            models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
+            if not run.has_untested(log.best):
+                adapters = lora.of_trial(setup, log.configs[log.best])
+                models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
             print(f"best model: {best_model}; testing it", flush=True)
             resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}
             test_task = ray.remote(**resources)(test)

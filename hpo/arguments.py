@@ -80,7 +80,8 @@ def make_parser(description: str) -> Parser:
     add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
     add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
-    add("--num_samples", type=int, help="number of trials (default: one whole band)")
+    add("--num_samples", type=int, help="number of trials in all, with --resume those that are done included "
+        "(default: one whole band)")  # fmt: skip
     add("--gpus_per_trial", type=gpus_per_trial, help="default: 1, and 0 on a machine without GPUs; several: one "
         "process for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
@@ -115,7 +116,7 @@ def make_parser(description: str) -> Parser:
         help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
     )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments; "
-        "a larger --num_samples adds trials, also to a run that is done")  # fmt: skip
+        "a larger --num_samples adds trials up to that number, also to a run that is done")  # fmt: skip
     add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
@@ -151,6 +152,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     for other in ("plan", "prefetch", "resume"):
         if args.check and getattr(args, other):
             raise BadInput(f"--check: not with --{other}")
+    if args.plan and args.resume:
+        raise BadInput("--plan: not with --resume")
     for name in ("reduction_factor", "max_concurrent_trials"):
         if not args.plan:
             if len(getattr(args, name)) > 1:
@@ -163,7 +166,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     # Slurm starts a job again after its time limit, or after it has lost a node.
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir(args) / "run.json").exists()
     args.resume |= restarted and not args.plan and not args.check
-    if args.resume and not args.plan:
+    if args.resume:
         load_from_run(args)
     if args.plan and args.from_check is not None:
         if args.seconds_per_iteration is not None:
@@ -272,8 +275,8 @@ def kept(args: argparse.Namespace) -> dict:
     return {name: value for name, value in vars(args).items() if name not in NOT_OF_THE_SEARCH}
 
 
-def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
-    """The arguments and the `ranges` of the run that --run_name and --output_dir name.
+def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str], bool]:
+    """The arguments and the `ranges` of the run that --run_name and --output_dir name, and whether it is done.
 
     Raises:
         BadInput: it is no run folder.
@@ -296,7 +299,7 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str]]:
             kind = number if value is None or isinstance(value, float) else type(value)
             if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                 raise ValueError(name)
-        return earlier, ranges.read(dict(run.get("environment", {})))
+        return earlier, ranges.read(dict(run.get("environment", {}))), run.get("status") == "done"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput):
         raise BadInput(
             f"--resume: {run_dir(args)} is not the folder of a run: --run_name and --output_dir say which"
@@ -307,17 +310,18 @@ def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
     Arguments that are given again must be the same, except --trial_timeout, which may have been too short, and
-    --num_samples, which may be larger. So must the variables of the environment that change the search space.
+    --num_samples, which may be larger, or smaller before the run is done (see Run.take_over). So must the variables of
+    the environment that change the search space.
 
     Raises:
         BadInput: it is no run folder, or another argument is given.
     """
-    earlier, ranges_of_run = of_run(args)
+    earlier, ranges_of_run, done = of_run(args)
     for name in ("run_name", "output_dir"):  # they say where the run is: it may have been moved
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
         earlier.pop("trial_timeout")
-    if "num_samples" in args.given and args.num_samples > earlier["num_samples"]:
+    if "num_samples" in args.given and (args.num_samples > earlier["num_samples"] or not done):
         earlier.pop("num_samples")
     other = [
         f"--{name} {getattr(args, name)} (the run has {earlier[name]})"

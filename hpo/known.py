@@ -7,28 +7,42 @@ Imports the standard library only at its top: the command line reads --try befor
 """
 
 import ast
+import contextlib
 import re
 
 from hpo.bohb.brackets import band_size
 from hpo.errors import BadInput, one_line
 
 
-def read(text: str) -> dict:
-    """The setting in the text of a --try. Raises BadInput where it is of another form."""
+def read(text: str) -> dict[str, str]:
+    """The names in the text of a --try, and their values as text. Raises BadInput where it is of another form."""
     setting = {}
     for part in re.split(r",(?=\s*\w+=)", text):  # a list or a dictionary has commas too
         name, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not name.isidentifier() or name in setting:
             raise BadInput(f"--try {text}: must be name=value,name=value,... with each name once")
-        try:
-            setting[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            setting[name] = value  # a text, such as linear
+        setting[name] = value
     return setting
 
 
+def value_in(text: str, domain):
+    """The value in a text, such as 1 for "1"; the text itself where the domain has that and not the value."""
+    from hpo import search_space  # imported late, because it imports Ray
+
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text  # such as linear
+    for found in (value, text):
+        with contextlib.suppress(ValueError):
+            return search_space.value_of(domain, found)
+    return value
+
+
 def settings(given: list[dict], space: dict, args) -> list[dict]:
-    """The known settings of a run: those of the script, then those of --try. One that is given twice is there once.
+    """The known settings of a new run: those of the script, then those of --try. One that is given twice is there once.
+
+    With --resume there are none yet: Run takes those of run.json.
 
     Args:
         given: KNOWN of the script.
@@ -43,10 +57,14 @@ def settings(given: list[dict], space: dict, args) -> list[dict]:
     """
     from hpo import search_space  # imported late, because it imports Ray
 
+    if args.resume:
+        return []
     if not isinstance(given, list) or not all(isinstance(setting, dict) for setting in given):
         raise BadInput('KNOWN: must be a list of dictionaries such as {"lr": 2.5e-5, "per_device_bs": 2, "wd": 0.0}')
     sources = [(f"KNOWN: {setting}", setting) for setting in given]
-    sources += [(f"--try {text}", read(text)) for text in vars(args)["try"]]
+    searched = space["train_loop_config"]
+    for text in vars(args)["try"]:
+        sources += [(f"--try {text}", {name: value_in(v, searched.get(name)) for name, v in read(text).items()})]
     found = []
     for source, setting in sources:
         try:

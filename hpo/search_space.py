@@ -310,11 +310,24 @@ def values(domain) -> list:
     return [domain]
 
 
+def as_json(value):
+    """A value as it is read back from JSON, which has lists for tuples. Other values stay as they are."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return value
+
+
 def value_of(domain, value):
-    """A value as a domain has it, such as 0.0 for 0. Raises ValueError where it has no such value."""
+    """A value as a domain has it, such as 0.0 for 0, or a tuple for a list, which JSON makes of it.
+
+    Raises:
+        ValueError: the domain has no such value.
+    """
     if isinstance(domain, Categorical) or not isinstance(domain, Domain):
         for choice in values(domain):
-            if choice == value and isinstance(choice, bool) == isinstance(value, bool):  # True is 1, too
+            equal = choice == value or (isinstance(choice, list | tuple | dict) and as_json(choice) == as_json(value))
+            if equal and isinstance(choice, bool) == isinstance(value, bool):  # True is 1, too
                 return choice.item() if isinstance(choice, np.generic) else choice
     elif is_number(value):
         least, most = values(domain)

@@ -765,8 +765,8 @@ FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)
 )
 @settings(deadline=None, max_examples=500)
 def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
-    """Known settings are the first trials, also if the search is stopped and resumed. The first one, the baseline, is
-    trained to max_t unless it fails, and its bracket is that of its other trials.
+    """Known settings are the first trials, also if the search is stopped, and resumed for more trials or fewer. The
+    first one, the baseline, is trained to max_t unless it fails, and its bracket is that of its other trials.
     """
     chance = random.Random(seed)
     first = chance.sample(FIRST, chance.randint(1, min(3, num_samples)))
@@ -787,7 +787,9 @@ def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots,
     for _ in range(chance.randint(0, 6)):
         saved = chance.random() < 0.5
         simulation.run(len(simulation.reports) + chance.randint(1, 60), abrupt=not saved)
-        simulation = simulation.restart(*new_pair(), saved)
+        if chance.random() < 0.3:
+            num_samples = chance.randint(max(len(first), simulation.search_alg.created), num_samples + 20)
+        simulation = simulation.restart(*new_pair(), saved, num_samples)
     simulation.run()
     search_alg, hyperband = simulation.search_alg.searcher, simulation.scheduler
     suggested = list(search_alg.suggested.values())
@@ -802,7 +804,7 @@ def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots,
     for bracket in hyperband.brackets:
         of_bracket = {t for t in search_alg.suggested if hyperband.bracket_of(t) is bracket}
         sizes = [size for size, _ in bracket.rungs]
-        if bracket.added < sizes[0]:  # the last one of the search may be smaller
+        if bracket.added < sizes[0]:  # the last one of the search, or of it before it got more trials
             sizes = [math.ceil(bracket.added / reduction_factor**i - 1e-9) for i in range(len(sizes))]
         members = of_bracket
         for (_, below), size, (_, budget) in zip(bracket.rungs, sizes[1:], bracket.rungs[1:], strict=False):
@@ -811,6 +813,23 @@ def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots,
             if not faulty:
                 members = sorted(members, key=lambda t: (seen[t, below], t))[:size]
                 assert at == {*members, *({"00000"} & of_bracket)}
+
+
+def test_a_known_setting_with_a_tuple_is_suggested_after_a_restart():
+    """The saved state has a list for it."""
+    space = {"train_loop_config": {"lr": SPACE["train_loop_config"]["lr"], "layers": tune.choice([(1, 2), (3, 4)])}}
+    first = known.points([{"lr": 1e-5, "layers": layers} for layers in [(1, 2), (3, 4), (1, 2)]])
+
+    def new_pair():
+        return pair(OURS, space=space, points_to_evaluate=first)
+
+    simulation = Simulation(*new_pair(), 3, lambda config, t: 1.0, max_t=50)
+    simulation.run(1)
+    left = simulation.search_alg.searcher._points_to_evaluate
+    simulation = simulation.restart(*new_pair(), saved=True)
+    assert 0 < len(left) < 3 and simulation.search_alg.searcher._points_to_evaluate == left
+    simulation.run()
+    assert [s["known"] for s in simulation.search_alg.searcher.suggested.values()] == [True] * 3
 
 
 def test_without_known_settings_the_draws_are_the_same():
@@ -834,6 +853,20 @@ def test_a_baseline_that_loses_changes_nothing_for_its_bracket(slots):
     assert sorted(set(found[1]) - set(found[0])) == [("00000", 12), ("00000", 50)]
     assert set(found[0]) <= set(found[1]) and len(found[1]) == len(found[0]) + 2
     assert ("00000", 3) in found[0]
+
+
+def test_a_baseline_that_loses_as_the_last_one_leaves_its_slot():
+    """To the trials that its bracket promotes."""
+    search_alg, _ = pair(OURS, points_to_evaluate=known.points(FIRST[:1]))
+    size = {"max_t": 50, "reduction_factor": 4, "baseline": True}
+    hyperband = scheduler.HyperBandForBOHB(metric="eval_loss", mode="min", **size)
+    slow = FIRST[0]["lr"]  # all others have a result at the first rung before
+    options = {"seconds": lambda config: 99.0 if config["train_loop_config"]["lr"] == slow else 1.0}
+    simulation = Simulation(search_alg, hyperband, 22, loss, slots=2, **options)
+    simulation.run()
+    assert max(simulation.reports[: 22 * 3], key=lambda report: report[1])[2:4] == ("00000", 3)
+    starts = {trial_id: start for start, _, trial_id, t, _ in simulation.reports if t == 4}
+    assert len(starts) == 7 and max(starts.values()) == starts["00000"]
 
 
 @unchecked

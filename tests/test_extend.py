@@ -1,17 +1,25 @@
 """A run that is done, or was interrupted, goes on with more trials: through the command line. See also test_bohb.py."""
 
+import contextlib
 import datetime
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
+from ray import tune
 
 from conftest import run_script
 from faulty import write_script
-from hpo import files
+from hpo import arguments, errors, files, search_space
+from hpo.cluster.run import Run
+from hpo.cluster.state import save_state
 from test_run import KEYS, cut
 
 SMALL = ["--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--max_concurrent_trials", 1, "--seed", 7]
@@ -67,8 +75,8 @@ def test_run_that_cannot_be_extended_is_refused_in_one_line(done, tmp_path):
 
     assert "--num_samples 3 (the run has 4)" in refused("--num_samples", 3)
     assert refused("--num_samples", 6, "--max_t", 8).endswith("the run's: --max_t 8 (the run has 4)\n")
-    for arguments in ([], ["--num_samples", 4]):
-        process = run_script(*name, "--resume", *arguments)
+    for more in ([], ["--num_samples", 4]):
+        process = run_script(*name, "--resume", *more)
         assert process.returncode == 0 and "is done already" in process.stdout
     (tmp_path / "quota").write_text("#!/bin/sh\necho 10 0 11 0 0 0 0 0\n")  # 1 KB is left
     (tmp_path / "quota").chmod(0o755)
@@ -136,6 +144,75 @@ def test_extended_run_is_the_run_that_asked_for_more_at_once(done, search, tmp_p
     run, rows = read(folder)
     assert seventh.returncode == 0 and len(rows) == 7 and "looked at 2 times" in seventh.stdout
     assert run["tests"] == tests and (folder / "best_model" / "config.json").stat().st_ino == model
+
+
+SPACE = {"train_loop_config": {"lr": tune.loguniform(1e-5, 1e-3), "layers": tune.choice([(1, 2), (3, 4)])}}
+OF_BOTH = {"ds_config": {}, "questions": {"train": 5}, "search_space": search_space.describe(SPACE)}
+
+
+def take_over(folder, earlier, suggested=4, num_samples=6):
+    """A run that takes over an earlier one, by its run.json, without the slow rest."""
+    run = Run.__new__(Run)
+    run.args, run.space, run.folder = SimpleNamespace(known=[], num_samples=num_samples), SPACE, folder
+    run.facts = OF_BOTH | {"status": "running", "known_settings": [], "tests": []}
+    save_state(folder, {"searcher": {"suggested": dict.fromkeys(map(str, range(suggested)))}})
+    run.take_over(json.loads(json.dumps(OF_BOTH | earlier)))
+    return run
+
+
+def test_known_settings_are_those_of_the_run(tmp_path):
+    """As the search space has them: JSON has lists for tuples. Another search space is told first."""
+    for setting, read in ({"lr": 1e-4, "layers": (3, 4)}, [3, 4]), ({"lr": 1e-3, "layers": (1, 2)}, [1, 2]):
+        run = take_over(tmp_path, {"known_settings": [setting]})
+        assert run.args.known == [setting] and isinstance(run.args.known[0]["layers"], tuple)
+        assert run.facts["known_settings"] == [setting | {"layers": read}]
+    assert take_over(tmp_path, {}).args.known == take_over(tmp_path, {}).facts["known_settings"] == []  # of older runs
+    other = {"search_space": OF_BOTH["search_space"] | {"lr": "loguniform(0.1, 1)"}, "known_settings": [{"lr": 0.5}]}
+    with pytest.raises(errors.BadInput, match="search space: lr is"):
+        take_over(tmp_path, other)
+
+
+def test_an_extension_keeps_the_results_of_the_run(tmp_path):
+    """Until it has its own: the report shows them."""
+    results = {"tests": [{"trial_id": "a"}], "baseline": {"trial_id": "a"}, "slot_minutes": {"allocated": 1.0}}
+    facts = take_over(tmp_path, results | {"status": "done"}).facts
+    assert {name: facts[name] for name in results} == results and facts["status"] == "running"
+
+
+def test_a_number_of_trials_that_was_too_large_is_undone(tmp_path):
+    """As long as no trial above the smaller number has begun."""
+    assert take_over(tmp_path, {}, suggested=4, num_samples=4).args.num_samples == 4
+    with pytest.raises(errors.BadInput, match="--num_samples 3: 4 trials have begun already"):
+        take_over(tmp_path, {}, suggested=4, num_samples=3)
+
+
+@pytest.mark.parametrize("status", ["done", "interrupted"])
+def test_number_of_trials_on_the_command_line(tmp_path, status):
+    """Of a resumed run. Exit code 3 of python -m hpo.arguments: there is nothing to do."""
+    of_run = arguments.kept(arguments.parse("", ["--num_samples", "6", "--precision", "fp32"]))
+    (tmp_path / "x").mkdir()
+    files.write_json(tmp_path / "x" / "run.json", {"arguments": of_run, "search_space": {}, "status": status})
+    resume = ["--resume", "--run_name", "x", "--output_dir", str(tmp_path)]
+    for number in (4, 8):
+        with pytest.raises(errors.BadInput) if (number, status) == (4, "done") else contextlib.nullcontext():
+            assert arguments.parse("", [*resume, "--num_samples", str(number)]).num_samples == number
+    for more, code in ([], 3 if status == "done" else 0), (["--num_samples", "8"], 0):
+        command = [sys.executable, "-m", "hpo.arguments", *resume, *more]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        assert (process.returncode, process.stdout, process.stderr) == (code, "", "")
+
+
+def test_run_that_an_older_version_has_not_tested_is_tested(done, tmp_path):
+    """It had deleted the checkpoints before it tested best_model, and was interrupted then."""
+    folder = tmp_path / "x"
+    shutil.copytree(done[0], folder)
+    run, _ = read(folder)
+    expected = run.pop("tests")
+    files.write_json(folder / "run.json", run | {"status": "interrupted"})
+    process = run_script("--output_dir", tmp_path, "--run_name", "x", "--resume")
+    assert process.returncode == 0 and "testing it" in process.stdout, process.stderr
+    (test,) = read(folder)[0]["tests"]
+    assert test | {"date": ""} == expected[0] | {"date": ""} and read(folder)[0]["status"] == "done"
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])

@@ -94,6 +94,7 @@ CASES = {  # arguments, of which @ stands for the folder of broken things: part 
     "unknown metric": (["--metric", "bleu"], r"--metric: invalid choice: 'bleu'"),
     "unknown flag": (["--learning_rate", "1"], r"unrecognized arguments: --learning_rate"),
     "abbreviated flag": (["--max_train", "1"], r"unrecognized arguments: --max_train"),
+    "plan of a run": (["--plan", "--resume"], r"--plan: not with --resume"),
     "not a number": (["--max_t", "many"], r"--max_t: invalid int value: 'many'"),
     "max_t": (["--max_t", "0"], r"--max_t 0: must be at least 1"),
     "reduction_factor": (["--reduction_factor", "1"], r"--reduction_factor 1: must be at least 2"),
@@ -593,13 +594,15 @@ def test_known_settings_are_taken_as_the_search_space_has_them(capsys):
         wd=0.1, warmup_steps=tune.quniform(0, 0.3, 0.1), adam_beta1=tune.choice([0.9, 0.8]),
         lr_scheduler_type=tune.choice(["linear", "cosine"]), lr_scheduler_kwargs=tune.choice([{}, {"a": 1, "b": [2]}]),
         flag=tune.choice([True, "1"]), width=tune.randint(2, 5), step=tune.qrandint(2, 8, 2),
+        mode=tune.choice(["1", "2"]), layers=tune.choice([(1, 2), (3,)]),
     )  # fmt: skip
     text = (
         "lr=1e-5,per_device_bs=1,wd=0.1,warmup_steps=0.3,adam_beta1=.9,lr_scheduler_type=linear,"
-        "lr_scheduler_kwargs={'a': 1, 'b': [2]},flag=True,width=4,step=8"
+        "lr_scheduler_kwargs={'a': 1, 'b': [2]},flag=True,mode=1,layers=[1, 2],width=4,step=8"
     )
     (setting,) = known_of(text, space=space)
     assert "wd" not in setting and setting["flag"] is True  # a fixed value is not searched
+    assert setting["mode"] == "1" and setting["layers"] == (1, 2)  # the text, as there is no number 1; a tuple
     assert setting["warmup_steps"] == 0.3 and setting["lr_scheduler_kwargs"] == {"a": 1, "b": [2]}
     search_alg = TuneBOHB(space, seed=0, points_to_evaluate=known.points([setting]))
     assert search_alg.suggest("a")["train_loop_config"] == setting

@@ -250,7 +250,11 @@ def test_report_says_how_often_the_test_set_was_looked_at():
     tested = "Test of the best model, on 10 questions that no decision has used"
     assert facts[tested] == "eval_loss nan, exact_match 0.5000, f1 0.7500" and "Looks at the test set" not in facts
     tests = [scores | {"date": f"2026-01-0{i}T00:00:00+00:00", "trial_id": f"t{i}", "f1": i / 4} for i in (1, 2)]
+    assert tested in report.facts_of(run | {"tests": tests[:1]}, [], [])
     facts = report.facts_of(run | {"tests": tests}, [], [])
-    assert facts[tested] == "eval_loss nan, exact_match 0.5000, f1 0.5000"
+    several = "Test of the best model, on 10 questions"  # a decision may have used an earlier test
+    assert facts[several] == "eval_loss nan, exact_match 0.5000, f1 0.5000" and tested not in facts
+    extended = report.facts_of(run | {"tests": tests[:1], "status": "running"}, [], [])
+    assert "Test of trial t1, on 10 questions that no decision has used" in extended
     looks = "2026-01-01T00:00:00+00:00 (trial t1), 2026-01-02T00:00:00+00:00 (trial t2)"
     assert facts["Looks at the test set"] == f"The test set was looked at 2 times: {looks}"

@@ -204,7 +204,9 @@ class HyperBandForBOHB(TrialScheduler):
         self._promote_if_complete(tune_controller, bracket, current=trial.trial_id)
         bracket = self._race(trial.trial_id)
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
-            return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
+            if bracket is not self._alone or not any(b.promoted for b in self._active):
+                return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
+            bracket.promoted.add(trial.trial_id)  # the baseline alone leaves its slot to a trial that was promoted
         if trial.trial_id in bracket.members:
             self._searcher(tune_controller).on_pause(trial.trial_id)
             return TrialScheduler.PAUSE

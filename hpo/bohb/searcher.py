@@ -47,7 +47,7 @@ class TuneBOHB(Searcher):
         metric: key of a result by which trials are compared. None: the metric of Tune.
         mode: "min" or "max". None: the mode of Tune.
         points_to_evaluate: configurations to suggest first, with flat names such as "train_loop_config/lr". They
-            take no random draw: the suggestions after them begin as those of a search without them.
+            use up no random number: the suggestions after them begin as those of a search without them.
         seed: seed of all random draws. None: each search is another one.
         max_concurrent: the number of trials that may run at a time; 0 is no limit.
 
@@ -137,7 +137,9 @@ class TuneBOHB(Searcher):
                 after its final report and before Tune removed it. It no longer holds a slot.
         """
         self.suggested, self.observations = state["suggested"], state["observations"]
-        self._points_to_evaluate = state.get("points_to_evaluate", [])  # older states have none
+        # Only how many are left: JSON has lists for tuples. Older states have none.
+        given, left = self._points_to_evaluate, len(state.get("points_to_evaluate", []))
+        self._points_to_evaluate = given[len(given) - left :]
         if self._space is None:
             self._restored = state, live
             return

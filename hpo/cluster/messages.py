@@ -27,7 +27,7 @@ def announce(run: Run) -> None:
     tested, trials = run.facts["questions"]["test"], args.num_samples
     print(f"run folder: {run.folder}")
     print(f"questions: {len(setup.train)} to train on; {len(setup.selection)} of other {setup.held_out} to compare")
-    print(f"  trials on; {whole} {tested} of the validation set to test the best model on, once at the end")
+    print(f"  trials on; {whole} {tested} of the validation set to test the best model on, at the end")
     if setup.unanswerable:
         print("some questions have no answer: EM and F1 are those of SQuAD 2.0")
     for split, left_out in setup.dropped.items():
@@ -97,12 +97,13 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         of = "of the {read} questions of the validation set ({questions} of them are left out)".format_map(
             setup.dropped["validation"]
         )
-    print(f"Test of the best model on {number} {of}, which no decision has used:")
+    unused = ", which no decision has used" * (len(facts["tests"]) == 1)
+    print(f"Test of the best model on {number} {of}{unused}:")
     print("  " + tables.tested_in_words(tested))
     print(tables.looks_in_words(facts["tests"]))
     if "baseline" in facts:
-        print(f"Best trial minus baseline, trial {facts['baseline']['trial_id']}: ", end="")
-        print(tables.gain_in_words(facts["baseline"]))
+        baseline = facts["baseline"]
+        print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     print(tables.table(list(log.trials.values()), setup.metric), flush=True)

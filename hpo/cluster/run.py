@@ -15,6 +15,7 @@ from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
 from hpo.plan.plan import forecast
+from hpo.results.checkpoints import checkpoints_of
 from hpo.results.provenance import git_commit, versions
 from hpo.squad import loading, lora
 from hpo.squad.setup import Setup
@@ -82,7 +83,7 @@ class Run:
         self.write("running")
 
     def take_over(self, earlier: dict) -> None:
-        """Takes over the tests and the saved state of an earlier search.
+        """Takes over the known settings, the results and the saved state of an earlier search.
 
         Args:
             earlier: the content of its run.json.
@@ -91,22 +92,32 @@ class Run:
             BadInput: it is another search, or its state cannot be read.
         """
         search_space.check_same(self.space, dict(earlier["search_space"]))
-        earlier.setdefault("known_settings", [])  # older runs have none
-        for name in ("ds_config", "questions", "known_settings"):
+        for name in ("ds_config", "questions"):
             if earlier.get(name) != self.facts[name]:
                 raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
         try:
             self.state = load_state(self.folder)
         except RuntimeError as error:
             raise BadInput(f"--resume: {error}") from None
+        suggested = len(self.state["searcher"]["suggested"]) if self.state else 0
+        if self.args.num_samples < suggested:
+            raise BadInput(f"--num_samples {self.args.num_samples}: {suggested} trials have begun already")
         if earlier.get("status") == "done" and self.state is None:
             raise BadInput(f"--resume: {self.folder} has no {FILE}: an older version of this program has deleted it")
-        self.facts["tests"] = earlier.get("tests", [])
+        known = earlier.get("known_settings", [])  # older runs have none
+        self.args.known = [search_space.setting_of(self.space, setting) for setting in known]
+        self.facts |= {"known_settings": known, "tests": earlier.get("tests", [])}
+        self.facts = earlier | self.facts  # slot time, baseline and the like stay until the search writes new ones
 
     def has_tested(self, trial_id: str) -> bool:
         """Whether best_model is that of this trial, and was tested."""
         tests = self.facts["tests"]
         return bool(tests) and tests[-1]["trial_id"] == trial_id
+
+    def has_untested(self, trial_id: str) -> bool:
+        """Whether best_model is that of this trial, and was not tested: an older version deleted checkpoints before."""
+        exists = (self.folder / "best_model").exists()
+        return exists and not self.facts["tests"] and not checkpoints_of(self.folder, trial_id)
 
     def add_test(self, trial_id: str, metrics: dict[str, float]) -> None:
         """Adds a test of best_model to run.json."""

@@ -73,12 +73,13 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
     tests = run.get("tests", [])
     if tests or "test" in run:  # older runs have one test, without date and trial
         last = tests[-1] if tests else run["test"]
-        tested = f"Test of the best model, on {last['questions']} questions that no decision has used"
-        facts[tested] = tested_in_words(last)
+        model = "the best model" if run["status"] == "done" or not tests else f"trial {last['trial_id']}"
+        unused = " that no decision has used" * (len(tests) < 2)
+        facts[f"Test of {model}, on {last['questions']} questions{unused}"] = tested_in_words(last)
     if tests:
         facts["Looks at the test set"] = looks_in_words(tests)
     if "baseline" in run:
-        facts["Best trial minus baseline"] = gain_in_words(run["baseline"])
+        facts[f"Gain over the baseline (trial {run['baseline']['trial_id']})"] = gain_in_words(run["baseline"])
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions
         size = arguments["max_t"], arguments["num_samples"], run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)

@@ -55,7 +55,8 @@ def gain_in_words(gained: dict) -> str:
         return "not known: the baseline has failed before max_t"
     if not any(gained["gain"].values()):
         return "0, the baseline is the best trial"
-    return ", ".join(f"{name} {value:+.4f}" for name, value in gained["gain"].items())
+    lower = {name: " (lower is better)" for name, mode in MODES.items() if mode == "min"}
+    return ", ".join(f"{name} {value:+.4f}{lower.get(name, '')}" for name, value in gained["gain"].items())
 
 
 def tested_in_words(tested: dict) -> str:
