@@ -662,7 +662,7 @@ def test_first_points_are_suggested_once_also_after_a_restart():
     seed=st.integers(0, 10**6),
     stop_last_trials=st.booleans(),
 )
-@settings(deadline=None, max_examples=1000)
+@settings(deadline=None, max_examples=400)
 def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, stop_last_trials):
     """The search ends, each trial ends, no observation is repeated, and no rung has more trials than its size."""
     chance = random.Random(seed)
@@ -714,7 +714,7 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
     seed=st.integers(0, 10**6),
     faulty=st.booleans(),
 )
-@settings(deadline=None, max_examples=1500)
+@settings(deadline=None, max_examples=600)
 def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """The invariants hold if the search is stopped at random moments, planned or not, and resumed by new objects.
 
@@ -763,7 +763,7 @@ FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)
     seed=st.integers(0, 10**6),
     faulty=st.booleans(),
 )
-@settings(deadline=None, max_examples=500)
+@settings(deadline=None, max_examples=250)
 def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """Known settings are the first trials, also if the search is stopped, and resumed for more trials or fewer. The
     first one, the baseline, is trained to max_t unless it fails, and its bracket is that of its other trials.
@@ -872,7 +872,7 @@ def test_a_baseline_that_loses_as_the_last_one_leaves_its_slot():
 @unchecked
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 2))
 @example(1, [16], 0)  # a trial that was promoted while it was running has to be resumed first
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_planned_stop_changes_nothing_with_one_slot(seed, stops, max_concurrent):
     """Suggestions, results and their order are those of an uninterrupted search."""
     options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}
@@ -929,7 +929,7 @@ def test_search_extended_before_its_last_trial_starts_is_the_longer_search(seed,
 
 @unchecked
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2))
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=30)
 def test_search_that_is_done_keeps_its_random_stream(seed, before, more, max_concurrent):
     """The suggestions of the first part are those of the longer search. The next one differs only if it comes from the
     model, which knows more results by then. Without a model none differs.
@@ -952,7 +952,7 @@ def test_search_that_is_done_keeps_its_random_stream(seed, before, more, max_con
     stops=st.lists(st.none() | st.integers(1, 200), min_size=4, max_size=4),
     slots=st.integers(1, 6),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 def test_extended_search_runs_no_iteration_twice_and_goes_on_with_its_next_bracket(seed, sizes, stops, slots):
     """Whenever it is extended, however often. A bracket that was decided with fewer trials than planned stays so."""
     options, sizes = {"max_t": 16, "seed": seed}, list(itertools.accumulate(sizes))
