@@ -185,6 +185,22 @@ def test_a_trial_learns_from_real_squad(tmp_path, demo_model, shared_squad, tria
     assert 0 <= raytune_bayesian.test(tmp_path / "best_model", test, setup)["f1"] <= 1
 
 
+def test_a_large_model_is_saved_in_several_files_and_read_again(tmp_path, tiny_model, monkeypatch):
+    """transformers splits weights above 50 GB; here above 20 kB: the last checkpoint of a trial, and best_model."""
+    save = transformers.PreTrainedModel.save_pretrained
+
+    def save_in_parts(model, folder, **options):
+        save(model, folder, max_shard_size="20KB", **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", save_in_parts)
+    model = models.pretrained(tiny_model)
+    model.save_pretrained(tmp_path / "checkpoint")
+    models.save_best_model(tmp_path / "checkpoint", tiny_model, "fp32", tmp_path / "best_model")
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "best_model").state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+    assert all(len([*(tmp_path / name).glob("*.safetensors")]) > 2 for name in ("checkpoint", "best_model"))
+
+
 def test_best_model_ends_its_answers_at_the_eos_that_it_has_learnt(tmp_path, tokenizer, questions):
     """Its own configuration has another: `generate` of transformers would go on after the answer."""
     model = lively_model("llama", tokenizer)
