@@ -207,12 +207,12 @@ def test_run_that_an_older_version_has_not_tested_is_tested(done, tmp_path):
     folder = tmp_path / "x"
     shutil.copytree(done[0], folder)
     run, _ = read(folder)
-    expected = run.pop("tests")
+    expected = run.pop("tests")[-1]  # that of best_model: another test may have extended the run
     files.write_json(folder / "run.json", run | {"status": "interrupted"})
     process = run_script("--output_dir", tmp_path, "--run_name", "x", "--resume")
     assert process.returncode == 0 and "testing it" in process.stdout, process.stderr
     (test,) = read(folder)[0]["tests"]
-    assert test | {"date": ""} == expected[0] | {"date": ""} and read(folder)[0]["status"] == "done"
+    assert test | {"date": ""} == expected | {"date": ""} and read(folder)[0]["status"] == "done"
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
