@@ -544,7 +544,7 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
 
 
-def test_a_worker_job_that_slurm_does_not_take_is_submitted_again():
+def test_a_worker_job_that_slurm_does_not_take_is_submitted_again(tmp_path):
     """The last worker is lost while Slurm is busy: no reason to end the search, but for as long as a worker may take.
 
     Of Slurm the answers alone.
@@ -555,7 +555,7 @@ def test_a_worker_job_that_slurm_does_not_take_is_submitted_again():
     command = f"""set -Eeuo pipefail
 log() {{ echo "$*"; }}; in_queue() {{ :; }}; timeout() {{ :; }}; no_worker_left() {{ echo over; }}; results=r
 add_worker() {{ answer=busy; ((SECONDS >= 10)) || return 1; workers+=(8); }}
-workers=(7) jobs=1 checking=0 rendezvous=/nowhere MAX_WORKER_RESTARTS=2 WORKER_TIMEOUT=$1
+workers=(7) jobs=1 checking=0 rendezvous={tmp_path} MAX_WORKER_RESTARTS=2 WORKER_TIMEOUT=$1
 declare -A local_workers=()
 {functions}
 joined=1
