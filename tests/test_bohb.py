@@ -652,16 +652,24 @@ def test_first_points_are_suggested_once_also_after_a_restart():
 # -- invariants of a whole search -------------------------------------------------------------------------------------
 
 
+SEARCHES = {
+    "max_t": st.integers(1, 50),
+    "reduction_factor": st.integers(2, 5),
+    "slots": st.integers(1, 10),
+    "max_concurrent": st.integers(0, 5),
+    "seed": st.integers(0, 10**6),
+}
+
+
+def assert_rungs_are_no_larger_than_planned(search_alg, scheduler):
+    reached = Counter((id(scheduler.bracket_of(o["trial_id"])), o["budget"]) for o in search_alg.observations)
+    for bracket in scheduler.brackets:
+        for size, budget in bracket.rungs:
+            assert reached[id(bracket), budget] <= size
+
+
 @unchecked
-@given(
-    num_samples=st.integers(1, 50),
-    max_t=st.integers(1, 50),
-    reduction_factor=st.integers(2, 5),
-    slots=st.integers(1, 10),
-    max_concurrent=st.integers(0, 5),
-    seed=st.integers(0, 10**6),
-    stop_last_trials=st.booleans(),
-)
+@given(num_samples=st.integers(1, 50), **SEARCHES, stop_last_trials=st.booleans())
 @settings(deadline=None, max_examples=400)
 def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, stop_last_trials):
     """The search ends, each trial ends, no observation is repeated, and no rung has more trials than its size."""
@@ -696,24 +704,13 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
     assert set(Counter((o["trial_id"], o["budget"]) for o in search_alg.observations).values()) <= {1}
     assert observed(search_alg).total() == len(search_alg.observations)
     assert not search_alg.running and not search_alg.paused and not scheduler._trials
-    reached = Counter((id(scheduler.bracket_of(o["trial_id"])), o["budget"]) for o in search_alg.observations)
-    for bracket in scheduler.brackets:
-        for size, budget in bracket.rungs:
-            assert reached[id(bracket), budget] <= size
+    assert_rungs_are_no_larger_than_planned(search_alg, scheduler)
     for trial in simulation.trials:
         assert trial.status in (Trial.TERMINATED, Trial.ERROR)
 
 
 @unchecked
-@given(
-    num_samples=st.integers(1, 60),
-    max_t=st.integers(1, 50),
-    reduction_factor=st.integers(2, 5),
-    slots=st.integers(1, 10),
-    max_concurrent=st.integers(0, 5),
-    seed=st.integers(0, 10**6),
-    faulty=st.booleans(),
-)
+@given(num_samples=st.integers(1, 60), **SEARCHES, faulty=st.booleans())
 @settings(deadline=None, max_examples=600)
 def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """The invariants hold if the search is stopped at random moments, planned or not, and resumed by new objects.
@@ -744,25 +741,14 @@ def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, 
     assert {o["trial_id"] for o in search_alg.observations} == set(search_alg.suggested)  # each has a result, or failed
     repeats = len(simulation.reports) - len({(trial_id, t) for _, _, trial_id, t, _ in simulation.reports})
     assert faulty or repeats <= may_repeat
-    reached = Counter((id(scheduler.bracket_of(o["trial_id"])), o["budget"]) for o in search_alg.observations)
-    for bracket in scheduler.brackets:
-        for size, budget in bracket.rungs:
-            assert reached[id(bracket), budget] <= size
+    assert_rungs_are_no_larger_than_planned(search_alg, scheduler)
 
 
 FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)]
 
 
 @unchecked
-@given(
-    num_samples=st.integers(1, 60),
-    max_t=st.integers(1, 50),
-    reduction_factor=st.integers(2, 5),
-    slots=st.integers(1, 10),
-    max_concurrent=st.integers(0, 5),
-    seed=st.integers(0, 10**6),
-    faulty=st.booleans(),
-)
+@given(num_samples=st.integers(1, 60), **SEARCHES, faulty=st.booleans())
 @settings(deadline=None, max_examples=250)
 def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """Known settings are the first trials, also if the search is stopped, and resumed for more trials or fewer. The
