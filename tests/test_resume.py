@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from hpo import errors, files
-from hpo.cluster import preemption, storage, watchdogs
+from hpo.cluster import launch, preemption, storage, watchdogs
 from hpo.cluster import state as state_file
 
 
@@ -85,6 +85,18 @@ def test_the_limit_follows_the_slowest_iteration(monkeypatch, killed):
     assert not killed
     silent(10)
     assert killed == ["actor"]
+
+
+def test_a_ray_that_runs_already_gets_no_folders(monkeypatch):
+    """It has its own; one in /tmp would stay there when the program is killed."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with launch.ray_folders() as folders:
+        assert all(Path(folder).is_dir() for folder in folders)
+    assert not any(Path(folder).exists() for folder in folders)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr("tempfile.TemporaryDirectory", None)
+    with launch.ray_folders() as folders:
+        assert folders == ("", "")
 
 
 CUDA = "Failure # {} (occurred at noon)\nray::ImplicitFunc.train() (pid=9, ip={})\n"

@@ -573,6 +573,36 @@ echo "${{workers[*]}}" """
     assert outputs == [[*begin, replaced, "8"], [*begin, "over", replaced, "8"]], outputs
 
 
+@pytest.mark.parametrize(
+    "options", ["--exclude=bad,worse", "--exclude bad,worse", "-x bad,worse", "-xbad,worse", "--nice=7 -x bad,worse"]
+)
+def test_nodes_that_worker_options_exclude_are_added_to_the_heads(options):
+    text = (ROOT / "head_node.slurm").read_text()
+    lines = text[text.index("exclude=$node${excluded") : text.index("[[ $WORKER_PARTITION ]] || :")]
+    command = f'set -Eeuo pipefail\nnode=node1 excluded=node9 WORKER_OPTIONS=({options})\n{lines}echo "$exclude"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "node1,node9,bad,worse\n", done
+
+
+@pytest.mark.parametrize(
+    "argument, code, says",
+    [
+        ("--run_name=x", 2, "error: --gpus may give nodes different numbers of GPUs: use --gpus-per-node\n"),
+        ("-h", 0, "usage: raytune_bayesian.py "),
+    ],
+)
+def test_a_job_on_two_nodes_with_gpus_for_both_together(tmp_path, argument, code, says):
+    """It submits nothing, and starts nothing. In place of Slurm's commands there are some that fail."""
+    for name in ("squeue", "sbatch", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": sys.prefix, "SLURM_JOB_ID": "7"}
+    environment |= {"SLURMD_NODENAME": "node1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS": "8"}
+    command = ["bash", "head_node.slurm", argument]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (code, "") and says in done.stdout, done
+
+
 CLUSTER_ENV = """declare -x KIND=activated
 [ -z "$BASHRCSOURCED" ] && SOURCED=here
 export LD="$LD_FOR_TARGET"
