@@ -348,7 +348,7 @@ def search(run, train):
         tune_config=tune.TuneConfig(
             metric=args.metric,
             mode=MODES[args.metric],
-            num_samples=args.num_samples,
+            num_samples=args.num_samples or -1,  # -1: until the budget is used up
             search_alg=session.search_alg,
             scheduler=scheduler,
             reuse_actors=True,  # a worker process keeps its imports, CUDA and the pretrained model for its next trial
@@ -373,10 +373,11 @@ def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
     space = ranges.space_of_run(SEARCH_SPACE, train, args)
     args.known = known.settings(KNOWN, space, args)
-    from hpo.cluster import check_nodes, launch, messages  # imported late, so that bad input is refused early
+    from hpo.cluster import check_nodes, launch, messages, warm_start  # late, so that bad input is refused early
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
+    args.earlier_results = warm_start.take(args, space)
     if args.plan:
         return plan.show(args, space, MAX_LENGTH, EVAL_TOKENS)
     if args.prefetch:
@@ -391,8 +392,7 @@ def main(args, train=train) -> None:
         return check_nodes.check(args, space, setup, largest, train)
     run = Run(args, space, setup, len(test_set))
     if run.done:
-        print(f"{run.folder} is done already; a larger --num_samples adds trials")
-        return print(f"python -m hpo.results {run.folder} shows it")
+        return messages.print_done(run)
     messages.announce(run)
 
     # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.

@@ -4,6 +4,7 @@
     .venv/bin/python bench/search_quality.py                      # about half an hour on two cores
     .venv/bin/python bench/search_quality.py --seeds 5 --methods ours "Ray's own" random
     .venv/bin/python bench/search_quality.py --variants           # other settings of our model, and other models
+    .venv/bin/python bench/search_quality.py --warm_starts        # what results of an earlier run give
 
 Every method runs with its defaults and with the same budget in iterations. It runs one trial at a time, unless its name
 has a number of slots. `full trainings` are iterations divided by max_t. A trial that is resumed costs only the
@@ -44,9 +45,9 @@ import ray.tune.schedulers
 import ray.tune.search.bohb
 import scipy.stats
 from ray import tune
-from ray.tune.search.sample import Categorical
+from ray.tune.search.sample import Categorical, LogUniform
 
-from hpo.bohb.brackets import rungs
+from hpo.bohb.brackets import band_size, rungs
 from hpo.bohb.kde import Model
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
@@ -223,10 +224,14 @@ class Ledger:
         return values
 
 
-def simulated(classes, ledger: Ledger, searcher_options: dict, slots: int = 1, **scheduler_options) -> None:
-    """Runs a searcher and a scheduler of Tune in the simulator."""
+def simulated(
+    classes, ledger: Ledger, searcher_options: dict, slots: int = 1, earlier: list = (), **scheduler_options
+) -> None:
+    """Runs a searcher and a scheduler of Tune in the simulator; `earlier` is for our add_earlier_results."""
     searcher_class, scheduler_class = classes
     searcher = searcher_class(seed=ledger.seed, **searcher_options)
+    if earlier:
+        searcher.add_earlier_results(earlier)
     searcher.set_search_properties("loss", "min", ledger.problem.space)
     options = {"time_attr": "training_iteration", "metric": "loss", "mode": "min", "max_t": ledger.problem.max_t}
     full_length = scheduler_class is ray.tune.schedulers.FIFOScheduler
@@ -241,6 +246,46 @@ def ours(ledger: Ledger, model: type[Model] = Model, slots: int = 1, **settings)
     """Our TuneBOHB and HyperBandForBOHB, with a model and its settings."""
     with unittest.mock.patch("hpo.bohb.searcher.Model", model):
         simulated((TuneBOHB, HyperBandForBOHB), ledger, {"bohb_config": settings}, slots, reduction_factor=4)
+
+
+def warm_start(ledger: Ledger, change: str, enters_model: bool) -> None:
+    """Ours, after one band on an earlier problem, which is not counted.
+
+    Args:
+        ledger: of the problem.
+        change: "same": the earlier problem is this one, with other draws; "related": its continuous hyperparameters are
+            moved by a tenth of their range; "opposite": what is best there is worst here.
+        enters_model: whether its results enter the model. If not, its three best settings are tried first.
+    """
+    p, sign = ledger.problem, -1 if change == "opposite" else 1
+    earlier = TuneBOHB(seed=ledger.seed + 1000)
+    earlier.set_search_properties("loss", "min", p.space)
+    scheduler = HyperBandForBOHB(metric="loss", mode="min", max_t=p.max_t, reduction_factor=4)
+    moved = moved_by_a_tenth(p.space) if change == "related" else lambda config: config
+    loss = lambda config, t: sign * p.loss(moved(config), t, ledger.seed + 1000)  # noqa: E731
+    Simulation(earlier, scheduler, band_size(p.max_t, 4), loss, max_t=p.max_t).run()
+    found = [(earlier.suggested[o["trial_id"]]["config"], o["budget"], o["loss"]) for o in earlier.observations]
+    options, results = {}, found
+    if not enters_model:
+        longest = sorted((o for o in found if o[1] == p.max_t), key=lambda o: o[2])
+        options, results = {"points_to_evaluate": [config for config, *_ in longest[:3]]}, []
+    simulated((TuneBOHB, HyperBandForBOHB), ledger, options, earlier=results, reduction_factor=4)
+
+
+def moved_by_a_tenth(space: dict) -> Callable[[dict], dict]:
+    """Moves the continuous hyperparameters of a configuration up by a tenth of their range, and the last tenth down."""
+
+    def move(config: dict) -> dict:
+        config = dict(config)
+        for name, domain in space.items():
+            if not isinstance(domain, Categorical):
+                log = isinstance(domain.get_sampler(), LogUniform)
+                low, high, x = (math.log(v) if log else v for v in (domain.lower, domain.upper, config[name]))
+                x = x + (high - low) / 10 if x < high - (high - low) / 10 else x - (high - low) / 10
+                config[name] = math.exp(x) if log else x
+        return config
+
+    return move
 
 
 class SmallestBudget(Model):
@@ -437,6 +482,14 @@ VARIANTS = {  # name: arguments of `ours`
     "8 slots, pending are bad": {"slots": 8, "model": PendingAreBad},
 }
 
+WARM_STARTS = {
+    "same search": ("same", True),
+    "same, best settings": ("same", False),
+    "related, best settings": ("related", False),
+    "opposite, best settings": ("opposite", False),
+    "opposite, enters the model": ("opposite", True),
+}
+
 # ---------------------------------------------------------------------------------------------------------------------
 # runs and tables
 
@@ -448,7 +501,12 @@ def run(job: tuple[str, str, int]) -> tuple[str, str, int, list[float]]:
     logging.disable(logging.CRITICAL)
     ledger = Ledger(problem(name), seed)
     try:
-        METHODS[method][0](ledger) if method in METHODS else ours(ledger, **VARIANTS[method])
+        if method in METHODS:
+            METHODS[method][0](ledger)
+        elif method in WARM_STARTS:
+            warm_start(ledger, *WARM_STARTS[method])
+        else:
+            ours(ledger, **VARIANTS[method])
     except Spent:
         pass
     return name, method, seed, ledger.regrets()
@@ -532,9 +590,14 @@ def main() -> None:
         action="store_true",
         help="compare settings of our model and other models; ratio: that with 0.03 by ours",
     )
+    parser.add_argument(
+        "--warm_starts", action="store_true", help="what earlier results give; ratio: ours by that of the same search"
+    )
     parser.add_argument("--keep", type=Path, help="a file with the results so far; only missing runs are made")
     args = parser.parse_args()
     methods = ["ours", *VARIANTS] if args.variants else args.methods
+    if args.warm_starts:
+        methods = ["same search", "ours", *list(WARM_STARTS)[1:]]
     problems = list(args.problems)
     for package in sorted({METHODS[m][1] for m in methods if m in METHODS}):
         if not importlib.util.find_spec(package):
@@ -545,6 +608,8 @@ def main() -> None:
         print("mf-prior-bench is not installed: its problems are left out")
     results = all_runs(problems, methods, args.seeds, args.keep)
     baseline = "bandwidth 0.03" if args.variants else "Ray's own" if "Ray's own" in methods else methods[-1]
+    if args.warm_starts:
+        baseline = "ours"
     print(f"ratio: {tables(results, problems, methods, args.seeds, baseline):.2f}")
 
 

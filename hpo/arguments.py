@@ -19,17 +19,17 @@ from pathlib import Path
 
 from hpo import disk, known, ranges
 from hpo.bohb.brackets import band_size
+from hpo.code_copy import ROOT
 from hpo.errors import BadInput
 from hpo.results.slots import slots_of, slots_that_passed
 from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
-ROOT = Path(__file__).parent.parent
 FILES = 2000  # more than a run has at a time
 # Arguments that a run does not keep:
 NOT_OF_THE_SEARCH = (
-    "given", "cluster", "ranges", "known", "ds_config", "resume", "prefetch", "plan", "seconds_per_iteration", "check",
-    "from_check", "earlier_check",
+    "given", "cluster", "ranges", "known", "ds_config", "resume", "new_code", "prefetch", "plan",
+    "seconds_per_iteration", "check", "from_check", "earlier_check", "earlier_results",
 )  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -81,7 +81,11 @@ def make_parser(description: str) -> Parser:
     add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
     add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
     add("--num_samples", type=int, help="number of trials in all, with --resume those that are done included "
-        "(default: one whole band)")  # fmt: skip
+        "(default: one whole band, or what --gpu_hours and --hours allow)")  # fmt: skip
+    add("--gpu_hours", type=float, help="budget of the search: it takes as many trials as can end within it, each "
+        "trained to the end of its bracket (on a machine without GPUs: slot-hours)")  # fmt: skip
+    add("--hours", type=float, help="the same for hours of search; time in queues and after interruptions is not "
+        "counted")  # fmt: skip
     add("--gpus_per_trial", type=gpus_per_trial, help="default: 1, and 0 on a machine without GPUs; several: one "
         "process for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
     add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
@@ -104,6 +108,8 @@ def make_parser(description: str) -> Parser:
     add("--try", action="append", default=[], metavar="SETTING", help="one of the first trials trains with these "
         "hyperparameters, such as lr=2.5e-5,per_device_bs=2,wd=0; may be given several times, and follows KNOWN of the "
         "script")  # fmt: skip
+    add("--warm_start", nargs="+", default=[], metavar="RUN_FOLDER", help="earlier runs: the results of a run of the "
+        "same search enter the model; of a run that differs, the best settings are tried first")  # fmt: skip
     add("--baseline", action="store_true", help="train the first known setting (KNOWN, --try) to the end, also if it "
         "loses, and say what the search has gained over it")  # fmt: skip
     add("--seed", type=int, default=42, help="of the search, the split and each training")
@@ -116,7 +122,9 @@ def make_parser(description: str) -> Parser:
         help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
     )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments; "
-        "a larger --num_samples adds trials up to that number, also to a run that is done")  # fmt: skip
+        "a larger --num_samples, --gpu_hours or --hours adds trials, also to a run that is done")  # fmt: skip
+    add("--new_code", action="store_true", help="with --resume: use the code and the ds_config of this checkout, in "
+        "place of the run's own copy")  # fmt: skip
     add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
@@ -138,8 +146,8 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     Returns:
         The arguments. `given` is the set of names that the command line has. `cluster` has the numbers of cluster.env;
         it is None if the trials run on this machine, and with --from_check. `ranges` has the variables that change the
-        search space. `known` is empty: known.settings needs the search space. `earlier_check` is the check.json of
-        --from_check.
+        search space. `known` and `earlier_results` are empty: they need the search space. `earlier_check` is the
+        check.json of --from_check.
 
     Raises:
         BadInput: an argument is wrong.
@@ -148,12 +156,14 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args = parser.parse_args(argv)
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    args.ranges, args.known = ranges.read(os.environ), []
+    args.ranges, args.known, args.earlier_results = ranges.read(os.environ), [], []
     for other in ("plan", "prefetch", "resume"):
         if args.check and getattr(args, other):
             raise BadInput(f"--check: not with --{other}")
     if args.plan and args.resume:
         raise BadInput("--plan: not with --resume")
+    if args.new_code and not args.resume:
+        raise BadInput("--new_code: only with --resume")
     for name in ("reduction_factor", "max_concurrent_trials"):
         if not args.plan:
             if len(getattr(args, name)) > 1:
@@ -166,6 +176,7 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     # Slurm starts a job again after its time limit, or after it has lost a node.
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (run_dir(args) / "run.json").exists()
     args.resume |= restarted and not args.plan and not args.check
+    args.new_code &= not restarted  # it has been taken when the job began
     if args.resume:
         load_from_run(args)
     if args.plan and args.from_check is not None:
@@ -177,12 +188,26 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         for name in ("seconds_per_iteration", "from_check"):
             if getattr(args, name) is not None:
                 raise BadInput(f"--{name}: only with --plan")
-        args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
-    else:
-        if args.seconds_per_iteration is not None:
-            args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
+        if not has_budget(args):
+            args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
+    elif args.seconds_per_iteration is not None:
+        args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
+    elif has_budget(args) and args.from_check is None:
+        raise BadInput(f"--plan: {' '.join(budget_in_words(args))}: needs --seconds_per_iteration or --from_check")
     args.cluster = None if args.from_check is not None else read_cluster_env() if args.plan else cluster_of_job()
     return args
+
+
+def has_budget(args: argparse.Namespace) -> bool:
+    """Whether the search ends by a budget of time."""
+    return args.gpu_hours is not None or args.hours is not None
+
+
+def budget_in_words(args: argparse.Namespace) -> list[str]:
+    """The budgets of the search, such as "100 GPU-hours". Empty where there are none."""
+    unit = "GPU-hours" if args.plan or args.gpus_per_trial else "slot-hours"
+    pairs = (args.gpu_hours, unit), (args.hours, "hours")
+    return [f"{number:g} {unit}" for number, unit in pairs if number is not None]
 
 
 def run_dir(args: argparse.Namespace) -> Path:
@@ -213,20 +238,21 @@ def check_values(args: argparse.Namespace) -> None:
         for value in values if isinstance(values, list) else [values]:
             if value is not None and value < least:
                 raise BadInput(f"--{name} {value}: must be at least {least}")
-    if args.trial_timeout is not None and not 0 < args.trial_timeout < math.inf:
-        raise BadInput(f"--trial_timeout {args.trial_timeout}: must be above 0")
-    if args.lora_alpha is not None and not 0 < args.lora_alpha < math.inf:
-        raise BadInput(f"--lora_alpha {args.lora_alpha}: must be above 0")
+    for name in ("trial_timeout", "lora_alpha", "num_train_epochs", "gpu_hours", "hours"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise BadInput(f"--{name} {value}: must be above 0")
     layers = args.lora_target_modules.split(",") if args.lora_target_modules else []
     if not all(re.fullmatch(r"[\w.-]+", name) for name in layers) or ("all-linear" in layers and len(layers) > 1):
         what = "names separated by commas, or all-linear alone"
         raise BadInput(f"--lora_target_modules {args.lora_target_modules}: {what}")
     for text in vars(args)["try"]:
         known.read(text)
+    for folder in [] if args.resume else args.warm_start:
+        if not (Path(folder) / "run.json").exists():
+            raise BadInput(f"--warm_start {folder}: not a run folder: it has no run.json")
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
-    if not 0 < args.num_train_epochs < math.inf:
-        raise BadInput(f"--num_train_epochs {args.num_train_epochs}: must be above 0")
 
 
 def check_disk(output_dir: Path, needed: int) -> None:
@@ -285,6 +311,7 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str], bool]:
     older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
     older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
     older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, "try": [], "baseline": False}
+    older |= {"gpu_hours": None, "hours": None, "warm_start": []}
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
         earlier = older | run["arguments"]
@@ -309,9 +336,10 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str], bool]:
 def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
-    Arguments that are given again must be the same, except --trial_timeout, which may have been too short, and
-    --num_samples, which may be larger, or smaller before the run is done (see Run.take_over). So must the variables of
-    the environment that change the search space.
+    Arguments that are given again must be the same, except --trial_timeout, which may have been too short, and those
+    that say when the search ends: --num_samples may be larger, or smaller before the run is done (see Run.take_over);
+    a budget may be another one, and replaces --num_samples where that is not given. So must the variables of the
+    environment that change the search space be the same.
 
     Raises:
         BadInput: it is no run folder, or another argument is given.
@@ -321,8 +349,12 @@ def load_from_run(args: argparse.Namespace) -> None:
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
         earlier.pop("trial_timeout")
-    if "num_samples" in args.given and (args.num_samples > earlier["num_samples"] or not done):
+    if "num_samples" in args.given and (args.num_samples > (earlier["num_samples"] or math.inf) or not done):
         earlier.pop("num_samples")
+    if budgets := {"gpu_hours", "hours"} & args.given:
+        earlier = {name: value for name, value in earlier.items() if name not in budgets}
+        if "num_samples" not in args.given:
+            earlier["num_samples"] = None
     other = [
         f"--{name} {getattr(args, name)} (the run has {earlier[name]})"
         for name in sorted(args.given & set(earlier))
@@ -339,8 +371,12 @@ def load_from_run(args: argparse.Namespace) -> None:
 
 
 def nothing_to_do(args: argparse.Namespace, run: dict) -> bool:
-    """Whether a run, by its run.json, is done and has as many trials as are asked for."""
-    return run.get("status") == "done" and args.num_samples <= run["arguments"]["num_samples"]
+    """Whether a run, by its run.json, is done, and neither more trials nor a larger budget is asked for."""
+
+    def grows(name: str) -> bool:
+        return (getattr(args, name) or math.inf) > (run["arguments"].get(name) or math.inf)
+
+    return run.get("status") == "done" and not any(map(grows, ("num_samples", "gpu_hours", "hours")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -433,10 +469,10 @@ def read_cluster_env() -> dict[str, int] | None:
 
 
 def plan_settings(args: argparse.Namespace) -> list[dict]:
-    """The settings that a plan compares: {"num_samples", "max_t", "reduction_factor", "slots"}."""
+    """The settings that a plan compares: {"num_samples" (None: by a budget), "max_t", "reduction_factor", "slots"}."""
     settings = []
     for factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
-        trials = args.num_samples or band_size(args.max_t, factor)
+        trials = args.num_samples if has_budget(args) else args.num_samples or band_size(args.max_t, factor)
         setting = {"num_samples": trials, "max_t": args.max_t, "reduction_factor": factor}
         settings.append(setting | {"slots": at_a_time or slots(args, 0)})
     return settings

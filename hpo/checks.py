@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hpo import arguments
+from hpo import arguments, code_copy
 from hpo.errors import BadInput
 from hpo.squad import loading
 
@@ -19,9 +19,13 @@ from hpo.squad import loading
 def check(args: argparse.Namespace) -> argparse.Namespace:
     """Checks model, data, ds_config, output folder and tracker; fills in the defaults that depend on the machine.
 
+    First of all, --resume goes on with the code of the run, if that is another: then this does not return.
+
     Returns:
         The arguments.
     """
+    if args.resume and not args.new_code:
+        code_copy.go_on_with_copy(arguments.run_dir(args))
     try:
         if not args.prefetch:  # it runs on a login node
             check_resources(args)
@@ -132,6 +136,8 @@ def read_ds_config(args: argparse.Namespace) -> dict:
     A plan takes a GPU for granted: it answers the question which GPU to ask for, on whatever machine it is made.
     """
     path = Path(args.deepspeed)
+    if args.resume and not args.new_code:
+        path = code_copy.ds_config(arguments.run_dir(args), args.deepspeed)
     gpus = max(1, args.gpus_per_trial or 0) if args.plan else args.gpus_per_trial or 0
 
     def refuse(what: str):

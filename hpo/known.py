@@ -77,7 +77,8 @@ def settings(given: list[dict], space: dict, args) -> list[dict]:
             found.append(values)
     factors = args.reduction_factor if isinstance(args.reduction_factor, list) else [args.reduction_factor]
     trials = args.num_samples or min(band_size(args.max_t, factor) for factor in factors)  # a plan has several
-    if len(found) > trials:
+    ends_by_budget = args.num_samples is None and (args.gpu_hours or args.hours)
+    if len(found) > trials and not ends_by_budget:
         raise BadInput(f"--num_samples {trials}: there are {len(found)} known settings (KNOWN, --try)")
     if args.baseline and not found:
         raise BadInput("--baseline: it is the first known setting, and there is none: add one to KNOWN, or use --try")

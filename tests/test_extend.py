@@ -19,7 +19,7 @@ from conftest import run_script
 from faulty import write_script
 from hpo import arguments, errors, files, search_space
 from hpo.cluster.run import Run
-from hpo.cluster.state import save_state
+from hpo.cluster.state import load_state, save_state
 from test_run import KEYS, cut
 
 SMALL = ["--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--max_concurrent_trials", 1, "--seed", 7]
@@ -85,6 +85,19 @@ def test_run_that_cannot_be_extended_is_refused_in_one_line(done, tmp_path):
     assert "has no state.jsonl" in refused("--num_samples", 6)
     (folder / "gone").rename(folder / "state.jsonl")
     assert content(folder) == before
+
+
+def test_its_results_enter_the_model_of_another_search(done, search, tmp_path):
+    folder, _, _ = done
+    rungs = len(load_state(folder)["searcher"]["observations"])
+    process = run_script(
+        *search, "--num_samples", 1, "--warm_start", folder, "--output_dir", tmp_path, "--run_name", "x"
+    )
+    assert process.returncode == 0, process.stderr
+    assert f"--warm_start {folder}: {rungs} results at rungs enter the model\n" in process.stdout
+    state = load_state(tmp_path / "x")
+    losses = [loss for _, of_budget in state["searcher"]["model"]["losses"] for loss in of_budget]
+    assert len(losses) == rungs + len(state["searcher"]["observations"])
 
 
 def test_extended_run_is_the_run_that_asked_for_more_at_once(done, search, tmp_path):

@@ -6,9 +6,13 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 
+import optuna
 import pytest
 
 import raytune_bayesian
@@ -76,15 +80,15 @@ def draw(folder, *options) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-def browse(path, tmp_path) -> tuple[str, list[str]]:
+def browse(url, tmp_path) -> tuple[str, list[str]]:
     """Opens a page in headless Chromium. Returns the document after its scripts have run, and the console's lines."""
     if CHROMIUM is None:
         assert not os.environ.get("CI"), "the page must be opened here, but there is no Chromium"
         pytest.skip("no Chromium (Debian package chromium)")
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-        "--window-size=1200,4000", "--virtual-time-budget=20000", "--dump-dom", path.as_uri(),
+        "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--enable-logging=stderr",
+        "--window-size=1200,4000", "--virtual-time-budget=20000", "--dump-dom", url,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -95,7 +99,7 @@ def test_every_figure_is_drawn(run_dir, tmp_path):
     done = draw(run_dir)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("| Trial ID |") and len(done.stdout.splitlines()) == 2 + 25
-    text, console = browse(run_dir / "report.html", tmp_path)
+    text, console = browse((run_dir / "report.html").as_uri(), tmp_path)
     assert console == []
     titles = re.findall("<h2>(.*?)</h2>", text)
     assert len(titles) == 8 and titles[-1] == "Results", titles
@@ -112,7 +116,7 @@ def test_browser_reports_requests_and_errors(tmp_path):
     fetch = '<script>console.error("broken"); fetch("https://example.org/y")</script>'
     load = '<script src="https://example.org/x.js"></script>'
     (tmp_path / "page.html").write_text(policy + fetch + load)
-    _, console = browse(tmp_path / "page.html", tmp_path)
+    _, console = browse((tmp_path / "page.html").as_uri(), tmp_path)
     words = ("broken", "example.org/x.js", "example.org/y")
     assert all(any(word in line for line in console) for word in words), console
 
@@ -140,9 +144,66 @@ def test_report_can_be_drawn_at_any_time(tmp_path, reports, max_t):
     assert "</html>" in (folder / "report.html").read_text()
 
 
-def test_other_folder_is_refused(tmp_path):
-    done = draw(tmp_path)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "usage" in done.stderr
+def test_wrong_input_is_refused(run_dir, tmp_path):
+    file = tmp_path / "journal.log"
+    file.touch()
+    for arguments, says in [
+        ([tmp_path], f"{tmp_path} is not a run folder: it has no run.json"),
+        ([run_dir, "--optuna", file], f"--optuna {file}: exists already"),
+        ([run_dir, "--optuna", tmp_path / "no" / "file"], "its folder does not exist"),
+    ]:
+        done = draw(*arguments)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and says in done.stderr, done.stderr
+    assert file.read_bytes() == b""
+
+
+def test_live_report_in_a_browser(run_dir, tmp_path):
+    """It is drawn again when the search has gone on, nobody without the token sees it, and the run is not changed."""
+    folder = tmp_path / "live"
+    shutil.copytree(run_dir, folder)
+    run = json.loads((folder / "run.json").read_text())
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    command = [sys.executable, "-m", "hpo.results", folder, "--live"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        url = re.match(r"http://127\.0\.0\.1:(\d+)/\S{20,}", process.stdout.readline())
+        port = url.group(1)
+        assert f"ssh -N -L {port}:127.0.0.1:{port} " in process.stdout.readline()
+        text, console = browse(url.group(), tmp_path)
+        assert console == [] and '<meta http-equiv="refresh"' in text and text.count("<tr>") == 1 + 25
+        assert text.count('class="main-svg"') > 7
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        rows = (folder / "trials.csv").read_text().splitlines()
+        (folder / "trials.csv").write_text("\n".join(rows[:-1]) + "\n")
+        (folder / "run.json").write_text(json.dumps(run | {"status": "done"}))
+        with urllib.request.urlopen(url.group(), timeout=60) as answer:
+            text = answer.read().decode()
+        assert text.count("<tr>") == 1 + 24 and '<meta http-equiv="refresh"' not in text
+        for other in ("", "/", "/x" * 11):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}{other}", timeout=60)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_journal_of_optuna(run_dir, tmp_path):
+    """It has a study for each rung, with the trials, their hyperparameters and their losses up to there."""
+    file = tmp_path / "journal.log"
+    done = draw(run_dir, "--optuna", file)
+    assert done.returncode == 0 and f"optuna-dashboard {file}" in done.stdout, done.stderr
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+    studies = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+    rows, metric = files.read_csv(run_dir / "iterations.csv"), "eval_loss"
+    for name in studies:
+        rung = int(name.removeprefix("iteration "))
+        expected = {r["trial_id"]: r[metric] for r in rows if r["training_iteration"] == rung}
+        found = optuna.load_study(study_name=name, storage=storage).trials
+        assert {t.user_attrs["trial_id"]: t.value for t in found} == expected
+        assert all(set(t.params) == {"learning_rate", "batch_size", "weight_decay"} for t in found)
+    assert len(studies) == 3
 
 
 def test_slots_have_one_trial_at_a_time(run_dir):

@@ -10,6 +10,7 @@ from conftest import ROOT
 
 FLOORS = [  # from the bottom; a module imports from lower floors, and from its own room
     {"errors", "files", "disk"},
+    {"code_copy"},
     {"bohb", "squad", "results"},
     {"search_space"},
     {"ranges", "known"},

@@ -46,6 +46,7 @@ class Bracket:
     members: list[str] = field(default_factory=list)  # trials that are still in the bracket, the oldest first
     scores: dict[str, float] = field(default_factory=dict)  # results at the current rung, higher is better
     promoted: set[str] = field(default_factory=set)  # members that were promoted and wait to be resumed
+    closed: bool = False  # whether it takes no more trials, although it has room
 
     @property
     def budget(self) -> int:
@@ -60,7 +61,7 @@ class Bracket:
     @property
     def open(self) -> bool:
         """Whether the bracket takes further trials: it has room, and its first rung is not decided."""
-        return self.rung == 0 and self.added < self.rungs[0][0]
+        return not self.closed and self.rung == 0 and self.added < self.rungs[0][0]
 
     def budgets(self) -> list[int]:
         """The budgets of all rungs."""

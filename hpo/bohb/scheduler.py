@@ -50,6 +50,7 @@ class HyperBandForBOHB(TrialScheduler):
     Attributes:
         brackets: all brackets, the oldest first.
         baseline: the id of the trial that is trained to max_t in any case; None if there is none.
+        settings: the arguments that it was made with, without metric and mode.
         pause_all: set it before a planned stop. Each trial is paused at its next checkpoint, and none is started.
         node_fault: set it while on_trial_error handles a failure that says nothing about the hyperparameters, such as a
             lost node. The model then gets no bad result.
@@ -79,6 +80,10 @@ class HyperBandForBOHB(TrialScheduler):
         self._time_attr, self._reduction_factor, self._stop_last_trials = time_attr, reduction_factor, stop_last_trials
         self._own_metric, self._own_mode = metric, mode  # `_metric` is the base class's
         self._band = rungs(max_t, reduction_factor)
+        self.settings = {
+            "time_attr": time_attr, "max_t": max_t, "reduction_factor": reduction_factor,
+            "stop_last_trials": stop_last_trials, "baseline": baseline,
+        }  # fmt: skip
         self._active: list[Bracket] = []  # brackets that are not over; a decision looks at no others
         self._bracket_of: dict[str, Bracket] = {}
         self._trials: dict[str, Trial] = {}  # trials that have not ended
@@ -125,6 +130,20 @@ class HyperBandForBOHB(TrialScheduler):
     def bracket_of(self, trial_id: str) -> Bracket | None:
         """The bracket of a trial; None if the trial never had one."""
         return self._bracket_of.get(trial_id)
+
+    def live_trials(self) -> list[Trial]:
+        """The trials that have not ended, the oldest first."""
+        return list(self._trials.values())
+
+    @property
+    def budgets(self) -> list[int]:
+        """The budgets of all rungs. The bracket with most trials has each of them."""
+        return [budget for _, budget in self._band[0]]
+
+    def close_bracket(self) -> None:
+        """The newest bracket takes no more trials. The next trial opens another one."""
+        if self.brackets:
+            self.brackets[-1].closed = True
 
     def in_race(self, trial_id: str) -> bool:
         """Whether a trial has a rung to reach, in its bracket or as the baseline alone."""

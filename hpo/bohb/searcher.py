@@ -1,6 +1,7 @@
 """The searcher of BOHB. It suggests hyperparameters."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import ConfigSpace
@@ -54,6 +55,8 @@ class TuneBOHB(Searcher):
     Attributes:
         suggested: {"config", "model_based"} by trial id, of all trials; with "known": True for points_to_evaluate.
         observations: the results that the model was given, in this order, each {"trial_id", "budget", "loss"}.
+        allows_trial: called before each suggestion, if set. None: none now. False: none any more, and the search ends
+            after the trials that it has.
         slots: the number of trials that the cluster has room for, where it is known. One more is suggested: it waits
             for a slot. A suggestion that is made later knows more results.
         running: ids of the trials that hold a slot, or are about to get one.
@@ -75,6 +78,7 @@ class TuneBOHB(Searcher):
     ):
         super().__init__(metric=metric, mode=mode)
         self.max_concurrent = max_concurrent
+        self.allows_trial: Callable[[], bool | None] | None = None
         self.slots: int | None = None
         self.suggested: dict[str, dict[str, Any]] = {}
         self.observations: list[dict[str, Any]] = []
@@ -86,6 +90,7 @@ class TuneBOHB(Searcher):
             space, self._quantized = convert(space)
         self._space, self._bohb_config, self._seed = space, bohb_config or {}, seed
         self._points_to_evaluate = list(points_to_evaluate or [])
+        self._earlier: list[tuple[dict, int, float]] = []
         self._restored: tuple[dict, set[str]] | None = None  # arguments of set_state, until the search space is known
         if space is not None:
             self._make_model()
@@ -95,6 +100,24 @@ class TuneBOHB(Searcher):
             self._space.seed(self._seed)
         self._check_model()
         self.bohber = Model(self._space, self._seed, **self._bohb_config)
+        for config, budget, loss in self._earlier:
+            config = config | {name: steps.index(d, config[name]) for name, d in self._quantized.items()}
+            self.bohber.new_result(Job({"loss": loss}, {"budget": budget, "config": config}))
+
+    def add_earlier_results(self, results: list[tuple[dict, int, float]]) -> None:
+        """Gives the model results of an earlier search. Must be called before the search space is known.
+
+        They are not among `observations`. A state that is restored has them already: it replaces the model's results.
+
+        Args:
+            results: configuration with flat names, budget, and loss, to be minimised. It is inf if the trial failed.
+
+        Raises:
+            RuntimeError: the model is made already.
+        """
+        if self._space is not None:
+            raise RuntimeError("earlier results must be added before the search space is known")
+        self._earlier = results
 
     def _check_model(self):
         """Fits a model to made-up losses. A model that cannot work is an error now, not after a day of training."""
@@ -212,7 +235,7 @@ class TuneBOHB(Searcher):
         }
         return {"budget": int(max(self.bohber.kde_models)), "hyperparameters": described, **pair}
 
-    def suggest(self, trial_id: str) -> dict | None:
+    def suggest(self, trial_id: str) -> dict | str | None:
         """Suggests the configuration of a new trial.
 
         Args:
@@ -220,12 +243,15 @@ class TuneBOHB(Searcher):
 
         Returns:
             The configuration, in plain Python types. None while max_concurrent trials are running, or one more
-            than there are slots.
+            than there are slots, or allows_trial says so. Searcher.FINISHED where allows_trial says that none follows.
         """
         if 0 < self.max_concurrent <= len(self.running):
             return None
         if self.slots is not None and len(self.running) > self.slots:
             return None
+        allowed = self.allows_trial() if self.allows_trial else True
+        if not allowed:
+            return None if allowed is None else Searcher.FINISHED
         known = bool(self._points_to_evaluate)
         if known:
             config, model_based = self._points_to_evaluate.pop(0), False

@@ -56,7 +56,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     """
     setting = {name: getattr(args, name) for name in ("num_samples", "max_t", "reduction_factor")}
     setting["slots"] = arguments.slots(args)
-    forecast = plan.forecast(space, **setting, first=args.known, baseline=args.baseline)
+    forecast = plan.band_forecast(args, space, setting)
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
     shared = make_folders(args, setup.run_dir)
@@ -83,10 +83,13 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     facts |= {"git_commit": git_commit(arguments.ROOT)}
     setting["slots"] = slots_that_passed(rows, args.max_concurrent_trials)
     if setting["slots"]:
-        forecast = plan.forecast(space, **setting, first=args.known, baseline=args.baseline)
+        forecast = plan.band_forecast(args, space, setting)
         questions = len(setup.train) * args.num_train_epochs
         seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
         facts["seconds_per_iteration"] = seconds
+        if arguments.has_budget(args):
+            forecast = plan.within_budget(args, space, setting, seconds)
+            setting["num_samples"] = forecast.trials
     write_json(setup.run_dir / "check.json", facts)
     if setting["slots"]:
         print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")

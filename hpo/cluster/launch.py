@@ -13,12 +13,12 @@ from pathlib import Path
 
 import ray
 
-from hpo import arguments, errors
-from hpo.cluster import preemption
+from hpo import arguments, code_copy, errors
+from hpo.cluster import preemption, session  # noqa: F401  session: loaded before a search begins, see code_copy
 from hpo.cluster.run import Run
 from hpo.cluster.state import keep_last_state
 from hpo.cluster.storage import wait_for_storage
-from hpo.results import checkpoints
+from hpo.results import checkpoints, terminal
 
 STORAGE_PATIENCE = 3600  # seconds that a full or lost file system is waited for
 MAX_STORAGE_WAITS = 10  # in all
@@ -30,13 +30,14 @@ if platform.libc_ver()[0] == "glibc" and tuple(map(int, platform.libc_ver()[1].s
     MALLOC |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 
 
-def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str) -> None:
+def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str, code: Path = code_copy.ROOT) -> None:
     """Joins the cluster that RAY_ADDRESS names, or starts Ray on this machine, with a token that only this user has.
 
     Args:
         gpus_per_trial: 0 hides the GPUs from all processes.
         temp_dir: for Ray's sockets and logs, when it is started here.
         trials_dir: for temporary files of the worker processes, when Ray is started here.
+        code: the folder with the package hpo for the worker processes.
     """
     environment = {
         # A trial of a big model may need more than Ray's 2 s to free its memory, before its process takes the next.
@@ -56,8 +57,7 @@ def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str) -> None:
         environment["TMPDIR"] = trials_dir
         options |= {"_temp_dir": temp_dir, "include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
     os.environ.update(environment)
-    # Worker processes look for modules in the current folder first: it must not hold another copy of them.
-    with contextlib.chdir(arguments.ROOT):
+    with contextlib.chdir(code):  # worker processes look for modules in this process's current folder first
         ray.init(**options, runtime_env={"env_vars": environment | MALLOC})
     preemption.stop_on_signals()  # after Ray has set its own handlers
 
@@ -86,7 +86,7 @@ def ray_session(run: Run):
     environment, storage_error = dict(os.environ), None
     with ray_folders() as folders:
         try:
-            start_ray(run.setup.gpus_per_trial, *folders)
+            start_ray(run.setup.gpus_per_trial, *folders, run.folder / code_copy.NAME)
             yield
         except BaseException as error:
             if errors.is_storage(error):
@@ -131,6 +131,7 @@ def restart_after_storage(error: Exception, run: Run, environment: dict[str, str
     if there:
         where = ["--run_name", run.folder.name, "--output_dir", str(run.folder.parent)]
         command = [sys.executable, sys.argv[0], "--resume", *where]
+        terminal.leave()
         os.execve(sys.executable, command, environment | {"STORAGE_WAITS": str(waits + 1)})
 
 
@@ -145,7 +146,7 @@ def exit_codes(args: argparse.Namespace):
     if args.check:
         preemption.stop_on_signals()  # until it marks them: it loads the model and the data first
     try:
-        with errors.exit_on_bad_input():
+        with errors.exit_on_bad_input(), terminal.below_the_log():
             try:
                 yield
             except preemption.Preempted:

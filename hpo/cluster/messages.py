@@ -25,6 +25,7 @@ def announce(run: Run) -> None:
         print(f"going on with a search: {ended} trials have ended, {live} go on, {iterations} iterations are done")
     whole = "all" if args.max_eval_samples is None else "bounded by --max_eval_samples:"
     tested, trials = run.facts["questions"]["test"], args.num_samples
+    budget = " and ".join(arguments.budget_in_words(args))
     print(f"run folder: {run.folder}")
     print(f"questions: {len(setup.train)} to train on; {len(setup.selection)} of other {setup.held_out} to compare")
     print(f"  trials on; {whole} {tested} of the validation set to test the best model on, at the end")
@@ -47,19 +48,33 @@ def announce(run: Run) -> None:
         print(line)
     if setup.shares_gpu:
         print(f"{trials_per_gpu(args.gpus_per_trial)} trials share each GPU")
-    print(f"search: {trials} trials on {run.slots} slots, brackets of (trials, iterations) {brackets}")
+    number = f"{trials} trials" if trials else "as many trials"
+    number += " at most, and as many" * bool(trials and budget) + f" as {budget} allow" * bool(budget)
+    print(f"search: {number} on {run.slots} slots, brackets of (trials, iterations) {brackets}")
     for line in cpu_warnings(args, run.slots):
         print(line)
     print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")
-    print(f"model: {forecast.model_based} of {trials} suggestions come after it has enough results; a third of them")
-    print("  stays random")
-    if forecast.model_based == 0:
-        band = band_size(args.max_t, args.reduction_factor)
-        print(f"WARNING: this is random search; one band is {band} trials (--num_samples): take more trials, or fewer")
-        print("  at a time (--max_concurrent_trials), so that the first ones end before the last ones are suggested")
+    if trials:  # otherwise a budget ends the search, and how many there will be is not known
+        print_model_outlook(forecast.model_based, args)
     if ray.__version__ != TESTED_WITH:
         print(f"WARNING: Ray {ray.__version__} is installed; this program was tested with Ray {TESTED_WITH}")
     sys.stdout.flush()
+
+
+def print_done(run: Run) -> None:
+    """Prints that there is nothing to do."""
+    print(f"{run.folder} is done already; a larger --num_samples or budget adds trials")
+    print(f"python -m hpo.results {run.folder} shows it")
+
+
+def print_model_outlook(model_based: int, args) -> None:
+    """Prints how many suggestions can come from the model, by the plan, and a warning where none can."""
+    print(f"model: {model_based} of {args.num_samples} suggestions come after it has enough results; a third of them")
+    print("  stays random")
+    if model_based == 0:
+        band = band_size(args.max_t, args.reduction_factor)
+        print(f"WARNING: this is random search; one band is {band} trials (--num_samples): take more trials, or fewer")
+        print("  at a time (--max_concurrent_trials), so that the first ones end before the last ones are suggested")
 
 
 def cpu_warnings(args, slots: int) -> list[str]:
@@ -89,7 +104,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         again = f"{sys.executable} -m hpo.results {run.folder}"
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
     facts, iterations = run.facts, len(log.iterations)
-    print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, run.args.num_samples, facts["grid"]))
+    print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, len(log.trials), facts["grid"]))
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     number = tested["questions"]
     of = "questions of the validation set"

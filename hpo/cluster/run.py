@@ -10,7 +10,8 @@ import os
 import time
 from pathlib import Path
 
-from hpo import arguments, disk, search_space
+from hpo import arguments, code_copy, disk, search_space
+from hpo.bohb.brackets import band_size
 from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
@@ -58,16 +59,18 @@ class Run:
             "git_commit": git_commit(arguments.ROOT),
             "tests": [],  # each look at the test set, also those of an earlier search
         }
-        trials = 0  # of the search so far
+        goes_on = False  # with the trials that it was started for
         if args.resume:
             hold_lock(self.folder)
             earlier = json.loads((self.folder / "run.json").read_text())
-            trials = earlier["arguments"]["num_samples"]
             self.done = arguments.nothing_to_do(args, earlier)
             if self.done:
                 return
             self.take_over(earlier)
-        size = args.num_samples, args.max_t, args.reduction_factor, self.slots
+            goes_on = earlier.get("status") != "done" and args.num_samples == earlier["arguments"]["num_samples"]
+        # With a budget it is a forecast of two bands: what a search of several needs on disk.
+        trials = args.num_samples or 2 * band_size(args.max_t, args.reduction_factor)
+        size = trials, args.max_t, args.reduction_factor, self.slots
         self.forecast = forecast(space, *size, short_ends(self.state), args.known, args.baseline)
         r = search_space.largest_trial(space, args)["lora_r"]
         self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
@@ -75,11 +78,13 @@ class Run:
         self.needed = self.forecast.disk(checkpoint, best_model)
         if (self.folder / "best_model").exists():
             self.needed += best_model  # a better one is written beside it
-        if args.num_samples > trials:
+        if not goes_on:
             arguments.check_disk(self.folder.parent, self.needed - disk.used(self.folder))
         if not args.resume:
             make_folder(self.folder)
             hold_lock(self.folder)
+        if args.new_code or not self.has_copy():
+            code_copy.keep(self.folder, args.deepspeed)
         self.write("running")
 
     def take_over(self, earlier: dict) -> None:
@@ -100,14 +105,20 @@ class Run:
         except RuntimeError as error:
             raise BadInput(f"--resume: {error}") from None
         suggested = len(self.state["searcher"]["suggested"]) if self.state else 0
-        if self.args.num_samples < suggested:
+        if self.args.num_samples is not None and self.args.num_samples < suggested:
             raise BadInput(f"--num_samples {self.args.num_samples}: {suggested} trials have begun already")
         if earlier.get("status") == "done" and self.state is None:
             raise BadInput(f"--resume: {self.folder} has no {FILE}: an older version of this program has deleted it")
         known = earlier.get("known_settings", [])  # older runs have none
         self.args.known = [search_space.setting_of(self.space, setting) for setting in known]
         self.facts |= {"known_settings": known, "tests": earlier.get("tests", [])}
+        if self.has_copy() and not self.args.new_code:
+            self.facts["git_commit"] = earlier["git_commit"]
         self.facts = earlier | self.facts  # slot time, baseline and the like stay until the search writes new ones
+
+    def has_copy(self) -> bool:
+        """Whether the run has a copy of its code. Those of older versions have none."""
+        return (self.folder / code_copy.NAME).is_dir()
 
     def has_tested(self, trial_id: str) -> bool:
         """Whether best_model is that of this trial, and was tested."""

@@ -1,11 +1,13 @@
 """What a search needs around Tune's own loop: callbacks, saved state, worker resources."""
 
+import math
 import os
 from pathlib import Path
 
 from ray import tune
 from ray.tune.experiment import Trial
 
+from hpo import arguments
 from hpo.bohb.brackets import rungs
 from hpo.cluster import preemption, trial
 from hpo.cluster.idle_nodes import IdleNodeRelease
@@ -13,11 +15,14 @@ from hpo.cluster.ray_private import ResumableSearch
 from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from hpo.cluster.watchdogs import FaultyNodes, SharedGpus, Watchdog
+from hpo.plan.budget import Budget, MeasuredPace
 from hpo.results import checkpoints, tables, trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
 from hpo.results.slots import trials_per_gpu
 from hpo.results.trial_log import TrialLog
+
+MANY = 10_000  # trials that may wait for a worker process, where the number of trials is not known
 
 
 class SearchSession:
@@ -36,18 +41,20 @@ class SearchSession:
         self.run, self.searcher, self.scheduler = run, searcher, scheduler
         self.observed = 0  # results at rungs when run.json was written last
         # If the whole first rung has failed, the search ends. One trial alone does not end it.
-        first_rung = min(args.num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
+        num_samples = args.num_samples or math.inf
+        first_rung = min(num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
         self.log = TrialLog(
             run_dir=run.folder,
             searcher=searcher,
             metric=args.metric,
-            num_samples=args.num_samples,
+            num_samples=num_samples,
             gpus_per_trial=args.gpus_per_trial,
             first_rung=first_rung,
             save_state=self.save,
         )
         resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
         self.slot_time = SlotTime(self.log, resources, args.max_concurrent_trials, searcher)
+        searcher.add_earlier_results(args.earlier_results)
         self.search_alg = ResumableSearch(searcher, run.folder)
         if run.state:
             self.restore(run.state)
@@ -55,23 +62,52 @@ class SearchSession:
         checkpoints.delete_except(run.folder, needed, self.log.best)
         rendezvous = os.environ.get("RENDEZVOUS_DIR")  # where head_node.slurm and its worker jobs meet
         folder, idle_minutes = rendezvous and Path(rendezvous), float(os.environ.get("IDLE_RELEASE_MINUTES", 0))
+        has_budget = arguments.has_budget(args)
         self.callbacks = [
             self.log,
             self.slot_time,
             IdleNodeRelease(self.slot_time, idle_minutes, folder),
-            ProgressPrinter(self.log, scheduler, run.slots, run.forecast.iterations, run.forecast.time),
+            ProgressPrinter(
+                self.log,
+                scheduler,
+                run.slots,
+                run.forecast.iterations,
+                run.forecast.time,
+                self.seconds_left if has_budget else None,
+            ),
             preemption.PauseOnSignal(scheduler, self.search_alg, self.setup.stop_file, self.log.save),
             Watchdog(args.trial_timeout, self.log.log),
             FaultyNodes(folder, self.log.log),
             SharedGpus(trials_per_gpu(args.gpus_per_trial), self.log.log),
             *trackers.tracker(args.report_to, run.folder),
         ]
+        self.budget = None
+        if has_budget:
+            pace = MeasuredPace(self.log, scheduler)
+            self.budget = Budget(scheduler, self.usable_slots, self.seconds_left, pace)
+            searcher.allows_trial = self.allows_trial
+            self.callbacks.append(pace)
         # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
         # searcher suggests one trial more than there are slots.
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or MANY)
         self.slot_time.count_slots()
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything
         self.setup.stop_file.unlink(missing_ok=True)
+
+    def usable_slots(self) -> int:
+        """The number of trials that can run at a time now."""
+        return min(self.slot_time.slots, self.run.args.max_concurrent_trials or self.slot_time.slots)
+
+    def seconds_left(self) -> float:
+        """Seconds of the budget that are left."""
+        args = self.run.args
+        return self.slot_time.budget_left(args.gpu_hours, args.hours, args.gpus_per_trial)
+
+    def allows_trial(self) -> bool | None:
+        """Whether the budget allows another trial, see Budget. Tells the log how many trials the search has."""
+        allowed, limit = self.budget.allows_trial(), self.run.args.num_samples or math.inf
+        self.log.num_samples = limit if allowed else min(limit, len(self.searcher.suggested))
+        return allowed
 
     def trainable(self, train):
         """What Tune runs for a trial: `train` of the script, with its resources, on one node."""
@@ -86,6 +122,8 @@ class SearchSession:
             KeyboardInterrupt: after SIGINT.
         """
         try:
+            if self.budget and self.run.state and not self.run.state["live"]:
+                self.allows_trial()
             if self.log.unfinished():
                 tuner.fit()
             else:  # interrupted after its last trial. Tune, which would pass the search space, does not run

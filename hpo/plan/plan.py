@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 from ray.tune.search.sample import Domain
 
 from hpo import arguments, errors, known, ranges, search_space
+from hpo.bohb.brackets import band_size
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
+from hpo.errors import BadInput
 from hpo.files import columns
 from hpo.plan import pace
+from hpo.plan.budget import Budget
 from hpo.plan.simulator import Simulation
 from hpo.results.slots import trials_per_gpu
 from hpo.squad import loading
@@ -23,6 +27,7 @@ from hpo.squad import loading
 class Forecast:
     """What to expect of a search whose iterations all take the same time."""
 
+    trials: int  # of the search
     rungs: list[tuple[int, int, int, int]]  # (bracket, iteration of the rung, trials that reach it, iterations for it)
     suggested: int  # suggestions before there is a model
     model_based: int  # suggestions after that; BOHB draws a third of these at random
@@ -43,13 +48,14 @@ class Forecast:
 
 def forecast(
     space: dict,
-    num_samples: int,
+    num_samples: int | None,
     max_t: int,
     reduction_factor: int,
     slots: int,
     ends: Iterable[int] = (),
     first: list[dict] = (),
     baseline: bool = False,
+    length: float = math.inf,
 ) -> Forecast:
     """Runs the searcher and the scheduler of a search on random losses, in simulated time.
 
@@ -58,14 +64,16 @@ def forecast(
 
     Args:
         space: the search space, as Ray Tune has it.
-        num_samples: trials of the search.
+        num_samples: trials of the search; None: as many as `length` allows.
         max_t: iterations of a full training.
         reduction_factor: one of so many trials is promoted at a rung.
         slots: trials that can run at a time.
         ends: the numbers of trials at which the search has ended before, in the middle of a bracket.
         first: the known settings, see known.settings.
         baseline: whether the first of them is trained to the end. Here it loses at its first rung.
+        length: the search takes no longer, in durations of one iteration.
     """
+    num_samples = num_samples or math.inf
     rng = random.Random(0)
     searcher = TuneBOHB(seed=0, bohb_config={"random_fraction": 0}, points_to_evaluate=known.points(first))
     searcher.set_search_properties("loss", "min", space)
@@ -80,6 +88,9 @@ def forecast(
         return 2.0 if baseline and config["train_loop_config"] == first[0] else rng.random()
 
     simulation = Simulation(searcher, scheduler, num_samples, train, slots=slots, max_t=max_t)
+    if length < math.inf:
+        budget = Budget(scheduler, lambda: slots, lambda: length - simulation.now, lambda config, t: 1.0)
+        searcher.allows_trial = budget.allows_trial
     for trials in (*ends, num_samples):
         simulation.search_alg.num_samples = trials
         simulation.run()
@@ -92,7 +103,8 @@ def forecast(
             )
             rungs.append((number, budget, trials, trials * (budget - below)))
             below = budget
-    tenth = simulation.now / 10
+    created = simulation.search_alg.created
+    tenth = simulation.now / 10 or 1.0  # no trial fits into the length
     busy = [
         sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end, *_ in simulation.reports)
         / tenth
@@ -100,16 +112,57 @@ def forecast(
         for i in range(10)
     ]
     return Forecast(
+        created,
         rungs,
-        next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), num_samples),
+        next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), created),
         searcher.model_based,
         # Besides these: the best trial's. And a trial that writes a checkpoint keeps the one before it until two more
         # states of the search are saved.
-        most + 1 + 2 * min(slots, num_samples),
+        most + 1 + 2 * min(slots, created),
         len(simulation.reports),
         simulation.now,
         busy,
     )
+
+
+def band_forecast(args, space: dict, setting: dict) -> Forecast:
+    """The forecast of a search of num_samples trials, or of one band where only a budget ends it."""
+    trials = setting["num_samples"] or band_size(setting["max_t"], setting["reduction_factor"])
+    return forecast(space, **setting | {"num_samples": trials}, first=args.known, baseline=args.baseline)
+
+
+def within_budget(args, space: dict, setting: dict, seconds: float) -> Forecast:
+    """The forecast of a search that ends by its budget.
+
+    Args:
+        args: the arguments of the program.
+        space: the search space.
+        setting: {"num_samples", "max_t", "reduction_factor", "slots"}; num_samples is the most trials, or None.
+        seconds: duration of an iteration.
+
+    Raises:
+        BadInput: no trial can be trained to the end within the budget.
+    """
+    hours = [math.inf if args.hours is None else args.hours]
+    if args.gpu_hours is not None:
+        hours.append(args.gpu_hours / setting["slots"] / (args.gpus_per_trial or 1))
+    length = min(hours) * 3600 / seconds
+    found = forecast(space, **setting, first=args.known, baseline=args.baseline, length=length)
+    if not found.trials:
+        budget = " and ".join(arguments.budget_in_words(args))
+        raise BadInput(
+            f"{budget}: on {setting['slots']} slots no trial ends within it: a full training takes "
+            f"{args.max_t * seconds / 3600:.3g} hours"
+        )
+    return found
+
+
+def in_bands(trials: int, max_t: int, reduction_factor: int) -> str:
+    """A number of trials as bands, in words."""
+    size = band_size(max_t, reduction_factor)
+    whole, more = divmod(trials, size)
+    bands = [f"{whole} whole band{'s' * (whole > 1)} of {size} trials"] * (whole > 0)
+    return " and ".join(bands + [f"{more} trials of a band of {size}"] * (more > 0))
 
 
 def hours_of(forecast: Forecast, seconds: float, slots: int, gpus_per_trial: float) -> tuple[float, float, float]:
@@ -149,7 +202,10 @@ def plan(
         return compare(settings, forecasts, seconds, disk_bytes, gpus_per_trial)
     (s,), (f,) = settings, forecasts
     wide = [["bracket", "rung at iteration", "trials", "iterations", "share"]]
-    wide += [[bracket, budget, trials, run, f"{run / f.iterations:.0%}"] for bracket, budget, trials, run in f.rungs]
+    for numbers, rows in brackets_alike(f.rungs):
+        more = f" and {len(numbers) - 1} more" if len(numbers) > 1 else ""
+        for budget, trials, run in rows:
+            wide.append([f"{numbers[0]}{more}", budget, trials, run, f"{run * len(numbers) / f.iterations:.0%}"])
     dimensions = sum(isinstance(domain, Domain) for domain in space["train_loop_config"].values())
     lines = [
         columns(wide),
@@ -185,6 +241,21 @@ def plan(
     else:
         lines.append("disk: known once the model is there (--prefetch)")
     return "\n".join(lines)
+
+
+def brackets_alike(rungs: list[tuple[int, int, int, int]]) -> list[tuple[list[int], list[tuple[int, int, int]]]]:
+    """Groups brackets of one size: their numbers, and for each rung of one its iteration, trials and iterations for it.
+
+    Args:
+        rungs: see Forecast.
+    """
+    brackets = defaultdict(list)
+    for number, *rung in rungs:
+        brackets[number].append(tuple(rung))
+    alike = defaultdict(list)
+    for number, rows in brackets.items():
+        alike[tuple(rows)].append(number)
+    return [(numbers, list(rows)) for rows, numbers in alike.items()]
 
 
 def compare(
@@ -228,16 +299,24 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     disk_bytes, largest = None, search_space.largest_trial(space, args)
     if model:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
-    forecasts = [forecast(space, **setting, first=args.known, baseline=args.baseline) for setting in settings]
+    forecasts = [band_forecast(args, space, setting) for setting in settings]
     seconds, limit = args.seconds_per_iteration and [args.seconds_per_iteration] * len(settings), arguments.time_limit()
     if args.from_check is not None:
         seconds = pace.of_check(args, space, forecasts)
+    budget = arguments.budget_in_words(args)
+    if budget:
+        forecasts = [within_budget(args, space, *pair) for pair in zip(settings, seconds, strict=True)]
+        settings = [s | {"num_samples": f.trials} for s, f in zip(settings, forecasts, strict=True)]
     for line in [*ranges.changes(space, args.ranges), *known.in_words(args.known, args.baseline)]:
         print(line)
     where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
     if args.from_check is not None:
         where = "the nodes that were ok in the check have"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
+    if budget and len(settings) == 1:
+        ended = sum(trials for _, iteration, trials, _ in forecasts[0].rungs if iteration == args.max_t)
+        bands = in_bands(forecasts[0].trials, args.max_t, settings[0]["reduction_factor"])
+        print(f"within {' and '.join(budget)}: {bands}; {ended} trials are trained to the end\n")
     print(plan(space, settings, forecasts, seconds, disk_bytes, limit, args.gpus_per_trial), flush=True)
     if model is None:
         print("memory of a GPU: known once the model is there (--prefetch)", flush=True)

@@ -19,6 +19,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.result import SHOULD_CHECKPOINT
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 
 class SimulatedTrial:
@@ -44,10 +45,11 @@ class SearchAlgorithm:
 
     def __init__(self, searcher, num_samples: int):
         self.searcher, self.num_samples, self.created = searcher, num_samples, 0
+        self.no_more = False  # the searcher has said so
 
     def is_finished(self) -> bool:
         """Whether all trials were suggested."""
-        return self.created >= self.num_samples
+        return self.no_more or self.created >= self.num_samples
 
 
 class Simulation:
@@ -56,13 +58,14 @@ class Simulation:
     Args:
         searcher: has its metric, mode and search space already.
         scheduler: has its metric and mode already.
-        num_samples: number of trials.
+        num_samples: number of trials; math.inf where the searcher ends the search.
         train: returns the loss of a configuration after t iterations.
         slots: trials that can run at a time.
         max_t: a trial ends by itself after so many iterations.
-        seconds: returns the simulated seconds that one iteration of a configuration takes.
+        seconds: returns the simulated seconds that iteration t of a configuration takes.
         fault: called before each report with (trial id, iteration). If it returns "crash", the trial fails. If it
             returns "retry", the trial loses its work since its last pause and is started again. None does nothing.
+        rungs_only: a trial reports at its rungs only. It is much faster, and the time is the same.
 
     Attributes:
         reports: (start, end, trial id, iteration, loss) of each iteration; times in simulated seconds.
@@ -78,12 +81,13 @@ class Simulation:
         train: Callable[[dict, int], float],
         slots: int = 1,
         max_t: int = 50,
-        seconds: Callable[[dict], float] = lambda config: 1.0,
+        seconds: Callable[[dict, int], float] = lambda config, t: 1.0,
         fault: Callable[[str, int], str | None] = lambda trial_id, iteration: None,
+        rungs_only: bool = False,
     ):
         self.search_alg = SearchAlgorithm(searcher, num_samples)
         self.scheduler, self.slots, self.train, self.max_t = scheduler, slots, train, max_t
-        self.seconds, self.fault = seconds, fault
+        self.seconds, self.fault, self.rungs_only = seconds, fault, rungs_only
         self.trials: list[SimulatedTrial] = []
         self._live: dict[str, SimulatedTrial] = {}  # those that have not ended, in the same order
         self.reports: list[tuple[float, float, str, int, float]] = []
@@ -133,12 +137,25 @@ class Simulation:
         searcher.set_state(state[0], {t.trial_id for t in live})
         scheduler.set_state(state[1], {t.trial_id for t in live if t.status == Trial.PENDING})
         for old in live:
-            trial = SimulatedTrial(old.trial_id, old.config)
-            trial.iteration = old.iteration if saved else self._checkpoints.get(old.trial_id, 0)
-            trial.status = Trial.PENDING if old.status == Trial.PENDING else Trial.PAUSED
-            new._add(trial)
-            scheduler.on_trial_add(new, trial)
+            iteration = old.iteration if saved else self._checkpoints.get(old.trial_id, 0)
+            new.take_over(old.trial_id, old.config, iteration, old.status)
         return new
+
+    def take_over(self, trial_id: str, config: dict, iteration: int, status: str) -> None:
+        """Adds a live trial of another search, whose state the scheduler has. One that was running counts as paused.
+
+        Args:
+            trial_id: its id.
+            config: its configuration.
+            iteration: the last one that it has done.
+            status: of Tune.
+        """
+        trial = SimulatedTrial(trial_id, config)
+        trial.iteration = iteration
+        trial.last_result = {"training_iteration": iteration}
+        trial.status = Trial.PENDING if status == Trial.PENDING else Trial.PAUSED
+        self._add(trial)
+        self.scheduler.on_trial_add(self, trial)
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +197,9 @@ class Simulation:
             if not self._count(Trial.PENDING) and not self.search_alg.is_finished():
                 trial_id = f"{self.search_alg.created:05d}"
                 config = self.search_alg.searcher.suggest(trial_id)
-                if config is not None:
+                if config == Searcher.FINISHED:
+                    self.search_alg.no_more = progress = True
+                elif config is not None:
                     self.search_alg.created += 1
                     trial = SimulatedTrial(trial_id, config)
                     self._add(trial)
@@ -197,8 +216,15 @@ class Simulation:
             self._schedule(trial)
             progress = True
 
+    def _next_report(self, trial: SimulatedTrial) -> int:
+        """The iteration after which a trial reports next."""
+        if self.rungs_only:
+            return min(rung for rung in trial.config["rungs"] if rung > trial.iteration)
+        return trial.iteration + 1
+
     def _schedule(self, trial: SimulatedTrial) -> None:
-        end = self.now + self.seconds(trial.config)
+        iterations = range(trial.iteration + 1, self._next_report(trial) + 1)
+        end = self.now + sum(self.seconds(trial.config, t) for t in iterations)
         heapq.heappush(self._events, (end, next(self._order), self.now, trial))
 
     def _report(self, end: float, _: int, start: float, trial: SimulatedTrial) -> None:
@@ -219,7 +245,7 @@ class Simulation:
             trial.status = Trial.PENDING
             self.scheduler.on_trial_add(self, trial)
             return
-        trial.iteration += 1
+        trial.iteration = self._next_report(trial)
         loss = self.train(trial.config, trial.iteration)
         self.reports.append((start, end, trial.trial_id, trial.iteration, loss))
         searcher = self.search_alg.searcher

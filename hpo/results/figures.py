@@ -40,9 +40,12 @@ def distribution(values: list) -> FloatDistribution | CategoricalDistribution:
 
 
 def studies(
-    trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str
+    trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str, storage=None
 ) -> dict[int, optuna.Study]:
-    """A study for each rung, by its iteration. Rungs are the iterations at which a trial was paused or has ended."""
+    """A study for each rung, by its iteration. Rungs are the iterations at which a trial was paused or has ended.
+
+    `storage` is one of Optuna; by default the studies are in memory.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     distributions = {name: distribution([t[name] for t in trials]) for name in hyperparameters}
     curves: dict[str, dict[int, float]] = defaultdict(dict)
@@ -52,7 +55,8 @@ def studies(
     stops = {t["training_iteration"] for t in trials} - {0}
     made = {}
     for rung in sorted(stops):
-        study = optuna.create_study(direction=f"{MODES[metric]}imize", study_name=f"iteration {rung}")
+        name, direction = f"iteration {rung}", f"{MODES[metric]}imize"
+        study = optuna.create_study(direction=direction, study_name=name, storage=storage)
         for trial in trials:
             curve = curves[trial["trial_id"]]
             if rung in curve and math.isfinite(curve[rung]):
@@ -67,6 +71,12 @@ def studies(
         if study.trials:
             made[rung] = study
     return made
+
+
+def export(trials: list[dict], iterations: list[dict], hyperparameters: list[str], metric: str, path: Path) -> None:
+    """Writes the studies to a journal file of Optuna. The other arguments are those of `studies`."""
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
+    studies(trials, iterations, hyperparameters, metric, storage)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,13 @@ def table(rows: list[list[str]]) -> str:
     return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
-def page(title: str, facts: dict[str, str], results: list[list[str]], figures: dict[str, go.Figure]) -> str:
+def page(
+    title: str,
+    facts: dict[str, str],
+    results: list[list[str]],
+    figures: dict[str, go.Figure],
+    refresh: int | None = None,
+) -> str:
     """The text of the page.
 
     Args:
@@ -31,11 +37,13 @@ def page(title: str, facts: dict[str, str], results: list[list[str]], figures: d
         facts: shown at the top, by their names.
         results: the table of results; the first row is the header.
         figures: by their titles.
+        refresh: seconds after which the browser loads the page again; None: never.
     """
     parts = [
         "<!DOCTYPE html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"><link rel="icon" href="data:,">',
+        f'<meta http-equiv="refresh" content="{refresh}">' if refresh else "",
         f"<style>{STYLE}</style>",
         f"<script>{plotly.offline.get_plotlyjs()}</script></head><body>",
         f"<h1>{html.escape(title)}</h1>",

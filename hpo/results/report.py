@@ -2,17 +2,19 @@
 
     .venv/bin/python -m hpo.results results/<run_name>        # prints the table, draws report.html
     .venv/bin/python -m hpo.results results/<run_name> --png  # and the figures as PNGs
+    .venv/bin/python -m hpo.results results/<run_name> --live # serves it to a browser while the search runs
 
 It reads trials.csv, iterations.csv and run.json, and does not disturb a search that is running.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 from hpo import errors
 from hpo.files import read_csv, write_atomically
-from hpo.results import slot_time
+from hpo.results import live, slot_time
 from hpo.results.tables import (
     COLUMNS,
     METRICS,
@@ -26,24 +28,34 @@ from hpo.results.tables import (
     tested_in_words,
 )
 
-USAGE = "usage: .venv/bin/python -m hpo.results results/<run_name> [--png]   (a folder with a run.json)"
+
+def read_run(run_dir: Path) -> tuple[dict, list[dict], list[dict]]:
+    """run.json, the rows of trials.csv and those of iterations.csv; no rows where the search has written none yet."""
+    paths = [run_dir / name for name in ("trials.csv", "iterations.csv")]
+    trials, iterations = (read_csv(path) if path.exists() else [] for path in paths)
+    return json.loads((run_dir / "run.json").read_text()), trials, iterations
 
 
-def write_page(run_dir: Path) -> dict:
-    """Writes report.html to a run folder.
+def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict]:
+    """The report of a run as it is now: the HTML, and the figures by their titles.
 
-    Returns:
-        The figures, by their titles.
+    Args:
+        run_dir: the run folder.
+        refresh: seconds after which a browser asks for the page again while the search runs. None: never.
     """
     from hpo.results import figures, page  # slow: optuna and plotly
 
-    run = json.loads((run_dir / "run.json").read_text())
-    paths = [run_dir / name for name in ("trials.csv", "iterations.csv")]
-    trials, iterations = (read_csv(path) if path.exists() else [] for path in paths)
+    run, trials, iterations = read_run(run_dir)
     metric = run["arguments"]["metric"]
     drawn = figures.draw(trials, iterations, hyperparameter_columns(trials), metric, run.get("densities"))
     facts = facts_of(run, trials, iterations)
-    text = page.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn)
+    refresh = refresh if run["status"] == "running" else None
+    return page.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn, refresh), drawn
+
+
+def write_page(run_dir: Path) -> dict:
+    """Writes report.html to a run folder. Returns the figures, by their titles."""
+    text, drawn = draw_page(run_dir)
     write_atomically(run_dir / "report.html", text)
     return drawn
 
@@ -63,7 +75,7 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
     ]
     facts = {
         "Status": run["status"],
-        "Trials": ", ".join(counts) + f" of {arguments['num_samples']}",
+        "Trials": ", ".join(counts) + (f" of {arguments['num_samples']}" if arguments["num_samples"] else ""),
         "Model-based suggestions": f"{sum(bool(row['model_based']) for row in trials)} of {len(trials)}",
     }
     if trials:
@@ -81,7 +93,7 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
     if "baseline" in run:
         facts[f"Gain over the baseline (trial {run['baseline']['trial_id']})"] = gain_in_words(run["baseline"])
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions
-        size = arguments["max_t"], arguments["num_samples"], run["grid"]
+        size = arguments["max_t"], len(trials), run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)
         facts["Slot time"] = spent.replace("slot time: ", "").replace("\ncost:", "; cost:")
     given = [f"{name}={value}" for name, value in run.get("environment", {}).items()]  # older runs have none
@@ -90,15 +102,34 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
     return facts | {"Started with": " ".join(given)}
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that tells a mistake in one line, and ends with exit code 2."""
+
+    def error(self, message):
+        """Ends the program."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def main(argv: list[str]) -> int:
-    """The command. Returns its exit code: 2 if the folder is no run folder, 1 if PNGs cannot be drawn."""
-    folders = [Path(argument) for argument in argv if argument != "--png"]
-    if len(folders) != 1 or not (folders[0] / "run.json").exists():
-        print(USAGE, file=sys.stderr)
-        return 2
-    (folder,) = folders
+    """The command. Returns its exit code: 2 if the input is wrong, 1 if PNGs cannot be drawn."""
+    parser = Parser("python -m hpo.results", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="the run folder, results/<run_name>")
+    parser.add_argument("--png", action="store_true", help="also write the figures as PNGs")
+    parser.add_argument("--live", action="store_true", help="serve the report to a browser on this machine, drawn "
+        "again while the search runs; nothing is written")  # fmt: skip
+    parser.add_argument("--optuna", type=Path, metavar="FILE", help="write a journal file for optuna-dashboard, with a "
+        "study for each rung, and end")  # fmt: skip
+    args = parser.parse_args(argv)
+    folder = args.folder
+    if not (folder / "run.json").exists():
+        parser.error(f"{folder} is not a run folder: it has no run.json")
+    if args.live:
+        live.serve(lambda: draw_page(folder, live.REFRESH)[0])
+        return 0
+    if args.optuna:
+        return export(args.optuna, folder, parser)
     drawn = write_page(folder)
-    if "--png" in argv:
+    if args.png:
         from hpo.results import figures
 
         try:
@@ -107,7 +138,19 @@ def main(argv: list[str]) -> int:
             reason = errors.one_line(error, 200)
             print(f"hpo.results: no PNGs, which need kaleido and Chrome or Chromium: {reason}", file=sys.stderr)
             return 1
-    if (folder / "trials.csv").exists():
-        metric = json.loads((folder / "run.json").read_text())["arguments"]["metric"]
-        print(table(read_csv(folder / "trials.csv"), metric))
+    run, trials, _ = read_run(folder)
+    if trials:
+        print(table(trials, run["arguments"]["metric"]))
+    return 0
+
+
+def export(file: Path, folder: Path, parser: Parser) -> int:
+    """Writes the journal file of --optuna. Returns the exit code."""
+    from hpo.results import figures  # slow: optuna
+
+    if file.exists() or not file.absolute().parent.is_dir():
+        parser.error(f"--optuna {file}: " + ("exists already" if file.exists() else "its folder does not exist"))
+    run, trials, iterations = read_run(folder)
+    figures.export(trials, iterations, hyperparameter_columns(trials), run["arguments"]["metric"], file)
+    print(f"optuna-dashboard {file}   (pip install optuna-dashboard)")
     return 0

@@ -5,6 +5,7 @@ slot-seconds in this module, and slot-minutes in run.json and in the log. The ti
 loading) and after it (the test of the best model) does not count.
 """
 
+import math
 import time
 
 import ray
@@ -39,7 +40,7 @@ class SlotTime(Callback):
 
     def __init__(self, log, resources: dict[str, float], at_a_time: int, searcher):
         self.log, self.resources, self.at_a_time, self.searcher = log, resources, at_a_time, searcher
-        self.spent = dict.fromkeys(("running", *WORK, *IDLE, "given back"), 0.0)
+        self.spent = dict.fromkeys(("running", *WORK, *IDLE, "given back", "search"), 0.0)
         self.seen: set[tuple[str, int]] = set()  # iterations that were reported
         self.lost: set[str] = set()  # trials whose worker process was lost
         self.reported = False  # whether any trial has reported since the start of this process
@@ -52,7 +53,8 @@ class SlotTime(Callback):
 
     def set_state(self, state: dict) -> None:
         """Goes on from a state."""
-        self.spent, self.seen = dict(state["spent"]), {tuple(pair) for pair in state["seen"]}
+        self.spent |= state["spent"]  # older states have no "search"
+        self.seen = {tuple(pair) for pair in state["seen"]}
 
     # -- what Tune calls ----------------------------------------------------------------------------------------------
 
@@ -102,6 +104,7 @@ class SlotTime(Callback):
             seconds: the time.
             trials: of Tune.
         """
+        self.spent["search"] += seconds * (self.slots > 0)
         states = [trial.status for trial in trials]
         running = states.count(Trial.RUNNING)
         idle = max(0, self.slots - running)
@@ -118,6 +121,20 @@ class SlotTime(Callback):
         self.spent["faults"] += seconds * waiting
         self.spent[cause] += seconds * (usable - waiting)
         self.spent["not asked for"] += seconds * (idle - usable)
+
+    def budget_left(self, gpu_hours: float | None, hours: float | None, gpus_per_trial: float) -> float:
+        """Seconds until a budget is used up, at the present number of slots.
+
+        Args:
+            gpu_hours: of all slots, idle ones included. None: no such budget.
+            hours: of search: the time in which there were slots. None: no such budget.
+            gpus_per_trial: what a slot takes. 0: a slot counts as one.
+        """
+        left = math.inf if hours is None else hours * 3600 - self.spent["search"]
+        if gpu_hours is None:
+            return left
+        of_slots = gpu_hours * 3600 / (gpus_per_trial or 1) - self.minutes()["allocated"] * 60
+        return min(left, of_slots / max(1, self.slots))
 
     def minutes(self) -> dict[str, float]:
         """Slot-minutes by their parts. All but "allocated" and "given back" add up to "allocated".

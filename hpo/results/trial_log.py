@@ -39,7 +39,7 @@ class TrialLog(Callback):
         run_dir: the run folder.
         searcher: its `suggested` says which hyperparameters came from the model.
         metric: trials are compared by it.
-        num_samples: the number of trials of the search.
+        num_samples: the number of trials of the search; math.inf while it is not known.
         gpus_per_trial: for the column gpu_minutes.
         first_rung: the number of trials in the first rung. If all of them have failed, the search ends.
         save_state: called with the state of this log and the live trials, see `live_trial`. It saves both.
@@ -50,7 +50,7 @@ class TrialLog(Callback):
         run_dir: Path,
         searcher,
         metric: str,
-        num_samples: int,
+        num_samples: float,
         gpus_per_trial: float,
         first_rung: int = 10**9,
         save_state: Callable[[dict, list[dict]], None] = lambda state, live: None,
@@ -258,7 +258,8 @@ class TrialLog(Callback):
         for row in self.trials.values():
             counts[row["status"]] += 1
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        print(f"[{time.time() - self.started_at:6.0f} s] {what} | {counted} of {self.num_samples}", flush=True)
+        of = f" of {self.num_samples}" if math.isfinite(self.num_samples) else ""
+        print(f"[{time.time() - self.started_at:6.0f} s] {what} | {counted}{of}", flush=True)
 
     def _describe(self, row: dict) -> str:
         """A trial in words: id, hyperparameters, where they came from, and metrics."""

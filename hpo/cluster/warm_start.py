@@ -1,0 +1,104 @@
+"""Results of earlier runs for a new search: --warm_start.
+
+The observations of a run of the same search enter the model at once. If the run differs, in its model or data for
+example, its losses say little about the new ones, but its best hyperparameters may still be good: they are tried first.
+"""
+
+import json
+from pathlib import Path
+
+from hpo import code_copy, known, search_space
+from hpo.cluster.state import load_state
+from hpo.errors import BadInput
+from hpo.results.tables import ranked
+
+BEST = 3  # settings that are taken from a run that differs
+# Arguments that change neither the loss of a trial at a rung nor which rungs there are; another seed is another draw.
+OF_NO_INFLUENCE = {
+    "output_dir", "run_name", "report_to", "trial_timeout", "num_samples", "gpu_hours", "hours", "cpus_per_trial",
+    "max_concurrent_trials", "try", "baseline", "warm_start", "seed", "deepspeed",
+}  # fmt: skip
+
+
+def take(args, space: dict) -> list[tuple[dict, int, float]]:
+    """Reads the runs of --warm_start, prints what is taken of each, and adds settings to args.known.
+
+    With --resume there is nothing to take: the saved state has it.
+
+    Args:
+        args: the arguments of the program.
+        space: the search space.
+
+    Returns:
+        The observations for TuneBOHB.add_earlier_results.
+
+    Raises:
+        BadInput: a folder is not that of a run with results, or there are more known settings than trials.
+    """
+    observations = []
+    for folder in [] if args.resume else map(Path, args.warm_start):
+        run, state = read(folder)
+        differs = differences(run, args, space)
+        if not differs:
+            found = state["searcher"]["observations"]
+            points = known.points(
+                [search_space.setting_of(space, state["log"]["configs"][o["trial_id"]]) for o in found]
+            )
+            observations += [(point, o["budget"], o["loss"]) for point, o in zip(points, found, strict=True)]
+            print(f"--warm_start {folder}: {len(found)} results at rungs enter the model")
+            if changed := code_copy.changed(folder):
+                print(
+                    f"WARNING: {', '.join(changed[:3])} changed since: if it trains in another way, leave that run out"
+                )
+        else:
+            settings, reason = best_settings(state["log"], run["arguments"]["metric"], space)
+            args.known += [setting for setting in settings if setting not in args.known]
+            what = f"its {len(settings)} best settings are tried first" if settings else f"nothing is taken: {reason}"
+            print(f"--warm_start {folder}: another search ({', '.join(differs)}); {what}")
+    if args.warm_start and args.num_samples is not None and len(args.known) > args.num_samples:
+        raise BadInput(f"--num_samples {args.num_samples}: there are {len(args.known)} known settings (--warm_start)")
+    return observations
+
+
+def read(folder: Path) -> tuple[dict, dict]:
+    """run.json and the saved state of a run. Raises BadInput where there are none."""
+    try:
+        run, state = json.loads((folder / "run.json").read_text()), load_state(folder)
+        if state is None or not state["searcher"]["observations"]:
+            raise BadInput(f"--warm_start {folder}: no trial of this run has reached a rung")
+        return run, state
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise BadInput(f"--warm_start {folder}: not the folder of a run that can be read ({error})") from None
+
+
+def differences(run: dict, args, space: dict) -> list[str]:
+    """What makes an earlier run another search, in words. Empty where its losses are comparable with the new ones."""
+    now, then = vars(args), run["arguments"]
+    names = [name for name in then if name in now and name not in OF_NO_INFLUENCE]
+    words = [f"{name} {then[name]}" for name in names if as_json(now[name]) != as_json(then[name])]
+    searched = search_space.describe(space)
+    for name in searched | run["search_space"]:
+        if searched.get(name) != run["search_space"].get(name):
+            words.append(f"{name} {run['search_space'].get(name, 'not searched')}")
+    return words + ["ds_config"] * (run["ds_config"] != args.ds_config)
+
+
+def as_json(value):
+    """A value as JSON gives it back. A folder is its absolute path."""
+    if isinstance(value, str) and Path(value).is_dir():
+        return str(Path(value).resolve())
+    return value
+
+
+def best_settings(log: dict, metric: str, space: dict) -> tuple[list[dict], str]:
+    """The best settings of a run that are in a search space, best first, and why the last other one is not."""
+    settings, reason = [], ""
+    for row in ranked(list(log["trials"].values()), metric):
+        try:
+            setting = search_space.setting_of(space, log["configs"][row["trial_id"]])
+        except ValueError as error:
+            reason = str(error)
+            continue
+        if row["status"] != "failed" and len(settings) < BEST and setting not in settings:
+            settings.append(setting)
+    return settings, reason
