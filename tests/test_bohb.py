@@ -689,7 +689,7 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
         scheduler.node_fault = kind == "out of retries"
         return "crash" if kind == "out of retries" else kind
 
-    def seconds(config):
+    def seconds(config, t):
         return durations.setdefault(str(config["train_loop_config"]), chance.uniform(0.1, 3))
 
     def noisy(config, t):
@@ -847,7 +847,7 @@ def test_a_baseline_that_loses_as_the_last_one_leaves_its_slot():
     size = {"max_t": 50, "reduction_factor": 4, "baseline": True}
     hyperband = scheduler.HyperBandForBOHB(metric="eval_loss", mode="min", **size)
     slow = FIRST[0]["lr"]  # all others have a result at the first rung before
-    options = {"seconds": lambda config: 99.0 if config["train_loop_config"]["lr"] == slow else 1.0}
+    options = {"seconds": lambda config, t: 99.0 if config["train_loop_config"]["lr"] == slow else 1.0}
     simulation = Simulation(search_alg, hyperband, 22, loss, slots=2, **options)
     simulation.run()
     assert max(simulation.reports[: 22 * 3], key=lambda report: report[1])[2:4] == ("00000", 3)

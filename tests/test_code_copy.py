@@ -2,32 +2,27 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from conftest import ROOT, run_script
+from conftest import run_script
 from hpo import code_copy, files
-
-
-@pytest.fixture
-def checkout(tmp_path):
-    folder = tmp_path / "checkout"
-    shutil.copytree(ROOT / "hpo", folder / "hpo", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("raytune_bayesian.py", "ds_config.json"):
-        shutil.copy(ROOT / name, folder)
-    return folder
+from slurm_cluster import copy_project
 
 
 @pytest.mark.slow
-def test_the_checkout_can_be_edited_while_a_search_runs(checkout, tiny_model, tiny_squad, tmp_path):
+def test_the_checkout_can_be_edited_while_a_search_runs(tiny_model, tiny_squad, tmp_path, monkeypatch):
     """And before it is resumed. The edits would end the search: a module that only worker processes import, the search
-    space, the ds_config.
+    space, the ds_config. The checkout is a copy of the project, with another name of the script.
     """
-    script, folder = checkout / "raytune_bayesian.py", tmp_path / "x"
+    checkout, folder = tmp_path / "checkout", tmp_path / "x"
+    checkout.mkdir()
+    copy_project(checkout)
+    script = (checkout / "raytune_bayesian.py").rename(checkout / "my_search.py")
+    monkeypatch.setenv("PYTHONPATH", "")  # not the project that it was copied from
     name = ["--output_dir", tmp_path, "--run_name", "x"]
     small = ["--max_t", 4, "--num_train_epochs", 0.2, "--max_eval_samples", 10, "--max_concurrent_trials", 1]
     flags = ["--model", tiny_model, "--dataset", tiny_squad, "--report_to", "none", *small, *name, "--num_samples", 2]
@@ -54,7 +49,7 @@ def test_the_checkout_can_be_edited_while_a_search_runs(checkout, tiny_model, ti
     assert {path: (folder / "code" / path).read_bytes() for path in kept} == kept
     done = run_script(*name, "--resume", script=script)
     assert done.returncode == 0, done.stderr
-    changed = "changed since: raytune_bayesian.py, hpo/squad/ranks.py (--new_code takes it)"
+    changed = "changed since: my_search.py, hpo/squad/ranks.py (--new_code takes it)"
     assert f"going on with the code of the run, {folder}/code; {changed}\n" in done.stdout
     run = json.loads((folder / "run.json").read_text())
     assert run["search_space"]["lr"] == "loguniform(5e-06, 0.0002)" and run["ds_config"]["fp16"]

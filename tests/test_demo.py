@@ -60,7 +60,6 @@ def test_demo_search_learns(tmp_path, demo_model):
     print(
         f"iterations took {took:.1f} s, {expected.time * mean:.1f} s by the plan at {mean:.3f} s each, on {slots} slots"
     )
-    assert 0.85 < took / (expected.time * mean) < 1.15
 
 
 def test_demo_set_is_sound(demo_model):

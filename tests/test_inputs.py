@@ -32,7 +32,6 @@ from hpo import arguments, checks, errors, files, known, ranges, search_space
 from hpo.bohb.searcher import TuneBOHB
 from hpo.results import report
 from hpo.squad import loading, reading
-from slurm_cluster import copy_project
 from test_run import Hub
 
 
@@ -419,13 +418,14 @@ def test_each_field_that_is_passed_on_has_an_effect():
 
 @pytest.mark.slow
 def test_hyperparameters_that_are_added_are_searched(tmp_path, tiny_model, tiny_squad):
-    """A line in the search space is enough, and a quantized range keeps its steps."""
+    """A line in the search space is enough, a quantized range keeps its steps, and a changed range is what runs."""
     script = write_script(
         tmp_path / "my_search.py",
         """
 from ray import tune
 
 experiment.SEARCH_SPACE["train_loop_config"] |= {
+    "lr": tune.loguniform(1e-3, 2e-3),
     "warmup_steps": tune.quniform(0.0, 0.3, 0.1),
     "per_device_bs": tune.qrandint(2, 4, 2),
     "lr_scheduler_type": tune.choice(["linear", "cosine"]),
@@ -442,7 +442,7 @@ train = experiment.train
     assert [t["status"] for t in trials if t["status"] not in ("completed", "stopped")] == [] and len(trials) == 4
     for trial in trials:
         assert trial["warmup_steps"] in (0.0, 0.1, 0.2, 0.3) and trial["batch_size"] in (2, 4)
-        assert trial["lr_scheduler_type"] in ("linear", "cosine")
+        assert trial["lr_scheduler_type"] in ("linear", "cosine") and 1e-3 <= trial["learning_rate"] <= 2e-3
     run = json.loads((tmp_path / "x" / "run.json").read_text())
     assert (
         run["search_space"]["warmup_steps"] == "Uniform(0.0, 0.3) in steps of 0.1" and run["grid"] == 10 * 2 * 2 * 4 * 2
@@ -844,34 +844,6 @@ experiment.search = cut
     assert {trial["weight_decay"] for trial in trials} == {0.2}
 
 
-@pytest.mark.slow
-def test_another_search_space_is_what_runs(tmp_path, tiny_model, tiny_squad):
-    process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 2, "--num_train_epochs", 0.1, "--max_eval_samples",
-        5,
-        "--num_samples", 2, "--output_dir", tmp_path, "--run_name", "x",
-        script=with_learning_rates(tmp_path, 1e-3, 2e-3),
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert all(1e-3 <= t["learning_rate"] <= 2e-3 for t in files.read_csv(tmp_path / "x" / "trials.csv"))
-
-
-@pytest.mark.slow
-def test_a_copy_of_the_project_runs_by_itself(tmp_path, tiny_model, tiny_squad):
-    """Researchers copy a script to change it: here with another name, in another folder, and without the original's
-    path.
-    """
-    copy_project(tmp_path)
-    script = (tmp_path / "raytune_bayesian.py").rename(tmp_path / "my_search.py")
-    process = run_script(
-        "--model", tiny_model, "--dataset", tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples",
-        5,
-        "--num_samples", 1, "--output_dir", tmp_path, "--run_name", "x", script=script, PYTHONPATH="",
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr
-    assert [t["status"] for t in files.read_csv(tmp_path / "x" / "trials.csv")] == ["completed"]
-
-
 def test_a_folder_that_may_not_be_entered(tmp_path, tiny_model, tiny_squad):
     """Root may enter all folders: so the check runs as another user."""
     closed = tmp_path / "closed"
@@ -1031,7 +1003,13 @@ def test_help_lists_and_explains_all_flags():
     assert process.returncode == 0
     flags = re.findall(r"^  --(\w+)(?: [^ ]+)*? {2,}\S|^  --(\w+)(?: .*)?\n {20,}\S", process.stdout, re.MULTILINE)
     explained = {first or second for first, second in flags}
-    assert explained == set(vars(arguments.parse("", []))) - {"given", "cluster", "ranges", "known"}, process.stdout
+    assert explained == set(vars(arguments.parse("", []))) - {
+        "given",
+        "cluster",
+        "ranges",
+        "known",
+        "earlier_results",
+    }, process.stdout
 
 
 def test_defaults():

@@ -105,6 +105,7 @@ def test_log_ends_with_result_and_table(band):
     assert 0 <= result["exact_match"] <= result["f1"] <= 1
     assert rows[2][4] == f"{result['eval_loss']:.4f}" and rows[2][-1] == "16" and rows[-1][-1] == "1"
     assert len(process.stdout.splitlines()) < 400 and "WARNING" not in process.stdout
+    assert not re.search(r"[^\n -~…]", process.stdout)  # no control characters: this is no terminal
 
 
 def test_progress_is_told_at_each_change_of_a_rung(band):
@@ -223,6 +224,7 @@ def test_nothing_is_left_but_the_results(band):
         "best_result.json",
         "best_model",
         "report.html",
+        "code",
         "ray",
     }
     assert not list(folder.glob("ray/*/checkpoint_*")) and not list(folder.glob("ray/*/saving-*"))
