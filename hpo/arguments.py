@@ -31,6 +31,7 @@ NOT_OF_THE_SEARCH = (
     "given", "cluster", "ranges", "known", "ds_config", "resume", "new_code", "prefetch", "plan",
     "seconds_per_iteration", "check", "from_check", "earlier_check", "earlier_results",
 )  # fmt: skip
+ENDS = ("num_samples", "gpu_hours", "hours")  # what ends a search; None: this does not
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -322,8 +323,8 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str], bool]:
         for name, value in kept(args).items():
             if name in ("run_name", "gpus_per_trial"):
                 continue
-            number = (int, float, type(None)) if value is None else (int, float)
-            kind = number if value is None or isinstance(value, float) else type(value)
+            number = (int, float, type(None)) if value is None or name in ENDS else (int, float)
+            kind = number if value is None or name in ENDS or isinstance(value, float) else type(value)
             if not (earlier[name] in PRECISIONS if name == "precision" else isinstance(earlier[name], kind)):
                 raise ValueError(name)
         return earlier, ranges.read(dict(run.get("environment", {}))), run.get("status") == "done"
@@ -349,12 +350,14 @@ def load_from_run(args: argparse.Namespace) -> None:
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
         earlier.pop("trial_timeout")
-    if "num_samples" in args.given and (args.num_samples > (earlier["num_samples"] or math.inf) or not done):
-        earlier.pop("num_samples")
-    if budgets := {"gpu_hours", "hours"} & args.given:
-        earlier = {name: value for name, value in earlier.items() if name not in budgets}
-        if "num_samples" not in args.given:
-            earlier["num_samples"] = None
+    budgets = {"gpu_hours", "hours"} & args.given
+    for name in budgets:
+        earlier.pop(name)
+    if "num_samples" in args.given:
+        if budgets or not done or args.num_samples > (earlier["num_samples"] or math.inf):
+            earlier.pop("num_samples")
+    elif budgets:
+        earlier["num_samples"] = None
     other = [
         f"--{name} {getattr(args, name)} (the run has {earlier[name]})"
         for name in sorted(args.given & set(earlier))
@@ -376,7 +379,7 @@ def nothing_to_do(args: argparse.Namespace, run: dict) -> bool:
     def grows(name: str) -> bool:
         return (getattr(args, name) or math.inf) > (run["arguments"].get(name) or math.inf)
 
-    return run.get("status") == "done" and not any(map(grows, ("num_samples", "gpu_hours", "hours")))
+    return run.get("status") == "done" and not any(map(grows, ENDS))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

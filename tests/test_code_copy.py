@@ -44,7 +44,10 @@ def test_the_checkout_can_be_edited_while_a_search_runs(tiny_model, tiny_squad, 
     assert process.returncode == 1 and "failed after" not in line
     script.write_text(script.read_text().replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(1e-3, 1e-2)"))
     (checkout / "ds_config.json").write_text("{}")
+    broken, good = checkout / "hpo" / "squad" / "ranks.py", kept["hpo/squad/ranks.py"]
+    broken.write_bytes(good)
     new = run_script(*name, "--resume", "--new_code", script=script)
+    broken.write_text("raise RuntimeError('edited')\n")
     assert new.returncode == 2 and "lr" in new.stderr
     assert {path: (folder / "code" / path).read_bytes() for path in kept} == kept
     done = run_script(*name, "--resume", script=script)
@@ -52,5 +55,5 @@ def test_the_checkout_can_be_edited_while_a_search_runs(tiny_model, tiny_squad, 
     changed = "changed since: my_search.py, hpo/squad/ranks.py (--new_code takes it)"
     assert f"going on with the code of the run, {folder}/code; {changed}\n" in done.stdout
     run = json.loads((folder / "run.json").read_text())
-    assert run["search_space"]["lr"] == "loguniform(5e-06, 0.0002)" and run["ds_config"]["fp16"]
+    assert run["search_space"]["lr"] == "LogUniform(5e-06, 0.0002)" and run["ds_config"]["fp16"]
     assert len(files.read_csv(folder / "trials.csv")) == 2
