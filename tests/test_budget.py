@@ -166,7 +166,7 @@ def test_a_search_with_a_budget_and_a_larger_one(tiny_model, tiny_squad, tmp_pat
     more = run_script(*name, "--resume", "--hours", 0.2, "--num_samples", 3)
     assert more.returncode == 0, more.stderr
     assert "search: 3 trials at most, and as many as 0.2 hours allow" in more.stdout
-    assert "min of the budget left" in more.stdout and "Best Trial Result:" in more.stdout
+    assert " iterations, 0 min of the budget left\n" in out + done.stdout and "Best Trial Result:" in more.stdout
     rows = files.read_csv(folder / "trials.csv")
     assert len(rows) == 3 and {row["status"] for row in rows} <= {"completed", "stopped"}
     shown = ("trial_id", "learning_rate", "status", "training_iteration")
