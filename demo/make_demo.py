@@ -270,6 +270,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> BloomFor
         optimizer, lambda s: min((s + 1) / WARMUP, (STEPS - s) / (STEPS - WARMUP))
     )
     rng, started = random.Random(SEED + 3), time.time()
+    told = 0.0
     for step in range(STEPS):
         texts = [
             make_text(rng, titles, lambda text: tokenizer.backend_tokenizer.encode(text).ids) for _ in range(BATCH)
@@ -286,7 +287,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast, titles: set[str]) -> BloomFor
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == STEPS - 1:
+        if time.time() > told + 5 or step == STEPS - 1:
+            told = time.time()
             right = (logits.argmax(-1) == targets).float().mean().item()
             print(
                 f"[{time.time() - started:4.0f} s] pretraining step {step:3d}/{STEPS}, loss {loss.item():.3f}, "

@@ -76,6 +76,10 @@ def go_on_with_copy(run_dir: Path) -> None:
 
 
 def ds_config(run_dir: Path, given: str) -> Path:
-    """The DeepSpeed configuration of a run: the copy, or the one that is given where there is none."""
-    copy = run_dir / NAME / DS_CONFIG
-    return copy if copy.exists() else Path(given)
+    """The DeepSpeed configuration of a run: the copy, or the one that is given where there is none. Tells a difference."""
+    copy, file = run_dir / NAME / DS_CONFIG, Path(given)
+    if not copy.exists():
+        return file
+    if file.exists() and file.read_bytes() != copy.read_bytes():
+        print(f"--deepspeed {given} has changed since: the run uses its copy (--new_code takes it)", flush=True)
+    return copy

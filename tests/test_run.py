@@ -431,11 +431,11 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     states = [json.loads(path.read_text()) for path in (tmp_path / "x").glob("ray/*/checkpoint_*/trainer_state.json")]
     assert sorted(state["global_step"] for state in states)[0] == 3  # of 6 or 12 in the first iteration
     ds_config.write_text(json.dumps(json.loads(ds_config.read_text()) | {"gradient_clipping": 2.0}))
-    process = run_script(*name, "--resume")
+    process = run_script(*name, "--resume", "--new_code")
     assert process.returncode == 2 and "--resume: ds_config" in process.stderr and len(process.stderr.splitlines()) == 1
-    shutil.copy(ROOT / "ds_config.json", ds_config)
     done, out = cut([*name, "--resume"], 12, signal.SIGKILL)
     assert done == -9 and "going on with a search" in out, out
+    assert f"--deepspeed {ds_config} has changed since: the run uses its copy" in out
     (tmp_path / "moved").mkdir()
     (tmp_path / "x").rename(tmp_path / "moved" / "x")
     tmp_path /= "moved"
