@@ -76,7 +76,7 @@ def go_on_with_copy(run_dir: Path) -> None:
 
 
 def ds_config(run_dir: Path, given: str) -> Path:
-    """The DeepSpeed configuration of a run: the copy, or the one that is given where there is none. Tells a difference."""
+    """The DeepSpeed configuration of a run: the copy, or the given one where there is no copy. Tells if they differ."""
     copy, file = run_dir / NAME / DS_CONFIG, Path(given)
     if not copy.exists():
         return file
