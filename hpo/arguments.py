@@ -32,6 +32,11 @@ NOT_OF_THE_SEARCH = (
     "seconds_per_iteration", "check", "from_check", "earlier_check", "earlier_results",
 )  # fmt: skip
 ENDS = ("num_samples", "gpu_hours", "hours")  # what ends a search; None: this does not
+OLDER = {  # older runs have no such flags
+    "report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False, "lora_r": 0,
+    "lora_alpha": None, "lora_target_modules": "", "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
+    "try": [], "baseline": False, "gpu_hours": None, "hours": None, "warm_start": [],
+}  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
 CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
@@ -109,8 +114,8 @@ def make_parser(description: str) -> Parser:
     add("--try", action="append", default=[], metavar="SETTING", help="one of the first trials trains with these "
         "hyperparameters, such as lr=2.5e-5,per_device_bs=2,wd=0; may be given several times, and follows KNOWN of the "
         "script")  # fmt: skip
-    add("--warm_start", nargs="+", default=[], metavar="RUN_FOLDER", help="earlier runs: the results of a run of the "
-        "same search enter the model; of a run that differs, the best settings are tried first")  # fmt: skip
+    add("--warm_start", nargs="+", action="extend", default=[], metavar="RUN_FOLDER", help="earlier runs: the results "
+        "of a run of the same search enter the model; of another one, the best settings are tried first")  # fmt: skip
     add("--baseline", action="store_true", help="train the first known setting (KNOWN, --try) to the end, also if it "
         "loses, and say what the search has gained over it")  # fmt: skip
     add("--seed", type=int, default=42, help="of the search, the split and each training")
@@ -124,8 +129,8 @@ def make_parser(description: str) -> Parser:
     )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments; "
         "a larger --num_samples, --gpu_hours or --hours adds trials, also to a run that is done")  # fmt: skip
-    add("--new_code", action="store_true", help="with --resume: use the code and the ds_config of this checkout, in "
-        "place of the run's own copy")  # fmt: skip
+    add("--new_code", action="store_true", help="with --resume: use the code of this checkout and the ds_config "
+        "file as it is now, in place of the run's own copies")  # fmt: skip
     add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
     add("--plan", action="store_true", help="print what the search would run and need, and end; takes several values "
         "of --reduction_factor and --max_concurrent_trials, to compare them")  # fmt: skip
@@ -250,8 +255,10 @@ def check_values(args: argparse.Namespace) -> None:
     for text in vars(args)["try"]:
         known.read(text)
     for folder in [] if args.resume else args.warm_start:
-        if not (Path(folder) / "run.json").exists():
-            raise BadInput(f"--warm_start {folder}: not a run folder: it has no run.json")
+        try:
+            (Path(folder) / "run.json").stat()
+        except OSError as error:
+            raise BadInput(f"--warm_start {folder}: not a run folder: run.json: {error.strerror}") from None
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
 
@@ -279,8 +286,8 @@ def take_from_check(args: argparse.Namespace) -> None:
         args.earlier_check = json.loads((Path(args.from_check) / "check.json").read_text())
         earlier = args.earlier_check["arguments"]
         own = args.given | {"run_name", "output_dir"}
-        if {"max_t", "reduction_factor"} & args.given:
-            own |= {"num_samples"}  # a whole band, as for any plan
+        if {"max_t", "reduction_factor", "gpu_hours", "hours"} & args.given:
+            own |= {"num_samples"}  # a whole band, as for any plan, or what fits
         for name in earlier.keys() & vars(args).keys() - own:
             value = earlier[name]
             setattr(args, name, [value] if name in ("reduction_factor", "max_concurrent_trials") else value)
@@ -308,14 +315,9 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str], bool]:
     Raises:
         BadInput: it is no run folder.
     """
-    # Older runs have no such flags.
-    older = {"report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False}
-    older |= {"lora_r": 0, "lora_alpha": None, "lora_target_modules": ""}
-    older |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False, "try": [], "baseline": False}
-    older |= {"gpu_hours": None, "hours": None, "warm_start": []}
     try:
         run = json.loads((run_dir(args) / "run.json").read_text())
-        earlier = older | run["arguments"]
+        earlier = OLDER | run["arguments"]
         dict(run["search_space"])
         list(map(known.read, earlier["try"]))
         if earlier["gpus_per_trial"] is not None:
@@ -338,9 +340,9 @@ def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
     Arguments that are given again must be the same, except --trial_timeout, which may have been too short, and those
-    that say when the search ends: --num_samples may be larger, or smaller before the run is done (see Run.take_over);
-    a budget may be another one, and replaces --num_samples where that is not given. So must the variables of the
-    environment that change the search space be the same.
+    that say when the search ends: number of trials, GPU-hours, hours. If one of them is another one, those that are not
+    given end the search no more. The number may be smaller only before the run is done (see Run.take_over). The
+    variables of the environment that change the search space must be the same, too.
 
     Raises:
         BadInput: it is no run folder, or another argument is given.
@@ -350,14 +352,11 @@ def load_from_run(args: argparse.Namespace) -> None:
         earlier.pop(name, None)
     if "trial_timeout" in args.given:
         earlier.pop("trial_timeout")
-    budgets = {"gpu_hours", "hours"} & args.given
-    for name in budgets:
-        earlier.pop(name)
-    if "num_samples" in args.given:
-        if budgets or not done or args.num_samples > (earlier["num_samples"] or math.inf):
-            earlier.pop("num_samples")
-    elif budgets:
-        earlier["num_samples"] = None
+    ends = {name: getattr(args, name) if name in args.given else None for name in ENDS}
+    changed = any(ends[name] is not None and ends[name] != earlier[name] for name in ENDS)
+    fewer = done and (ends["num_samples"] or math.inf) < (earlier["num_samples"] or 0)
+    if changed and not fewer:
+        earlier |= ends
     other = [
         f"--{name} {getattr(args, name)} (the run has {earlier[name]})"
         for name in sorted(args.given & set(earlier))

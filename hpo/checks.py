@@ -24,9 +24,9 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     Returns:
         The arguments.
     """
-    if args.resume and not args.new_code:
-        code_copy.go_on_with_copy(arguments.run_dir(args))
     try:
+        if args.resume and not args.new_code:
+            code_copy.go_on_with_copy(arguments.run_dir(args))
         if not args.prefetch:  # it runs on a login node
             check_resources(args)
         args.ds_config = read_ds_config(args)

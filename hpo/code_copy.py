@@ -15,6 +15,7 @@ from hpo.errors import BadInput
 ROOT = Path(__file__).parent.parent
 NAME = "code"  # of the folder in the run folder
 DS_CONFIG = "ds_config.json"  # its name in the copy
+GUARD = "HPO_CODE_COPY"  # environment variable: the script that has taken the place of another; it does so once
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -34,23 +35,22 @@ def keep(run_dir: Path, ds_config: str) -> None:
     files = files_of(ROOT) | {DS_CONFIG: Path(ds_config).read_bytes()}
     if script.suffix == ".py":  # a script of the user, which may be elsewhere
         files[script.name] = script.read_bytes()
-    if copy.exists():
-        copy.rename(run_dir / f"{NAME}-until-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     new = run_dir / f".{NAME}.new"
     shutil.rmtree(new, ignore_errors=True)  # left by an interruption
     for name, content in files.items():
         (new / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).write_bytes(content)
+    if copy.exists():
+        copy.rename(run_dir / f"{NAME}-until-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     new.rename(copy)
 
 
 def changed(run_dir: Path) -> list[str]:
-    """The files of this process's code that are not as in the copy. Empty where there is no copy, as in older runs."""
-    copy, script = run_dir / NAME, Path(sys.argv[0])
-    now, then = files_of(ROOT), files_of(copy)
+    """The files in the copy that this process's code has not, or not like that. None in older runs, without a copy."""
+    script, now, then = Path(sys.argv[0]), files_of(ROOT), files_of(run_dir / NAME)
     if script.name in then:
         now[script.name] = script.read_bytes()
-    return [name for name in now if now[name] != then.get(name)] if then else []
+    return [name for name in then if now.get(name) != then[name]]
 
 
 def go_on_with_copy(run_dir: Path) -> None:
@@ -64,7 +64,7 @@ def go_on_with_copy(run_dir: Path) -> None:
     """
     script = run_dir / NAME / Path(sys.argv[0]).name
     differ = changed(run_dir)
-    if not differ:
+    if not differ or os.environ.get(GUARD) == str(script):
         return
     if not script.exists():
         raise BadInput(f"--resume: the run is not of {script.name}, and the code has changed since: add --new_code")
@@ -72,7 +72,7 @@ def go_on_with_copy(run_dir: Path) -> None:
     print(
         f"going on with the code of the run, {script.parent}; changed since: {shown} (--new_code takes it)", flush=True
     )
-    os.execv(sys.executable, [sys.executable, str(script), *sys.argv[1:]])
+    os.execve(sys.executable, [sys.executable, str(script), *sys.argv[1:]], os.environ | {GUARD: str(script)})
 
 
 def ds_config(run_dir: Path, given: str) -> Path:

@@ -92,11 +92,12 @@ def test_a_search_ends_within_its_budget_and_abandons_no_trial(seed, slots, full
 
 
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 10**6), slots=st.integers(1, 6), reports=st.integers(1, 150))
-def test_a_budget_survives_an_interruption(seed, slots, reports):
+@given(seed=st.integers(0, 10**6), slots=st.integers(1, 6), reports=st.integers(1, 150), saved=st.booleans())
+def test_a_budget_survives_an_interruption(seed, slots, reports, saved):
+    """Also a kill, after which the work since the last rungs is done again within the budget."""
     search = Searched(seed, slots, 300, 0.2)
     search.simulation.run(max_reports=reports)
-    search.simulation = search.simulation.restart(*search.parts(), saved=True)
+    search.simulation = search.simulation.restart(*search.parts(), saved=saved)
     search.simulation.run()
     search.check()
 

@@ -87,11 +87,11 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
         questions = len(setup.train) * args.num_train_epochs
         seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
         facts["seconds_per_iteration"] = seconds
+    write_json(setup.run_dir / "check.json", facts)
+    if setting["slots"]:
         if arguments.has_budget(args):
             forecast = plan.within_budget(args, space, setting, seconds)
             setting["num_samples"] = forecast.trials
-    write_json(setup.run_dir / "check.json", facts)
-    if setting["slots"]:
         print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")
         limit = arguments.time_limit()
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))

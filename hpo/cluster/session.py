@@ -84,7 +84,7 @@ class SearchSession:
         self.budget = None
         if has_budget:
             pace = MeasuredPace(self.log, scheduler)
-            self.budget = Budget(scheduler, self.usable_slots, self.seconds_left, pace)
+            self.budget = Budget(scheduler, self.usable_slots, self.seconds_left, pace, pace.started)
             searcher.allows_trial = self.allows_trial
             self.callbacks.append(pace)
         # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
@@ -95,18 +95,26 @@ class SearchSession:
         self.setup.stop_file.unlink(missing_ok=True)
 
     def usable_slots(self) -> int:
-        """The number of trials that can run at a time now."""
-        return min(self.slot_time.slots, self.run.args.max_concurrent_trials or self.slot_time.slots)
+        """The number of trials that can run at a time now; as planned where no worker has joined yet."""
+        slots = self.slot_time.slots or self.run.slots
+        return min(slots, self.run.args.max_concurrent_trials or slots)
 
     def seconds_left(self) -> float:
         """Seconds of the budget that are left."""
         args = self.run.args
-        return self.slot_time.budget_left(args.gpu_hours, args.hours, args.gpus_per_trial)
+        return self.slot_time.budget_left(args.gpu_hours, args.hours, args.gpus_per_trial, self.usable_slots())
 
     def allows_trial(self) -> bool | None:
         """Whether the budget allows another trial, see Budget. Tells the log how many trials the search has."""
         allowed, limit = self.budget.allows_trial(), self.run.args.num_samples or math.inf
+        before = self.log.num_samples
         self.log.num_samples = limit if allowed else min(limit, len(self.searcher.suggested))
+        live = len(self.scheduler.live_trials())
+        if live and self.log.iterations and self.log.num_samples < before:
+            needed, left = self.budget.needed() / 60, self.seconds_left() / 60
+            warning = "WARNING: " * (needed > 1.05 * left)
+            what = f"the budget has no room for another trial now, {live} trials go on"
+            self.log.log(f"{warning}{what}: they need about {needed:.1f} min, and {left:.1f} min are left")
         return allowed
 
     def trainable(self, train):

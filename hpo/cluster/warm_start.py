@@ -7,8 +7,8 @@ example, its losses say little about the new ones, but its best hyperparameters 
 import json
 from pathlib import Path
 
-from hpo import code_copy, known, search_space
-from hpo.cluster.state import load_state
+from hpo import arguments, code_copy, known, search_space
+from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
 from hpo.results.tables import ranked
 
@@ -23,7 +23,7 @@ OF_NO_INFLUENCE = {
 def take(args, space: dict) -> list[tuple[dict, int, float]]:
     """Reads the runs of --warm_start, prints what is taken of each, and adds settings to args.known.
 
-    With --resume there is nothing to take: the saved state has it.
+    With --resume there is nothing to take if there is a saved state, which has it.
 
     Args:
         args: the arguments of the program.
@@ -36,7 +36,8 @@ def take(args, space: dict) -> list[tuple[dict, int, float]]:
         BadInput: a folder is not that of a run with results, or there are more known settings than trials.
     """
     observations = []
-    for folder in [] if args.resume else map(Path, args.warm_start):
+    has_state = args.resume and (arguments.run_dir(args) / FILE).exists()
+    for folder in [] if has_state else dict.fromkeys(Path(folder).resolve() for folder in args.warm_start):
         run, state = read(folder)
         differs = differences(run, args, space)
         if not differs:
@@ -46,6 +47,8 @@ def take(args, space: dict) -> list[tuple[dict, int, float]]:
             )
             observations += [(point, o["budget"], o["loss"]) for point, o in zip(points, found, strict=True)]
             print(f"--warm_start {folder}: {len(found)} results at rungs enter the model")
+            if not (folder / code_copy.NAME).exists():
+                print(f"WARNING: the code of {folder} is not known: leave it out if a trial trains in another way now")
             if changed := code_copy.changed(folder):
                 print(
                     f"WARNING: {', '.join(changed[:3])} changed since: if it trains in another way, leave that run out"
@@ -53,7 +56,8 @@ def take(args, space: dict) -> list[tuple[dict, int, float]]:
         else:
             settings, reason = best_settings(state["log"], run["arguments"]["metric"], space)
             args.known += [setting for setting in settings if setting not in args.known]
-            what = f"its {len(settings)} best settings are tried first" if settings else f"nothing is taken: {reason}"
+            what = f"its {len(settings)} best settings are tried first" if settings else "nothing is taken"
+            what += f" (others are not in the search space: {reason})" * bool(reason)
             print(f"--warm_start {folder}: another search ({', '.join(differs)}); {what}")
     if args.warm_start and args.num_samples is not None and len(args.known) > args.num_samples:
         raise BadInput(f"--num_samples {args.num_samples}: there are {len(args.known)} known settings (--warm_start)")
@@ -64,7 +68,11 @@ def read(folder: Path) -> tuple[dict, dict]:
     """run.json and the saved state of a run. Raises BadInput where there are none."""
     try:
         run, state = json.loads((folder / "run.json").read_text()), load_state(folder)
-        if state is None or not state["searcher"]["observations"]:
+        if state is None:
+            why = "no trial has reached a rung, or the run is of an older version"
+            raise BadInput(f"--warm_start {folder}: it has no {FILE}: {why}")
+        dict(run["search_space"]), run["ds_config"], run["arguments"]["metric"], state["log"]["configs"]
+        if not state["searcher"]["observations"]:
             raise BadInput(f"--warm_start {folder}: no trial of this run has reached a rung")
         return run, state
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -73,7 +81,8 @@ def read(folder: Path) -> tuple[dict, dict]:
 
 def differences(run: dict, args, space: dict) -> list[str]:
     """What makes an earlier run another search, in words. Empty where its losses are comparable with the new ones."""
-    now, then = vars(args), run["arguments"]
+    now, then = vars(args), arguments.OLDER | run["arguments"]
+    now = now | {"reduction_factor": now["reduction_factor"][0]} if args.plan else now  # a plan can have several
     names = [name for name in then if name in now and name not in OF_NO_INFLUENCE]
     words = [f"{name} {then[name]}" for name in names if as_json(now[name]) != as_json(then[name])]
     searched = search_space.describe(space)
@@ -99,6 +108,7 @@ def best_settings(log: dict, metric: str, space: dict) -> tuple[list[dict], str]
         except ValueError as error:
             reason = str(error)
             continue
-        if row["status"] != "failed" and len(settings) < BEST and setting not in settings:
+        has_result = row["training_iteration"] > 0 and row["status"] != "failed"
+        if has_result and len(settings) < BEST and setting not in settings:
             settings.append(setting)
     return settings, reason

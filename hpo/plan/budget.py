@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from ray.tune import Callback
 from ray.tune.experiment import Trial
@@ -31,12 +31,24 @@ class Placeholders(TuneBOHB):
         """Does nothing."""
 
 
-def iterations_of(trial: Trial) -> int:
-    """The iterations that a trial has reported."""
-    return (trial.last_result or {}).get("training_iteration", 0)
+def iterations_of(trial: Trial, restarted: Container[str] = ()) -> int:
+    """The iterations that a trial has done: those of its last report, or of its last rung where it starts from there.
+
+    `restarted`: ids of the trials that have not reported since they have started.
+    """
+    reported = (trial.last_result or {}).get("training_iteration", 0)
+    if trial.status == Trial.RUNNING and trial.trial_id not in restarted:
+        return reported
+    return max((rung for rung in trial.config["rungs"] if rung <= reported), default=0)
 
 
-def seconds_left(scheduler: HyperBandForBOHB, more: int, slots: int, seconds: Callable[[dict, int], float]) -> float:
+def seconds_left(
+    scheduler: HyperBandForBOHB,
+    more: int,
+    slots: int,
+    seconds: Callable[[dict, int], float],
+    restarted: Container[str] = (),
+) -> float:
     """How long the rest of a search takes. An iteration that is running now is counted whole.
 
     The trials that take longest are promoted, and a baseline loses: no result can make the search take longer.
@@ -46,6 +58,7 @@ def seconds_left(scheduler: HyperBandForBOHB, more: int, slots: int, seconds: Ca
         more: further trials, after which there are no more.
         slots: trials that can run at a time.
         seconds: the duration of an iteration, called with {"trial": its id} and the number of the iteration.
+        restarted: see iterations_of.
     """
     state, live, max_t = scheduler.get_state(), scheduler.live_trials(), scheduler.settings["max_t"]
     searcher = Placeholders(metric="loss", mode="min")
@@ -61,7 +74,7 @@ def seconds_left(scheduler: HyperBandForBOHB, more: int, slots: int, seconds: Ca
     other.set_state(state, {trial.trial_id for trial in live if trial.status == Trial.PENDING})
     for trial in live:
         config = {"trial": trial.trial_id, "rungs": trial.config["rungs"]}
-        simulation.take_over(trial.trial_id, config, iterations_of(trial), trial.status)
+        simulation.take_over(trial.trial_id, config, iterations_of(trial, restarted), trial.status)
     simulation.run()
     return simulation.now
 
@@ -74,6 +87,7 @@ class Budget:
         slots: called for the number of trials that can run at a time now.
         left: called for the seconds until the budget is used up, at the present number of slots.
         seconds: see seconds_left; called with no pace known yet it raises LookupError.
+        restarted: see iterations_of.
     """
 
     def __init__(
@@ -82,8 +96,9 @@ class Budget:
         slots: Callable[[], int],
         left: Callable[[], float],
         seconds: Callable[[dict, int], float],
+        restarted: Container[str] = (),
     ):
-        self.scheduler, self.slots, self.left, self.seconds = scheduler, slots, left, seconds
+        self.scheduler, self.slots, self.left, self.seconds, self.restarted = scheduler, slots, left, seconds, restarted
         self._refused: tuple | None = None  # the slots, and what the trials had done, when a trial was not allowed
 
     def allows_trial(self) -> bool | None:
@@ -92,18 +107,20 @@ class Budget:
         Where a bracket is open and has no room for another trial, it takes no more.
         """
         live, slots = self.scheduler.live_trials(), self.slots()
-        if not slots:
-            return None
-        now = slots, [(trial.trial_id, trial.status, iterations_of(trial)) for trial in live]
+        now = slots, [(trial.trial_id, trial.status, iterations_of(trial, self.restarted)) for trial in live]
         if now != self._refused:  # Tune asks several times a second
             try:
-                if seconds_left(self.scheduler, 1, slots, self.seconds) <= self.left():
+                if self.needed(1) <= self.left():
                     return True
             except LookupError:  # until a pace is known, a trial for each slot
                 return len(live) < slots or None
             self.scheduler.close_bracket()
             self._refused = now
         return None if live else False
+
+    def needed(self, more: int = 0) -> float:
+        """Seconds that the trials need, and so many more. Raises LookupError where no pace is known yet."""
+        return seconds_left(self.scheduler, more, self.slots(), self.seconds, self.restarted)
 
 
 class MeasuredPace(Callback):

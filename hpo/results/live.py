@@ -1,5 +1,6 @@
 """Serves the report of a run to a browser on this machine, drawn again as the search goes on."""
 
+import contextlib
 import getpass
 import http.server
 import secrets
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 REFRESH = 20  # seconds after which the browser asks for the page again
-TIMEOUT = 30  # seconds that a browser may take for its request
+TIMEOUT = 300  # seconds that a browser may take for its request and the answer, over a slow tunnel
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -25,15 +26,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return
         try:
             content = self.draw().encode()
-        except (OSError, ValueError, KeyError) as error:  # such as a run folder that was removed
-            self.send_error(500, explain=str(error))
-            return
-        self.send_response(200)
-        headers = {"Content-Type": "text/html; charset=utf-8", "Content-Length": len(content)}
-        for name, value in (headers | {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}).items():
+            status, headers = 200, {}
+        except Exception as error:  # such as a run folder that was removed: the browser asks again
+            content, status, headers = f"no report: {error!r}".encode(), 500, {"Refresh": REFRESH}
+        headers |= {"Content-Type": "text/html; charset=utf-8" if status == 200 else "text/plain; charset=utf-8"}
+        headers |= {"Content-Length": len(content), "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+        self.send_response(status)
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.wfile.write(content)
+        with contextlib.suppress(ConnectionError):  # the browser has left
+            self.wfile.write(content)
 
     def log_message(self, *_) -> None:
         """Logs nothing."""

@@ -114,10 +114,11 @@ def main(argv: list[str]) -> int:
     """The command. Returns its exit code: 2 if the input is wrong, 1 if PNGs cannot be drawn."""
     parser = Parser("python -m hpo.results", description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="the run folder, results/<run_name>")
-    parser.add_argument("--png", action="store_true", help="also write the figures as PNGs")
-    parser.add_argument("--live", action="store_true", help="serve the report to a browser on this machine, drawn "
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--png", action="store_true", help="also write the figures as PNGs")
+    how.add_argument("--live", action="store_true", help="serve the report to a browser on this machine, drawn "
         "again while the search runs; nothing is written")  # fmt: skip
-    parser.add_argument("--optuna", type=Path, metavar="FILE", help="write a journal file for optuna-dashboard, with a "
+    how.add_argument("--optuna", type=Path, metavar="FILE", help="write a journal file for optuna-dashboard, with a "
         "study for each rung, and end")  # fmt: skip
     args = parser.parse_args(argv)
     folder = args.folder
@@ -148,9 +149,17 @@ def export(file: Path, folder: Path, parser: Parser) -> int:
     """Writes the journal file of --optuna. Returns the exit code."""
     from hpo.results import figures  # slow: optuna
 
-    if file.exists() or not file.absolute().parent.is_dir():
-        parser.error(f"--optuna {file}: " + ("exists already" if file.exists() else "its folder does not exist"))
+    try:
+        if file.exists() or not file.absolute().parent.is_dir():
+            parser.error(f"--optuna {file}: " + ("exists already" if file.exists() else "its folder does not exist"))
+    except OSError as error:
+        parser.error(f"--optuna {file}: {error.strerror}")
     run, trials, iterations = read_run(folder)
-    figures.export(trials, iterations, hyperparameter_columns(trials), run["arguments"]["metric"], file)
+    if not any(row["training_iteration"] for row in trials):
+        parser.error(f"--optuna {file}: no trial of {folder} has reached a rung")
+    try:
+        figures.export(trials, iterations, hyperparameter_columns(trials), run["arguments"]["metric"], file)
+    except OSError as error:
+        parser.error(f"--optuna {file}: {error.strerror}")
     print(f"optuna-dashboard {file}   (pip install optuna-dashboard)")
     return 0

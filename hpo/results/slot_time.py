@@ -122,19 +122,22 @@ class SlotTime(Callback):
         self.spent[cause] += seconds * (usable - waiting)
         self.spent["not asked for"] += seconds * (idle - usable)
 
-    def budget_left(self, gpu_hours: float | None, hours: float | None, gpus_per_trial: float) -> float:
-        """Seconds until a budget is used up, at the present number of slots.
+    def budget_left(self, gpu_hours: float | None, hours: float | None, gpus_per_trial: float, slots: int) -> float:
+        """Seconds until a budget is used up.
 
         Args:
-            gpu_hours: of all slots, idle ones included. None: no such budget.
+            gpu_hours: of the slots, idle ones included, but not those above --max_concurrent_trials. None: no such
+                budget.
             hours: of search: the time in which there were slots. None: no such budget.
             gpus_per_trial: what a slot takes. 0: a slot counts as one.
+            slots: that are used from now on.
         """
         left = math.inf if hours is None else hours * 3600 - self.spent["search"]
         if gpu_hours is None:
             return left
-        of_slots = gpu_hours * 3600 / (gpus_per_trial or 1) - self.minutes()["allocated"] * 60
-        return min(left, of_slots / max(1, self.slots))
+        minutes = self.minutes()
+        spent = 60 * (minutes["allocated"] - minutes["idle: not asked for"])
+        return min(left, (gpu_hours * 3600 / (gpus_per_trial or 1) - spent) / slots)
 
     def minutes(self) -> dict[str, float]:
         """Slot-minutes by their parts. All but "allocated" and "given back" add up to "allocated".

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +29,9 @@ class Display:
     def __rich__(self) -> Group:
         """The lines as they are now."""
         self._spinner.text = str(datetime.timedelta(seconds=round(time.monotonic() - self._begun)))
-        progress = [Text(self.lines, overflow="ellipsis", no_wrap=True), ProgressBar(1.0, self.done, width=60)]
+        width = shutil.get_terminal_size().columns - 1  # a line that the terminal wraps would not be erased
+        text = "\n".join(line[:width] for line in self.lines.splitlines())
+        progress = [Text(text), ProgressBar(1.0, self.done, width=min(60, width))]
         return Group(*(progress if self.lines else []), self._spinner)
 
 
@@ -40,11 +43,12 @@ _live: Live | None = None
 def below_the_log() -> Iterator[None]:
     """Keeps the display at the bottom of the terminal, if the output is one. Printed lines appear above it."""
     global display, _live
-    if not sys.stdout.isatty():
+    console = Console(soft_wrap=True)  # printed lines stay as they are
+    if not sys.stdout.isatty() or console.is_dumb_terminal:
         yield
         return
     display = Display()
-    _live = Live(display, console=Console(), transient=True, redirect_stderr=False)
+    _live = Live(display, console=console, transient=True)
     with _live:
         yield
     display = None
