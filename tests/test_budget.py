@@ -129,6 +129,9 @@ def test_plan_of_a_budget():
     assert "\na slot takes 1 GPU: 18.53 GPU-hours\n" in done.stdout
     done = run_script(*PLAN, "--gpu_hours", 20, "--hours", 3, "--num_samples", 40)
     assert "\nwithin 20 GPU-hours and 3 hours: 1 whole band of 34 trials and " in done.stdout
+    done = run_script(*PLAN, "--gpu_hours", 1e6)
+    what = "1e+06 GPU-hours: on 4 slots more than 100,000 iterations, too many for a plan"
+    assert (done.returncode, done.stderr) == (2, f"raytune_bayesian.py: error: {what}\n")
     done = run_script(*PLAN, "--hours", 0.5)
     assert done.returncode == 2 and done.stdout == ""
     what = "0.5 hours: on 4 slots no trial ends within it: a full training takes 0.833 hours"

@@ -22,6 +22,8 @@ from hpo.plan.simulator import Simulation
 from hpo.results.slots import trials_per_gpu
 from hpo.squad import loading
 
+MANY = 100_000  # iterations; the time of a plan with a budget grows with the square of its length
+
 
 @dataclass
 class Forecast:
@@ -141,15 +143,16 @@ def within_budget(args, space: dict, setting: dict, seconds: float) -> Forecast:
         seconds: duration of an iteration.
 
     Raises:
-        BadInput: no trial can be trained to the end within the budget.
+        BadInput: no trial can be trained to the end within the budget, or there are too many to simulate.
     """
     hours = [math.inf if args.hours is None else args.hours]
     if args.gpu_hours is not None:
         hours.append(args.gpu_hours / setting["slots"] / (args.gpus_per_trial or 1))
-    length = min(hours) * 3600 / seconds
+    length, budget = min(hours) * 3600 / seconds, " and ".join(arguments.budget_in_words(args))
+    if length * setting["slots"] > MANY:
+        raise BadInput(f"{budget}: on {setting['slots']} slots more than {MANY:,} iterations, too many for a plan")
     found = forecast(space, **setting, first=args.known, baseline=args.baseline, length=length)
     if not found.trials:
-        budget = " and ".join(arguments.budget_in_words(args))
         raise BadInput(
             f"{budget}: on {setting['slots']} slots no trial ends within it: a full training takes "
             f"{args.max_t * seconds / 3600:.3g} hours"
