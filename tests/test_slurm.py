@@ -352,6 +352,21 @@ def test_check(project, tiny):
     assert project.left_over() == {}
 
 
+def test_check_in_one_job(project, tiny):
+    """On one node, and on two: each node has its row, there is a plan, and no other job is submitted."""
+    one = project.submit(*tiny, *SHORT, "--check", options=OWN, NUM_WORKERS="0")
+    two = project.submit(*tiny, *SHORT, "--check", node="node[2,3]", options=["--nodes=2", *OWN])
+    for job, nodes in ((one, ["node1"]), (two, ["node2", "node3"])):
+        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+        log = project.log(job)
+        for node in nodes:
+            assert re.search(rf"(?m)^{node} .* ok$", log), log
+        assert f"on the nodes that are ok ({len(nodes)} of {len(nodes)})" in log and "worker job" not in log
+        found = json.loads((project.folder / "results" / f"check-{job}" / "check.json").read_text())
+        assert found["ok"] and [len(node["trials"]) for node in found["nodes"]] == [2] * len(nodes)
+    assert project.left_over() == {}
+
+
 # -- side by side
 # ----------------------------------------------------------------------------------------------------
 
