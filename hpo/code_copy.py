@@ -67,7 +67,7 @@ def go_on_with_copy(run_dir: Path) -> None:
     if not differ or os.environ.get(GUARD) == str(script):
         return
     if not script.exists():
-        raise BadInput(f"--resume: the run is not of {script.name}, and the code has changed since: add --new_code")
+        raise BadInput(f"--resume: the run has another script than {script.name}: start that one, or add --new_code")
     shown = ", ".join(differ[:3]) + f" and {len(differ) - 3} more" * (len(differ) > 3)
     print(
         f"going on with the code of the run, {script.parent}; changed since: {shown} (--new_code takes it)", flush=True

@@ -103,7 +103,9 @@ def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_mo
     other = run_script(*name, "--resume", "--try", "lr=1e-4,per_device_bs=1,wd=0", script=script)
     assert other.returncode == 2 and "other arguments than the run's: --try" in other.stderr
     assert other.stderr.count("\n") == 1
-    done = run_script(*name, "--resume", script=script)
+    other = run_script(*name, "--resume", script=script)
+    assert other.returncode == 2 and "the run has another script than later.py" in other.stderr
+    done = run_script(*name, "--resume", "--new_code", script=script)
     assert done.returncode == 0, done.stderr
     assert "going on with a search" in done.stdout and "Gain over the baseline (trial" in done.stdout
     columns = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration", "status", "known"]
