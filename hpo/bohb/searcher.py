@@ -101,8 +101,11 @@ class TuneBOHB(Searcher):
         self._check_model()
         self.bohber = Model(self._space, self._seed, **self._bohb_config)
         for config, budget, loss in self._earlier:
-            config = config | {name: steps.index(d, config[name]) for name, d in self._quantized.items()}
-            self.bohber.new_result(Job({"loss": loss}, {"budget": budget, "config": config}))
+            self.bohber.new_result(Job({"loss": loss}, {"budget": budget, "config": self._with_indices(config)}))
+
+    def _with_indices(self, config: dict) -> dict:
+        """A flat configuration as the model has it: with indices in place of values of quantized ranges."""
+        return config | {name: steps.index(d, config[name]) for name, d in self._quantized.items()}
 
     def add_earlier_results(self, results: list[tuple[dict, int, float]]) -> None:
         """Gives the model results of an earlier search. Must be called before the search space is known.
@@ -254,8 +257,7 @@ class TuneBOHB(Searcher):
             return None if allowed is None else Searcher.FINISHED
         known = bool(self._points_to_evaluate)
         if known:
-            config, model_based = self._points_to_evaluate.pop(0), False
-            config = config | {name: steps.index(d, config[name]) for name, d in self._quantized.items()}
+            config, model_based = self._with_indices(self._points_to_evaluate.pop(0)), False
         else:
             config, info = self.bohber.get_config()
             model_based = info["model_based_pick"]

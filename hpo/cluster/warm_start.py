@@ -84,7 +84,7 @@ def differences(run: dict, args, space: dict) -> list[str]:
     now, then = vars(args), arguments.OLDER | run["arguments"]
     now = now | {"reduction_factor": now["reduction_factor"][0]} if args.plan else now  # a plan can have several
     names = [name for name in then if name in now and name not in OF_NO_INFLUENCE]
-    words = [f"{name} {then[name]}" for name in names if as_json(now[name]) != as_json(then[name])]
+    words = [f"{name} {then[name]}" for name in names if resolved(now[name]) != resolved(then[name])]
     searched = search_space.describe(space)
     for name in searched | run["search_space"]:
         if searched.get(name) != run["search_space"].get(name):
@@ -92,8 +92,8 @@ def differences(run: dict, args, space: dict) -> list[str]:
     return words + ["ds_config"] * (run["ds_config"] != args.ds_config)
 
 
-def as_json(value):
-    """A value as JSON gives it back. A folder is its absolute path."""
+def resolved(value):
+    """The absolute path where a value names a folder, else the value: "demo/model" and its full path are the same."""
     if isinstance(value, str) and Path(value).is_dir():
         return str(Path(value).resolve())
     return value

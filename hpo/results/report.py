@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hpo import errors
 from hpo.files import read_csv, write_atomically
-from hpo.results import live, slot_time
+from hpo.results import slot_time
 from hpo.results.tables import (
     COLUMNS,
     METRICS,
@@ -125,6 +125,8 @@ def main(argv: list[str]) -> int:
     if not (folder / "run.json").exists():
         parser.error(f"{folder} is not a run folder: it has no run.json")
     if args.live:
+        from hpo.results import live  # a search has no use for a server
+
         live.serve(lambda: draw_page(folder, live.REFRESH)[0])
         return 0
     if args.optuna:
