@@ -42,6 +42,7 @@ def test_the_checkout_can_be_edited_while_a_search_runs(tiny_model, tiny_squad, 
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 1 and "failed after" not in line
+    assert " at 1/4 | " in line, line  # its worker process did not import the broken module
     script.write_text(script.read_text().replace("tune.loguniform(5e-6, 2e-4)", "tune.loguniform(1e-3, 1e-2)"))
     (checkout / "ds_config.json").write_text("{}")
     broken, good = checkout / "hpo" / "squad" / "ranks.py", kept["hpo/squad/ranks.py"]
