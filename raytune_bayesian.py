@@ -33,8 +33,7 @@ from ray import tune
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from hpo import known, ranges, search_space
-from hpo.files import write_json
-from hpo.results.tables import METRICS, MODES
+from hpo.results.tables import MODES
 from hpo.squad import data, evaluation, loading, lora, models, precision, scores
 from hpo.squad.group import ONE_RANK
 from hpo.squad.probe import try_model
@@ -102,18 +101,18 @@ class SquadMetric(evaluate.Metric):
                 raise ValueError(f"question {reference['id']} has no answer")
             if prediction["id"] == reference["id"]:
                 text, answers = prediction["prediction_text"], reference["answers"]["text"]
-                pairs = [scores.score_answer(text, answer, self.language) for answer in answers]
-                sum_em += max(em for em, _ in pairs)
-                sum_f1 += max(f1 for _, f1 in pairs)
+                em, f1 = scores.best_score(text, answers, self.language)
+                sum_em, sum_f1 = sum_em + em, sum_f1 + f1
         return {"exact_match": sum_em / len(references), "f1": sum_f1 / len(references)}
 
 
-def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup, group=ONE_RANK) -> dict[str, float]:
-    """EM and F1 of the model's greedy answers, as in SQuAD v1.1, or as in 2.0 (setup.unanswerable)."""
+def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup, group=ONE_RANK) -> tuple[dict, list]:
+    """EM and F1 of the model's greedy answers, as in SQuAD v1.1, or as in 2.0 (setup.unanswerable); and of each one."""
     answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, setup.max_new_tokens, group)
+    each = scores.of_questions(answers, questions.references, setup.metric_language, setup.unanswerable)
     if setup.unanswerable:
-        return scores.squad_v2(answers, questions.references, setup.metric_language)
-    return SquadMetric(setup.metric_language).compute(predictions=answers, references=questions.references)
+        return scores.squad_v2(answers, questions.references, setup.metric_language), each
+    return SquadMetric(setup.metric_language).compute(predictions=answers, references=questions.references), each
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,12 +286,14 @@ class Iterations(transformers.TrainerCallback):
         self.trial.begin("evaluation")  # the time from here on is evaluation's
         with precision.autocast(setup.ds_config, setup.precision, self.trainer.args.device.type):
             pad = self.tokenizer.pad_token_id
-            loss = evaluation.evaluate_loss(model, setup.selection, pad, EVAL_TOKENS, group)
+            loss, losses = evaluation.evaluate_loss(model, setup.selection, pad, EVAL_TOKENS, group)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
             metrics["eval_loss"] = loss
             if iteration in self.rungs or setup.metric != "eval_loss":
-                metrics |= answer_scores(model, self.tokenizer, setup.selection, setup, group)
+                em_and_f1, each = answer_scores(model, self.tokenizer, setup.selection, setup, group)
+                self.trial.keep_scores(losses, each, iteration)
+                metrics |= em_and_f1
         self.trial.begin("checkpoints")
         model.train()
         return metrics
@@ -311,13 +312,14 @@ class Iterations(transformers.TrainerCallback):
         self.first_step = self.trainer.state.global_step
 
 
-def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> dict[str, float]:
-    """eval_loss, EM and F1 of a model on the test questions. Runs where the trials ran."""
+def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> tuple[dict, tuple]:
+    """eval_loss, EM and F1 of a model on the test questions; and of each one. Runs where the trials ran."""
     torch.set_num_threads(setup.cpus_per_trial)
     tokenizer = models.load_tokenizer(folder)
     model = models.load_for_test(folder, "cuda" if torch.cuda.is_available() else "cpu")
-    loss = evaluation.evaluate_loss(model, questions, tokenizer.pad_token_id, EVAL_TOKENS)
-    return {"eval_loss": loss, **answer_scores(model, tokenizer, questions, setup)}
+    loss, losses = evaluation.evaluate_loss(model, questions, tokenizer.pad_token_id, EVAL_TOKENS)
+    em_and_f1, each = answer_scores(model, tokenizer, questions, setup)
+    return {"eval_loss": loss, **em_and_f1}, (losses, each)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,9 +400,7 @@ def main(args, train=train) -> None:
     # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.
     with launch.ray_session(run):
         log = search(run, train)
-        result = {name: log.best_trial()[name] for name in METRICS}
-        result["config"] = {"train_loop_config": log.configs[log.best]}
-        write_json(run.folder / "best_result.json", result)
+        result = run.write_best_result(log)
         best_model = run.folder / "best_model"
         if not run.has_tested(log.best):  # otherwise it is best_model already, and no later trial is better
             if not run.has_untested(log.best):
@@ -409,7 +409,7 @@ def main(args, train=train) -> None:
             print(f"best model: {best_model}; testing it", flush=True)
             resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}
             test_task = ray.remote(**resources)(test)
-            run.add_test(log.best, ray.get(test_task.remote(best_model, test_set, setup)))
+            run.add_test(log.best, test_set, *ray.get(test_task.remote(best_model, test_set, setup)))
     messages.print_results(run, log, result)
 
 

@@ -104,7 +104,8 @@ class TrialHere(TrialContext):
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None = None, pause: int | None = None):
-        super().__init__(one_rank(), str(folder), checkpoint and str(checkpoint), folder / "stop")
+        files = folder / "stop", folder / "scores.npz"
+        super().__init__(one_rank(), str(folder), checkpoint and str(checkpoint), *files)
         self.pause, self.reports, self.last_checkpoint = pause, [], checkpoint
 
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:

@@ -79,6 +79,7 @@ def questions(count: int, tiny: bool, length: int | None = None):
         tokens=rng.integers(3, at_size(tiny, BLOOM, TINY_BLOOM)["vocab_size"], lengths.sum(), dtype=np.int32),
         offsets=np.cumsum([0, *lengths]),
         prompt_lengths=lengths - ANSWER,
+        passages=np.arange(count),
         references=[{"id": str(i), "answers": {"text": ["none"], "answer_start": [0]}} for i in range(count)],
     )
 
@@ -122,7 +123,7 @@ def learn(kind: str, stage: int, steps: int, factor: float, tiny: bool) -> dict:
         watch = launches.Watch(trainer, lambda engine: precision.Gradients(engine, setup.ds_config, kind, None, 1))
         trainer.train()
     with precision.autocast(setup.ds_config, kind, watch.gradients.engine.device.type):
-        loss = evaluation.evaluate_loss(trainer.model, setup.selection, pad, raytune_bayesian.EVAL_TOKENS)
+        loss, _ = evaluation.evaluate_loss(trainer.model, setup.selection, pad, raytune_bayesian.EVAL_TOKENS)
     return {"eval_loss": loss, **watch.gradients.summary()}
 
 

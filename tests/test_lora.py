@@ -78,7 +78,7 @@ def test_checkpoint_has_adapters_only_and_best_model_is_a_plain_model(tmp_path, 
             name.endswith(("query_key_value.weight", "dense.weight", "4h.weight", "h.weight")) for name in changed
         )
         model = evaluation.fuse_gelu(AutoModelForCausalLM.from_pretrained(path))
-        loss = evaluation.evaluate_loss(model, setup.selection, 0, raytune_bayesian.EVAL_TOKENS)
+        loss, _ = evaluation.evaluate_loss(model, setup.selection, 0, raytune_bayesian.EVAL_TOKENS)
         assert loss == pytest.approx(losses(result)[iteration - 1], rel=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_a_search_of_ranks_and_learning_rates(tmp_path, demo_model):
     args.ds_config, args.precision = {}, "fp32"
     _, test = raytune_bayesian.prepare(args, raytune_bayesian.MAX_LENGTH, raytune_bayesian.SELECTION_SIZE, 4)
     pad = models.load_tokenizer(run / "best_model").pad_token_id
-    loss = evaluation.evaluate_loss(model, test, pad, raytune_bayesian.EVAL_TOKENS)
+    loss, _ = evaluation.evaluate_loss(model, test, pad, raytune_bayesian.EVAL_TOKENS)
     assert loss == pytest.approx(facts["tests"][-1]["eval_loss"], rel=1e-5)
 
 

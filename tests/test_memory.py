@@ -31,7 +31,8 @@ def forecast(model, stage=0, kind="fp16", ranks=1, **sizes) -> memory.Forecast:
 def data(rows: int, length: int, answer: int) -> TokenizedSquad:
     """Sequences of the same length."""
     offsets = np.arange(rows + 1, dtype=np.int64) * length
-    return TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, np.full(rows, length - answer), [])
+    prompts = np.full(rows, length - answer)
+    return TokenizedSquad(np.full(rows * length, 5, np.int32), offsets, prompts, np.arange(rows), [])
 
 
 @pytest.fixture(scope="module")

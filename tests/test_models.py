@@ -112,7 +112,7 @@ def test_loss_of_padded_batches_equals_that_of_each_sequence_alone(family, token
     mean = total / int((questions.lengths - questions.prompt_lengths).sum())
     longest = int(questions.lengths.max())
     for rows in (1, 7, 24):
-        assert evaluation.evaluate_loss(model, questions, 0, rows * longest) == pytest.approx(mean, rel=1e-5)
+        assert evaluation.evaluate_loss(model, questions, 0, rows * longest)[0] == pytest.approx(mean, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -164,7 +164,8 @@ def test_paused_trial_and_best_model_equal_one_that_ran_through(family, tmp_path
         path = tmp_path / f"best_model of {checkpoint.name}"
         models.save_best_model(checkpoint, folder, "fp32", path)
         model = AutoModelForCausalLM.from_pretrained(path)
-        found = evaluation.evaluate_loss(model, setup.selection, tokenizer.pad_token_id, raytune_bayesian.EVAL_TOKENS)
+        pad = tokenizer.pad_token_id
+        found, _ = evaluation.evaluate_loss(model, setup.selection, pad, raytune_bayesian.EVAL_TOKENS)
         assert found == pytest.approx(loss, rel=1e-6)
 
 
@@ -182,7 +183,7 @@ def test_a_trial_learns_from_real_squad(tmp_path, demo_model, shared_squad, tria
     losses = [report["eval_loss"] for report in trial.reports]
     assert len(losses) == 4 and losses[-1] < losses[0]
     models.save_best_model(trial.last_checkpoint, demo_model, "fp32", tmp_path / "best_model")
-    assert 0 <= raytune_bayesian.test(tmp_path / "best_model", test, setup)["f1"] <= 1
+    assert 0 <= raytune_bayesian.test(tmp_path / "best_model", test, setup)[0]["f1"] <= 1
 
 
 def test_a_large_model_is_saved_in_several_files_and_read_again(tmp_path, tiny_model, monkeypatch):

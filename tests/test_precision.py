@@ -175,7 +175,7 @@ def test_best_model_has_the_precision_of_the_training(results, tmp_path, setup, 
         torch.float16
     }
     assert json.loads((tmp_path / "best_model" / "config.json").read_text())["dtype"] == "float16"
-    tested = raytune_bayesian.test(tmp_path / "best_model", setup.selection, in_fp16(setup, stage))
+    tested, _ = raytune_bayesian.test(tmp_path / "best_model", setup.selection, in_fp16(setup, stage))
     assert tested["eval_loss"] == pytest.approx(losses(result)[3 if ended else 2], rel=3e-3)
 
 

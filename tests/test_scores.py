@@ -241,13 +241,14 @@ def test_answers_are_scored_in_the_language_of_the_run(tmp_path, tokenizer, tiny
             for prediction, text in zip(own, marked, strict=True)
         ]
         answerable = dataclasses.replace(questions, references=references)
-        tested = raytune_bayesian.test(tmp_path, answerable, setup)
+        tested, _ = raytune_bayesian.test(tmp_path, answerable, setup)
         assert {"exact_match": 1.0, "f1": 1.0} == {name: tested[name] for name in tables.METRICS[1:]}
-        english = raytune_bayesian.test(tmp_path, answerable, dataclasses.replace(setup, metric_language="en"))
+        english, _ = raytune_bayesian.test(tmp_path, answerable, dataclasses.replace(setup, metric_language="en"))
         assert english["exact_match"] == 0.0
         for reference in references[:2]:  # now two questions of six have no answer, and the model gives one
             reference["answers"] = {"text": [], "answer_start": []}
-        tested = raytune_bayesian.test(tmp_path, answerable, dataclasses.replace(setup, unanswerable=True))
+        tested, (_, each) = raytune_bayesian.test(tmp_path, answerable, dataclasses.replace(setup, unanswerable=True))
+        assert sum(em for em, _ in each) == 4
         assert {name: value for name, value in tested.items() if name != "eval_loss"} == {
             "exact_match": 4 / 6, "f1": 4 / 6,
             "HasAns_exact": 1.0, "HasAns_f1": 1.0, "NoAns_exact": 0.0, "NoAns_f1": 0.0,
@@ -271,7 +272,7 @@ def test_selection_and_test_are_scored_alike(tmp_path, tiny_model, tokenizer, ti
         assert has == {None: {True}, 3: {True, False}, 1: {False}}[damaged.get(split)]
         names = {"HasAns": True in has, "NoAns": False in has} if damaged else {}
         expected = {f"{group}_{one}" for group, shown in names.items() if shown for one in ("exact", "f1")}
-        found = raytune_bayesian.answer_scores(model, tokenizer, questions, setup)
+        found, _ = raytune_bayesian.answer_scores(model, tokenizer, questions, setup)
         assert set(found) == {"exact_match", "f1", *expected}
 
 

@@ -415,19 +415,20 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_model, tokenizer, tiny_squad,
         e["answers"] = NO_ANSWER
     data = squad_data.tokenize(examples, tokenizer, 1024, training=False)
     model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    total = count = 0
+    each, count = [], 0
     for i in range(len(data)):
         ids = torch.tensor(data[i]["input_ids"].astype(np.int64))[None]
         labels = ids.clone()
         labels[0, : data[i]["prompt_length"]] = -100  # which torch's cross entropy leaves out
         n = int((labels != -100).sum())
         with torch.no_grad():
-            total += model(input_ids=ids, labels=labels).loss.item() * n
+            each.append(model(input_ids=ids, labels=labels).loss.item() * n)
         count += n
+    total = sum(each)
     for rows in (1, 7, 60):
-        assert evaluation.evaluate_loss(
-            model, data, tokenizer.pad_token_id, rows * int(data.lengths.max())
-        ) == pytest.approx(total / count, abs=1e-5)
+        loss, sums = evaluation.evaluate_loss(model, data, tokenizer.pad_token_id, rows * int(data.lengths.max()))
+        assert loss == pytest.approx(total / count, abs=1e-5)
+        assert sums == pytest.approx(each, abs=1e-4)
     assert total / count == pytest.approx(math.log(model.config.vocab_size), rel=0.05)  # random weights know nothing
 
 
@@ -436,9 +437,9 @@ def test_loss_is_a_mean_over_tokens_not_over_batches(tiny_model, tokenizer):
     examples = [make_example(0), make_example(1, context="x " + "abcdefghij" * 4, answer="abcdefghij" * 4)]
     both = squad_data.tokenize(examples, tokenizer, 500, True)
     each = [squad_data.tokenize([e], tokenizer, 500, True) for e in examples]
-    sums = [evaluation.evaluate_loss(model, d, 0, 1) * d.longest_answer for d in each]
+    sums = [evaluation.evaluate_loss(model, d, 0, 1)[0] * d.longest_answer for d in each]
     tokens = sum(d.longest_answer for d in each)
-    assert evaluation.evaluate_loss(model, both, 0, 1) == pytest.approx(sum(sums) / tokens, abs=1e-6)
+    assert evaluation.evaluate_loss(model, both, 0, 1)[0] == pytest.approx(sum(sums) / tokens, abs=1e-6)
 
 
 def test_long_answers_of_short_sequences_share_a_batch_with_few(monkeypatch, tiny_model, tokenizer):
@@ -450,7 +451,8 @@ def test_long_answers_of_short_sequences_share_a_batch_with_few(monkeypatch, tin
     monkeypatch.setattr(
         evaluation,
         "answer_loss",
-        lambda model, batch: shapes.append((len(batch["input_ids"]), batch["width"])) or answer_loss(model, batch),
+        lambda model, batch, reduction: shapes.append((len(batch["input_ids"]), batch["width"]))
+        or answer_loss(model, batch, reduction),
     )
     evaluation.evaluate_loss(AutoModelForCausalLM.from_pretrained(tiny_model).eval(), data, 0, 2048)
     assert (
@@ -506,7 +508,7 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, tiny_squad, un
     items = [few[i] for i in range(8)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batch = evaluation.collate(items, tokenizer.pad_token_id)
-    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup)["exact_match"] < 1
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup)[0]["exact_match"] < 1
     model.train()
     for _ in range(1000):
         loss, count = evaluation.answer_loss(model, batch)
@@ -516,7 +518,7 @@ def test_one_batch_overfits_to_exact_match(tiny_model, tokenizer, tiny_squad, un
         if loss / count < 0.02:
             break
     names = ["exact_match", "f1", *(tables.V2_METRICS if unanswerable else ())]
-    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup) == dict.fromkeys(names, 1.0)
+    assert raytune_bayesian.answer_scores(model, tokenizer, few, setup) == (dict.fromkeys(names, 1.0), [(1.0, 1.0)] * 8)
     if unanswerable:  # a batch in which all rows end at once
         none = squad_data.tokenize(examples[::2], tokenizer, 1024, training=False)
         assert [p["prediction_text"] for p in evaluation.predict(model, tokenizer, none, 8192, 12)] == [""] * 4
@@ -532,7 +534,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
     four = 4 * int(few.lengths.max())
     predictions, loss = (
         evaluation.predict(model, tokenizer, few, four, 5),
-        evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four),
+        evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four)[0],
     )
     assert len({p["prediction_text"] for p in predictions}) > 5
     barrier, box = threading.Barrier(size, timeout=60), {}
@@ -550,7 +552,7 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
     def work(rank):
         own = Group(rank)
         answers = evaluation.predict(model, tokenizer, few, four, 5, own)
-        return answers, evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four, own)
+        return answers, evaluation.evaluate_loss(model, few, tokenizer.pad_token_id, four, own)[0]
 
     with ThreadPoolExecutor(size) as pool:
         for found in pool.map(work, range(size)):

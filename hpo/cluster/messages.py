@@ -10,7 +10,7 @@ from hpo.bohb.brackets import band_size, rungs
 from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
 from hpo.files import to_json
-from hpo.results import report, slot_time, tables
+from hpo.results import intervals, report, slot_time, tables
 from hpo.results.slots import gpus_without_cpus, trials_per_gpu
 from hpo.results.trial_log import TrialLog
 from hpo.squad import loading, precision
@@ -119,6 +119,10 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     if "baseline" in facts:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
-    print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.\n")
+    print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
+    print(f"Those of the best trial, with 95 % intervals: {intervals.best_in_words(run.folder, log.best_trial())}\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
-    print(tables.table(list(log.trials.values()), setup.metric), flush=True)
+    trials = list(log.trials.values())
+    versus = intervals.versus_best(run.folder, trials, setup.metric)
+    print(tables.table(trials, setup.metric, versus))
+    print(intervals.ties_in_words(versus, setup.metric), flush=True)

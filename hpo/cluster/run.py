@@ -16,8 +16,10 @@ from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
 from hpo.plan.plan import forecast
+from hpo.results import intervals
 from hpo.results.checkpoints import checkpoints_of
 from hpo.results.provenance import git_commit, versions
+from hpo.results.tables import METRICS
 from hpo.squad import loading, lora
 from hpo.squad.setup import Setup
 
@@ -85,6 +87,7 @@ class Run:
             hold_lock(self.folder)
         if args.new_code or not self.has_copy():
             code_copy.keep(self.folder, args.deepspeed)
+        intervals.save(self.folder / "scores" / "selection.npz", intervals.questions_of(setup.selection))
         self.write("running")
 
     def take_over(self, earlier: dict) -> None:
@@ -130,11 +133,27 @@ class Run:
         exists = (self.folder / "best_model").exists()
         return exists and not self.facts["tests"] and not checkpoints_of(self.folder, trial_id)
 
-    def add_test(self, trial_id: str, metrics: dict[str, float]) -> None:
-        """Adds a test of best_model to run.json."""
+    def write_best_result(self, log) -> dict:
+        """Writes best_result.json, the metrics and hyperparameters of the best trial of a TrialLog. Returns them."""
+        result = {name: log.best_trial()[name] for name in METRICS}
+        result["config"] = {"train_loop_config": log.configs[log.best]}
+        write_json(self.folder / "best_result.json", result)
+        return result
+
+    def add_test(self, trial_id: str, test_set, metrics: dict[str, float], of_questions: tuple) -> None:
+        """Adds a test of best_model to run.json, and writes scores/test.npz.
+
+        Args:
+            trial_id: the trial of best_model.
+            test_set: the questions, a TokenizedSquad.
+            metrics: their means.
+            of_questions: their losses and (exact match, F1), see intervals.scores_of.
+        """
+        scores = intervals.questions_of(test_set) | intervals.scores_of(*of_questions, self.setup.max_t)
+        intervals.save(self.folder / "scores" / "test.npz", scores)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        questions = self.facts["questions"]["test"]
-        self.facts["tests"].append({"date": date, "trial_id": trial_id, "questions": questions, **metrics})
+        test = {"date": date, "trial_id": trial_id, "questions": len(test_set), **metrics}
+        self.facts["tests"].append(test | {"intervals": intervals.score_intervals(scores)})
         self.write("running")
 
     def write(self, status: str) -> None:

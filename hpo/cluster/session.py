@@ -16,7 +16,7 @@ from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from hpo.cluster.watchdogs import FaultyNodes, SharedGpus, Watchdog
 from hpo.plan.budget import Budget, MeasuredPace
-from hpo.results import checkpoints, tables, trackers
+from hpo.results import checkpoints, intervals, tables, trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
 from hpo.results.slots import trials_per_gpu
@@ -153,7 +153,8 @@ class SearchSession:
         if self.scheduler.baseline:
             baseline = self.log.trials[self.scheduler.baseline]
             gain = tables.gain(self.log.best_trial(), baseline)
-            self.run.facts["baseline"] = {"trial_id": baseline["trial_id"], "gain": gain}
+            ends = intervals.of_gain(self.run.folder, self.log.best_trial(), baseline) if gain else {}
+            self.run.facts["baseline"] = {"trial_id": baseline["trial_id"], "gain": gain, "intervals": ends}
         preemption.stop_on_signals()
         return self.log
 

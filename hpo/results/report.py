@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hpo import errors
 from hpo.files import read_csv, write_atomically
-from hpo.results import slot_time
+from hpo.results import intervals, slot_time
 from hpo.results.tables import (
     COLUMNS,
     METRICS,
@@ -50,7 +50,10 @@ def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict]:
     drawn = figures.draw(trials, iterations, hyperparameter_columns(trials), metric, run.get("densities"))
     facts = facts_of(run, trials, iterations)
     refresh = refresh if run["status"] == "running" else None
-    return page.page(f"Search {run_dir.name}", facts, result_rows(trials, metric), drawn, refresh), drawn
+    versus = intervals.versus_best(run_dir, trials, metric)
+    if versus:
+        facts |= {"Compared with the best trial": intervals.ties_in_words(versus, metric)}
+    return page.page(f"Search {run_dir.name}", facts, result_rows(trials, metric, versus), drawn, refresh), drawn
 
 
 def write_page(run_dir: Path) -> dict:
@@ -143,7 +146,10 @@ def main(argv: list[str]) -> int:
             return 1
     run, trials, _ = read_run(folder)
     if trials:
-        print(table(trials, run["arguments"]["metric"]))
+        metric = run["arguments"]["metric"]
+        versus = intervals.versus_best(folder, trials, metric)
+        print(table(trials, metric, versus))
+        print(intervals.ties_in_words(versus, metric), end="\n" * bool(versus))
     return 0
 
 

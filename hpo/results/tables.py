@@ -49,6 +49,11 @@ def gain(best: dict, baseline: dict) -> dict[str, float]:
     return {name: best[name] - baseline[name] for name in METRICS} if baseline["status"] == "completed" else {}
 
 
+def in_words(value: float, interval: tuple[float, float] | list[float] | None, sign: str = "") -> str:
+    """A value with four decimals, and its interval in brackets, if there is one."""
+    return f"{value:{sign}.4f}" + (f" [{interval[0]:{sign}.4f}, {interval[1]:{sign}.4f}]" if interval else "")
+
+
 def gain_in_words(gained: dict) -> str:
     """What a search has gained over its baseline, as run.json has it."""
     if not gained["gain"]:
@@ -56,13 +61,19 @@ def gain_in_words(gained: dict) -> str:
     if not any(gained["gain"].values()):
         return "0, the baseline is the best trial"
     lower = {name: " (lower is better)" for name, mode in MODES.items() if mode == "min"}
-    return ", ".join(f"{name} {value:+.4f}{lower.get(name, '')}" for name, value in gained["gain"].items())
+    intervals = gained.get("intervals", {})  # older runs have none
+    values = {name: in_words(value, intervals.get(name), "+") for name, value in gained["gain"].items()}
+    return ", ".join(f"{name} {value}{lower.get(name, '')}" for name, value in values.items())
 
 
 def tested_in_words(tested: dict) -> str:
-    """The metrics of the test of the best model, as run.json has them, with four decimals."""
+    """The metrics of the test of the best model, as run.json has them, with their intervals."""
     values = {name: tested[name] for name in (*METRICS, *V2_METRICS) if name in tested}
-    return ", ".join(f"{name} {math.nan if value is None else value:.4f}" for name, value in values.items())
+    intervals = tested.get("intervals", {})  # older runs have none
+    return ", ".join(
+        f"{name} {in_words(math.nan if value is None else value, intervals.get(name))}"
+        for name, value in values.items()
+    )
 
 
 def looks_in_words(tests: list[dict]) -> str:
@@ -105,10 +116,15 @@ def ranked(trials: list[dict], metric: str) -> list[dict]:
     return sorted(trials, key=lambda row: rank(row, metric))
 
 
-def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
+def result_rows(trials: list[dict], metric: str, versus: dict[str, tuple] | None = None) -> list[list[str]]:
     """The table of results as text cells, best trial first. The first row is the header.
 
     A search with known settings has a column more: where the hyperparameters come from.
+
+    Args:
+        trials: the rows of trials.csv.
+        metric: of the search.
+        versus: the differences of finalists to the best trial, see intervals.versus_best; a further column.
     """
     extra = [key for key in hyperparameter_columns(trials) if key not in COLUMNS.values()]
     keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS, "training_iteration"]
@@ -117,12 +133,16 @@ def result_rows(trials: list[dict], metric: str) -> list[list[str]]:
     if any(trial.get(KNOWN) for trial in trials):
         origins = ["Origin", *(origin(trial) for trial in ranked(trials, metric))]
         rows = [[*row, cell] for row, cell in zip(rows, origins, strict=True)]
+    if versus:
+        found = [versus.get(trial["trial_id"]) for trial in ranked(trials, metric)]
+        cells = [f"{names[keys.index(metric)]} vs Best", *(in_words(v[0], v[1:], "+") if v else "" for v in found)]
+        rows = [[*row, cell] for row, cell in zip(rows, cells, strict=True)]
     return rows
 
 
-def table(trials: list[dict], metric: str) -> str:
-    """The table of results in Markdown, best trial first."""
-    header, *rows = result_rows(trials, metric)
+def table(trials: list[dict], metric: str, versus: dict[str, tuple] | None = None) -> str:
+    """The table of results in Markdown, best trial first. For the arguments see `result_rows`."""
+    header, *rows = result_rows(trials, metric, versus)
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, *rows):

@@ -79,6 +79,7 @@ class TokenizedSquad:
     tokens: np.ndarray  # int32, all sequences one after the other: prompt, answer, EOS
     offsets: np.ndarray  # int64 (n + 1,), where each begins
     prompt_lengths: np.ndarray  # int64 (n,)
+    passages: np.ndarray  # int64 (n,), equal for questions on the same passage
     references: list[dict]  # n times {"id", "answers"}, as the metric takes them
 
     def __len__(self) -> int:
@@ -97,6 +98,7 @@ class TokenizedSquad:
             tokens=np.concatenate([item["input_ids"] for item in items]),
             offsets=np.cumsum([0] + [len(item["input_ids"]) for item in items], dtype=np.int64),
             prompt_lengths=np.array([item["prompt_length"] for item in items], np.int64),
+            passages=self.passages[list(indices)],
             references=[self.references[i] for i in indices] if self.references else [],
         )
 
@@ -106,9 +108,14 @@ class TokenizedSquad:
         return np.diff(self.offsets)
 
     @property
+    def answer_lengths(self) -> np.ndarray:
+        """Tokens after each prompt, EOS included, int64 (n,)."""
+        return self.lengths - self.prompt_lengths
+
+    @property
     def longest_answer(self) -> int:
         """Most tokens after a prompt, EOS included."""
-        return int((self.lengths - self.prompt_lengths).max())
+        return int(self.answer_lengths.max())
 
 
 def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -> TokenizedSquad:
@@ -135,7 +142,7 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
     texts = [f"{prompt} {answer}".rstrip() for prompt, answer in zip(prompts, answers, strict=True)]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     prefix = special_prefix(tokenizer)
-    sequences, prompt_lengths = [], []
+    sequences, prompt_lengths, passages = [], [], {}
     for e, head, prompt, ids, offsets in zip(
         examples, heads, prompts, encoded.input_ids, encoded["offset_mapping"], strict=True
     ):
@@ -165,6 +172,7 @@ def tokenize(examples: list[dict], tokenizer, max_length: int, training: bool) -
         tokens=np.fromiter((t for s in sequences for t in s), np.int32, sum(map(len, sequences))),
         offsets=np.cumsum([0] + [len(s) for s in sequences], dtype=np.int64),
         prompt_lengths=np.array(prompt_lengths, np.int64),
+        passages=np.array([passages.setdefault(e["context"], len(passages)) for e in examples], np.int64),
         references=[{"id": e["id"], "answers": e["answers"]} for e in examples],
     )
 

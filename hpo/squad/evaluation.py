@@ -59,18 +59,18 @@ def fuse_gelu(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def answer_loss(model, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+def answer_loss(model, batch: dict[str, torch.Tensor], reduction: str = "sum") -> tuple[torch.Tensor, int]:
     """The sum of the cross entropy (nats) over the answer tokens of a batch from `collate`, and their number.
 
-    The loss is computed in fp32. Logits are selected by position: selecting them by a mask would make the CPU wait
-    for the GPU, to learn how many there are.
+    With reduction "none" it is the cross entropy of each token. The loss is computed in fp32. Logits are selected by
+    position: selecting them by a mask would make the CPU wait for the GPU, to learn how many there are.
     """
     labels, mask = batch["labels"], batch["attention_mask"]
     keep = {"use_cache": False, "logits_to_keep": batch["width"] + 1}
     output = model(input_ids=batch["input_ids"], attention_mask=mask, **position_ids(model, mask), **keep)
     logits = output.logits[:, :-1]
     logits = logits.flatten(0, 1)[batch["positions"]].float()
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum"), labels.numel()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction), labels.numel()
 
 
 def position_ids(model, mask: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -104,10 +104,12 @@ def to_device(batch: dict, device: torch.device) -> dict:
 
 
 @torch.no_grad()
-def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: int, group=ONE_RANK) -> float:
-    """The mean cross entropy (nats) over all answer tokens of a set. It is not a mean of batch means.
+def evaluate_loss(
+    model, data: TokenizedSquad, pad_token_id: int, batch_tokens: int, group=ONE_RANK
+) -> tuple[float, np.ndarray]:
+    """The mean cross entropy (nats) over all answer tokens of a set, and the sum of each question: float64 (n,).
 
-    All ranks of the group share the batches, and each returns the mean over the whole set.
+    The mean is not a mean of means. All ranks of the group share the batches, and each returns the whole result.
 
     Args:
         model: on the device to compute on.
@@ -118,14 +120,16 @@ def evaluate_loss(model, data: TokenizedSquad, pad_token_id: int, batch_tokens: 
     """
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    lengths = np.maximum(data.lengths, LOGITS * (data.lengths - data.prompt_lengths))
+    losses = np.zeros(len(data))
+    lengths = np.maximum(data.lengths, LOGITS * data.answer_lengths)
     for indices, counts in group.share(batches_by_length(lengths, batch_tokens)):
         batch = collate([data[i] for i in indices], pad_token_id)
-        loss, n = answer_loss(model, to_device(batch, device))
-        total, count = total + loss.item() * counts, count + n * counts
-    totals, numbers = zip(*group.gather((total, count)), strict=True)
-    return sum(totals) / sum(numbers)
+        of_tokens, _ = answer_loss(model, to_device(batch, device), reduction="none")
+        if counts:
+            question_of = (batch["positions"] // batch["width"]).numpy()
+            losses[indices] = np.bincount(question_of, of_tokens.double().cpu().numpy(), len(indices))
+    losses = np.sum(group.gather(losses), axis=0)  # in each rank, 0 for the questions of the others
+    return float(losses.sum() / data.answer_lengths.sum()), losses
 
 
 @torch.no_grad()

@@ -52,6 +52,36 @@ def score_answer(prediction: str, reference: str, language: str = "en") -> tuple
     return float(prediction == reference), 2 * precision * recall / (precision + recall)
 
 
+def best_score(prediction: str, references: list[str], language: str = "en") -> tuple[float, float]:
+    """(exact match, F1) of one prediction, each the best over all references, as in SQuAD v1.1 and MLQA."""
+    pairs = [score_answer(prediction, reference, language) for reference in references]
+    return max(em for em, _ in pairs), max(f1 for _, f1 in pairs)
+
+
+def best_score_v2(prediction: str, references: list[str], language: str = "en") -> tuple[float, float]:
+    """(exact match, F1) of one prediction, as in SQuAD 2.0; see `squad_v2`."""
+    references = [reference for reference in references if normalize_answer(reference, language)] or [""]
+    em, f1 = best_score(prediction, references, language)
+    # Two answers without a word have F1 1 in SQuAD 2.0, and 0 in v1.1. All other answers that match have F1 1.
+    return em, max(em, f1)
+
+
+def of_questions(
+    predictions: list[dict], references: list[dict], language: str, unanswerable: bool
+) -> list[tuple[float, float]]:
+    """(exact match, F1) of each question. Predictions and references are in the same order.
+
+    Args:
+        predictions: {"id", "prediction_text"}.
+        references: {"id", "answers": {"text": [...]}}.
+        language: see `normalize_answer`.
+        unanswerable: as in SQuAD 2.0, and not as in v1.1.
+    """
+    score = best_score_v2 if unanswerable else best_score
+    pairs = zip(predictions, references, strict=True)
+    return [score(p["prediction_text"], reference["answers"]["text"], language) for p, reference in pairs]
+
+
 def squad_v2(predictions: list[dict], references: list[dict], language: str = "en") -> dict[str, float]:
     """EM and F1 as the official script of SQuAD 2.0 computes them, as fractions of 1.
 
@@ -78,11 +108,7 @@ def squad_v2(predictions: list[dict], references: list[dict], language: str = "e
         if reference["id"] not in texts:  # the official script ends with an error, too
             raise ValueError(f"question {reference['id']} has no prediction")
         answers = reference["answers"]["text"]
-        right = [answer for answer in answers if normalize_answer(answer, language)] or [""]
-        pairs = [score_answer(texts[reference["id"]], answer, language) for answer in right]
-        exact = max(em for em, _ in pairs)
-        # Two answers without a word have F1 1 in SQuAD 2.0, and 0 in v1.1. All other answers that match have F1 1.
-        found["HasAns" if answers else "NoAns"].append((exact, max(exact, *(f1 for _, f1 in pairs))))
+        found["HasAns" if answers else "NoAns"].append(best_score_v2(texts[reference["id"]], answers, language))
 
     def means(rows: list[tuple[float, float]], names: tuple[str, str]) -> dict[str, float]:
         return {name: sum(column) / len(rows) for name, column in zip(names, zip(*rows, strict=True), strict=True)}

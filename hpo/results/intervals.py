@@ -1,0 +1,172 @@
+"""The scores of each question, their 95 % intervals, and which trials differ from the best one.
+
+The intervals are those of the bootstrap over passages: questions on one passage are answered well or badly together,
+so passages are drawn and not questions (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, chapter
+3.8). Efron's BCa intervals of scipy.stats.bootstrap. They say what other questions would change, and not what another
+seed of the training would.
+
+The folder scores/ of a run has these files, with one row a question:
+
+    selection.npz      id, passage, answer_tokens of the questions that trials are compared on
+    <trial id>.npz     eval_loss (nats, the sum over the answer tokens), exact_match and f1 at its last rung; iteration
+    test.npz           all of these for best_model, on the test questions
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from hpo.files import write_atomically
+from hpo.results.tables import METRICS, in_words, ranked
+
+LEVEL = 0.95
+RESAMPLES = 9999
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def questions_of(data) -> dict[str, np.ndarray]:
+    """What selection.npz has of a TokenizedSquad."""
+    ids = np.array([reference["id"] for reference in data.references], str)
+    return {"id": ids, "passage": data.passages.astype(np.int32), "answer_tokens": data.answer_lengths.astype(np.int32)}
+
+
+def scores_of(losses: np.ndarray, pairs: list[tuple[float, float]], iteration: int) -> dict[str, np.ndarray]:
+    """What <trial id>.npz has: 9 bytes a question before compression.
+
+    Args:
+        losses: (n,), the summed cross entropy of each question (nats).
+        pairs: n times (exact match, F1).
+        iteration: of the trial.
+    """
+    exact_match, f1 = np.array(pairs, np.float32).T
+    scores = {"eval_loss": losses.astype(np.float32), "exact_match": exact_match.astype(bool), "f1": f1}
+    return scores | {"iteration": np.int32(iteration)}
+
+
+def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes an .npz file atomically, and its folder."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, content.getvalue())
+
+
+def load(run_dir: Path, trial: dict) -> dict[str, np.ndarray] | None:
+    """The scores of a trial and its questions. None where they are not those of its row in trials.csv.
+
+    Runs of older versions have none. A trial that is running may be at its next rung already.
+    """
+    try:
+        arrays = dict(np.load(run_dir / "scores" / f"{trial['trial_id']}.npz"))
+        questions = dict(np.load(run_dir / "scores" / "selection.npz"))
+    except FileNotFoundError:
+        return None
+    return arrays | questions if arrays["iteration"] == trial["training_iteration"] else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# intervals
+
+
+def interval(sums: np.ndarray, sizes: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """The interval of sum(sums) / sum(sizes), for passages that are drawn at random.
+
+    Args:
+        sums: (m,), the scores of a passage, added up.
+        sizes: (m,), the number of its questions, or of their answer tokens.
+        level: how often such an interval has the true value in it. tests/test_intervals.py measures it.
+
+    Returns:
+        (low, high). None for a single passage.
+    """
+    if len(sums) < 2:
+        return None
+    ratios = sums / sizes
+    if np.ptp(ratios) == 0:  # the bootstrap would give an interval without width
+        if ratios[0] not in (0, 1):
+            return float(ratios[0]), float(ratios[0])
+        exact = stats.binomtest(int(ratios[0]) * len(sums), len(sums)).proportion_ci(level)  # Clopper and Pearson
+        return float(exact.low), float(exact.high)
+    found = stats.bootstrap(
+        (sums, sizes),
+        lambda s, n, axis: s.sum(axis) / n.sum(axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, 10**6 // len(sums)),
+        confidence_level=level,
+        rng=np.random.default_rng(0),  # the same data have the same interval
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def of_passages(values: np.ndarray, scores: dict, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """(sums, sizes) of `interval`, from one value a question: (n,)."""
+    weights = scores["answer_tokens"] if metric == "eval_loss" else np.ones(len(values))
+    _, passage = np.unique(scores["passage"], return_inverse=True)
+    return np.bincount(passage, values), np.bincount(passage, weights)
+
+
+def score_intervals(scores: dict | None) -> dict[str, tuple[float, float]]:
+    """The interval of each metric, by its name, from the arrays of `load`. Empty where there are none."""
+    found = {name: interval(*of_passages(scores[name], scores, name)) for name in METRICS} if scores else {}
+    return {name: ends for name, ends in found.items() if ends}
+
+
+def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) -> tuple[float, float, float] | None:
+    """A metric of one trial minus that of another on the same questions, and its interval: (difference, low, high)."""
+    sums, sizes = of_passages(scores[metric].astype(float) - others[metric], scores, metric)
+    if not sums.any():  # both trials have the same scores
+        return 0.0, 0.0, 0.0
+    ends = interval(sums, sizes, level)
+    return ends and (float(sums.sum() / sizes.sum()), *ends)
+
+
+def of_gain(run_dir: Path, best: dict, baseline: dict) -> dict[str, tuple[float, float]]:
+    """The interval of each metric of the best trial minus the baseline's. Both are rows of trials.csv."""
+    scores = [load(run_dir, row) for row in (best, baseline)]
+    found = {name: difference(*scores, name) for name in METRICS} if all(scores) else {}
+    return {name: ends[1:] for name, ends in found.items() if ends}
+
+
+def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tuple[float, float, float]]:
+    """The finalists minus the best trial in a metric, with intervals: {trial id: (difference, low, high)}.
+
+    Finalists have the same iteration as the best trial. Each of the k other finalists has an interval of the level
+    1 - 0.05 / k (Bonferroni). So the finalist that is truly best is the best trial, or one whose interval has 0 in it,
+    in 95 % of searches (Gupta's subset selection; Hsu, "Multiple Comparisons", 1996, chapter 4).
+    """
+    rows = ranked(trials, metric)
+    rows = [row for row in rows if row["training_iteration"] == rows[0]["training_iteration"] > 0]
+    scores = {row["trial_id"]: load(run_dir, row) for row in rows}
+    if not rows or scores[rows[0]["trial_id"]] is None:
+        return {}
+    best = scores.pop(rows[0]["trial_id"])
+    level = 1 - (1 - LEVEL) / max(1, len(scores))
+    found = {trial_id: difference(own, best, metric, level) for trial_id, own in scores.items() if own}
+    return {trial_id: ends for trial_id, ends in found.items() if ends}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# words
+
+
+def best_in_words(run_dir: Path, best: dict) -> str:
+    """The metrics of the best trial on the questions that trials are compared on, with their intervals."""
+    ends = score_intervals(load(run_dir, best))
+    return ", ".join(f"{name} {in_words(best[name], ends.get(name))}" for name in METRICS)
+
+
+def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str) -> str:
+    """Which finalists may be as good as the best trial. Empty where there is no other finalist."""
+    if not versus:
+        return ""
+    ties = [trial_id for trial_id, (_, low, high) in versus.items() if low <= 0 <= high]
+    if not ties:
+        return f"The best trial differs in {metric} from each of the other {len(versus)} finalists"
+    of = f"{len(ties)} of the other {len(versus)} finalists cannot be told apart from the best trial in {metric}"
+    return f"{of}: {', '.join(ties)}"
