@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import psutil
 import pyarrow
 import pyarrow.parquet
@@ -27,7 +28,7 @@ from tensorboardX.proto.event_pb2 import Event
 from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import files
-from hpo.results import tables
+from hpo.results import intervals, tables
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation, reading, scores
 from test_squad import without_answers
@@ -225,10 +226,31 @@ def test_nothing_is_left_but_the_results(band):
         "best_model",
         "report.html",
         "code",
+        "scores",
         "ray",
     }
     assert not list(folder.glob("ray/*/checkpoint_*")) and not list(folder.glob("ray/*/saving-*"))
     assert most_checkpoints == 1  # of trials that had ended: the best one's, and it was there
+
+
+def test_scores_of_each_question(band):
+    """They give the metrics of each trial, at its last rung, and the intervals in log, table and run.json."""
+    folder, process, *_ = band
+    trials = files.read_csv(folder / "trials.csv")
+    for row in trials:
+        kept = intervals.load(folder, row)
+        assert len(set(kept["id"])) == len(kept["f1"]) == 20
+        loss = kept["eval_loss"].sum(dtype=float) / kept["answer_tokens"].sum()
+        assert loss == pytest.approx(row["eval_loss"], rel=1e-6)
+        assert [kept[name].mean() for name in ("exact_match", "f1")] == pytest.approx([row["exact_match"], row["f1"]])
+    tested = json.loads((folder / "run.json").read_text())["tests"][-1]
+    kept = dict(np.load(folder / "scores" / "test.npz"))
+    assert kept["exact_match"].mean() == pytest.approx(tested["exact_match"])
+    for name in tables.METRICS:
+        low, high = tested["intervals"][name]
+        assert low <= tested[name] <= high
+        assert f"{name} {tested[name]:.4f} [{low:.4f}, {high:.4f}]" in process.stdout
+    assert "Eval Loss vs Best" in process.stdout and "of the other 5 finalists" in process.stdout.splitlines()[-1]
 
 
 def test_disk_forecast(band):
