@@ -117,7 +117,7 @@ def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
     assert text == "2 of the other 3 finalists cannot be told apart from the best trial in exact_match: same, close"
     table = tables.table(rows, "exact_match", versus)
     assert "EM vs Best" in table and "-0.38" in table.split("worse")[1].split("\n")[0]
-    assert "vs Best" not in tables.table(rows, "exact_match", {})
+    assert "vs Best" not in tables.table(rows, "exact_match")
     for none in ([], [trial("no file")], [trial("best", iteration=0)], [trial("best")]):
         assert intervals.versus_best(tmp_path, none, "exact_match") == {}
 

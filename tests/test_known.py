@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import sys
 
 import pytest
 
@@ -36,6 +37,9 @@ def train(config, setup, trial):
     trial.report = reported
     experiment.train(config, setup, trial)
 """
+# Runs the command behind it in a terminal of its own, and prints what that shows.
+SHOW = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+IN_TERMINAL = [sys.executable, "-c", SHOW]
 TRIES = ["--try", "wd=0.01,lr=2e-4, per_device_bs=2", "--try", "lr=5e-6,per_device_bs=1,wd=0"]
 
 
@@ -70,7 +74,7 @@ def test_known_settings_come_first_and_are_marked(searched):
     assert [t["model_based"] for t in trials] == [False] * 6
     assert out.count(" weight_decay 0.0, known) eval_loss ") == 2  # at 1 and 4
     _, rows = closing_block(out)
-    assert rows[0][-1] == "Origin" and sorted(row[-1] for row in rows[2:]) == ["known"] * 2 + ["random"] * 4
+    assert rows[0][-2] == "Origin" and sorted(row[-2] for row in rows[2:]) == ["known"] * 2 + ["random"] * 4
     page = (folder / "report.html").read_text()
     assert "<td>known</td>" in page and '"name":"known"' in page  # the table and the learning curves
     assert json.loads((folder / "run.json").read_text())["known_settings"] == [BAD, GOOD]
@@ -84,9 +88,10 @@ def test_the_baseline_is_trained_to_the_end_beside_its_bracket(searched):
     assert [t["training_iteration"] for t in trials[:4]].count(4) == 2  # the one that its bracket promotes, and it
     assert len(iterations) == (4 + 3) + 3 + 2 * 4 and "of 18 iterations" in out  # 3 are the baseline's, as planned
     gained = json.loads((folder / "run.json").read_text())["baseline"]
-    assert gained == {"trial_id": first["trial_id"], "gain": {k: best[k] - first[k] for k in tables.METRICS}}
-    assert gained["gain"]["eval_loss"] < 0
-    gain = r"eval_loss (\S+) \(lower is better\), exact_match \S+, f1 \S+"
+    assert gained["trial_id"] == first["trial_id"] and set(gained["intervals"]) == set(tables.METRICS)
+    assert gained["gain"] == {k: best[k] - first[k] for k in tables.METRICS} and gained["gain"]["eval_loss"] < 0
+    ends = r"\[\S+, \S+\]"
+    gain = rf"eval_loss (\S+) {ends} \(lower is better\), exact_match \S+ {ends}, f1 \S+ {ends}"
     line = re.search(rf"\nGain over the baseline \(trial (\w+)\): {gain}\n", out)
     assert line.groups() == (first["trial_id"], f"{gained['gain']['eval_loss']:.4f}")
     assert f"<dt>Gain over the baseline (trial {first['trial_id']})</dt>" in (folder / "report.html").read_text()
@@ -105,8 +110,11 @@ def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_mo
     assert other.stderr.count("\n") == 1
     other = run_script(*name, "--resume", script=script)
     assert other.returncode == 2 and "the run has another script than later.py" in other.stderr
-    done = run_script(*name, "--resume", "--new_code", script=script)
-    assert done.returncode == 0, done.stderr
+    done = run_script(*name, "--resume", "--new_code", script=script, before=IN_TERMINAL, TERM="xterm", COLUMNS="150")
+    assert done.returncode == 0, done.stdout
+    display = re.findall(r"\S* 0:0\d:\d\d", done.stdout)  # a spinner and a clock
+    assert len(display) > 20 and "━" in done.stdout and "\x1b[2K" in done.stdout  # a bar; lines are erased
+    assert "Best Trial Result:\n{\n" in done.stdout and "\n| Trial ID" in done.stdout  # as in a file
     assert "going on with a search" in done.stdout and "Gain over the baseline (trial" in done.stdout
     columns = ["learning_rate", "batch_size", "weight_decay", "eval_loss", "training_iteration", "status", "known"]
     rows = [[[t[k] for k in columns] for t in files.read_csv(f / "trials.csv")] for f in (folder, tmp_path / "x")]

@@ -120,9 +120,9 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
-    print(f"Those of the best trial, with 95 % intervals: {intervals.best_in_words(run.folder, log.best_trial())}\n")
-    print(f"Best Trial Result:\n{to_json(result)}\n")
+    print(f"Those of the best trial, with 95 % intervals: {intervals.best_in_words(run.folder, log.best_trial())}")
     trials = list(log.trials.values())
     versus = intervals.versus_best(run.folder, trials, setup.metric)
-    print(tables.table(trials, setup.metric, versus))
-    print(intervals.ties_in_words(versus, setup.metric), flush=True)
+    print(intervals.ties_in_words(versus, setup.metric) + "\n")
+    print(f"Best Trial Result:\n{to_json(result)}\n")
+    print(tables.table(trials, setup.metric, versus), flush=True)

@@ -148,8 +148,8 @@ def main(argv: list[str]) -> int:
     if trials:
         metric = run["arguments"]["metric"]
         versus = intervals.versus_best(folder, trials, metric)
-        print(table(trials, metric, versus))
         print(intervals.ties_in_words(versus, metric), end="\n" * bool(versus))
+        print(table(trials, metric, versus))
     return 0
 
 
