@@ -21,6 +21,7 @@ from faulty import write_script
 from hpo import arguments, errors, files, search_space
 from hpo.cluster.run import Run
 from hpo.cluster.state import load_state, save_state
+from hpo.results import provenance
 from test_run import cut, results
 
 SMALL = ["--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--max_concurrent_trials", 1, "--seed", 7]
@@ -205,6 +206,12 @@ def test_run_whose_model_has_changed_is_refused(tmp_path):
     assert take_over(tmp_path, {"files": {}}).facts["files"] == FILES
     more = FILES | {"warm_start a": {"folder": "/a", "sha256": {"state.jsonl": "5"}}}
     assert take_over(tmp_path, {"files": more}).facts["files"] == more
+
+
+def test_run_that_is_resumed_with_another_version_of_a_package_is_told_so(tmp_path, capsys):
+    take_over(tmp_path, {"versions": provenance.versions() | {"torch": "1.0"}})
+    warning = f"WARNING: --resume: torch 1.0 in the run, {provenance.versions()['torch']} here\n"
+    assert capsys.readouterr().out == warning
 
 
 def test_an_extension_keeps_the_results_of_the_run(tmp_path):

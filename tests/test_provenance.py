@@ -161,7 +161,7 @@ def test_run_on_a_cluster_is_repeated_with_sbatch(made):
     lines = repeat.lines(folder)
     sizes = "NUM_WORKERS=2 GPUS_PER_NODE=4 CPUS_PER_NODE=8"
     assert lines[0].startswith(f"cd {code_copy.ROOT} && env {sizes} BS_CHOICES=1,2 sbatch head_node.slurm --model=some")
-    other = f"# WARNING: {code_copy.ROOT} has other code than the run (my_search.py): git checkout c0ffee, or copy"
+    other = f"# WARNING: {code_copy.ROOT} has other code than the run (my_search.py): copy {folder}/code/"
     assert [line for line in lines if line.startswith(other)]
 
 

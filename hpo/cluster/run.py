@@ -20,7 +20,7 @@ from hpo.errors import BadInput
 from hpo.files import write_json
 from hpo.plan.plan import forecast
 from hpo.results.checkpoints import checkpoints_of
-from hpo.results.provenance import folder_hash, git_commit, hashes, versions
+from hpo.results.provenance import folder_hash, git_commit, hashes, other_versions, versions
 from hpo.squad import loading, lora
 from hpo.squad.setup import Setup
 
@@ -117,6 +117,8 @@ class Run:
                 what = ", ".join(sorted({file for file, _ in changed}))
                 folder = self.facts["files"][name]["folder"]
                 raise BadInput(f"--resume: --{name} {folder}: changed since the run began: {what}")
+        for text in other_versions(earlier.get("versions", {})):
+            print(f"WARNING: --resume: {text}")
         try:
             self.state = load_state(self.folder)
         except RuntimeError as error:

@@ -24,6 +24,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
+def other_versions(then: dict[str, str]) -> list[str]:
+    """What is installed in another version than in a run, in words: one line for each package."""
+    now = versions()
+    pairs = [(name, version, now.get(name, version)) for name, version in then.items()]
+    return [f"{name} {version} in the run, {here} here" for name, version, here in pairs if version != here]
+
+
 def git_commit(folder: Path) -> str | None:
     """The commit of the code, with "-dirty" if files differ from it. None outside a repository.
 

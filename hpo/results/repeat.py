@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpo import code_copy
 from hpo.errors import BadInput
-from hpo.results.provenance import folder_hash, hash_or_none, versions
+from hpo.results.provenance import folder_hash, hash_or_none, other_versions
 
 NEEDED = ("arguments", "environment", "cluster", "script", "code_sha256", "files", "versions", "cuda", "git_commit")
 
@@ -25,7 +25,8 @@ def lines(folder: Path) -> list[str]:
     try:
         run = json.loads((folder / "run.json").read_text())
         if missing := [name for name in NEEDED if name not in run]:
-            how = f"git checkout {run.get('git_commit')}, and start it with the flags that are there"
+            commit = str(run.get("git_commit")).removesuffix("-dirty")
+            how = f"git checkout {commit}, and start it with the flags that are there"
             raise BadInput(f"{folder}/run.json is of an older version, without {', '.join(missing)}: {how}")
         if not (folder / code_copy.NAME / run["script"]).exists():
             raise BadInput(f"{folder}/{code_copy.NAME} has no {run['script']}: the copy of the code is not complete")
@@ -83,12 +84,7 @@ def conditions(run: dict) -> list[str]:
 
 def differences(run: dict, folder: Path) -> list[str]:
     """What is not as it was when the run began, in words: one line for each package and for each folder of files."""
-    now = versions()
-    found = [
-        f"{name} {then} in the run, {now[name]} here"
-        for name, then in run["versions"].items()
-        if now.get(name, then) != then
-    ]
+    found = other_versions(run["versions"])
     for what, entry in run["files"].items():
         here = present_folder(entry)
         changed = [name for name, sha256 in entry["sha256"].items() if hash_or_none(here / name) != sha256]
@@ -97,7 +93,7 @@ def differences(run: dict, folder: Path) -> list[str]:
         found.append(f"{folder / code_copy.NAME} was edited")
     found += [f"a part of the run used other code, {path}" for path in sorted(folder.glob(f"{code_copy.NAME}-until-*"))]
     if run["cluster"] and (other := code_copy.changed(folder)):
-        how = f"git checkout {run['git_commit']}, or copy {folder / code_copy.NAME} over it"
+        how = f"copy {folder / code_copy.NAME}/ over a checkout of {run['git_commit']}, and start it there"
         found.append(f"{code_copy.ROOT} has other code than the run ({', '.join(other[:3])}): {how}")
     budgets = [f"--{name} {run['arguments'][name]}" for name in ("gpu_hours", "hours") if run["arguments"].get(name)]
     found += [f"{' '.join(budgets)}: the number of trials depends on the speed of the machine"] * bool(budgets)

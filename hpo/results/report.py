@@ -3,6 +3,7 @@
     .venv/bin/python -m hpo.results results/<run_name>        # prints the table, draws report.html
     .venv/bin/python -m hpo.results results/<run_name> --png  # and the figures as PNGs
     .venv/bin/python -m hpo.results results/<run_name> --live # serves it to a browser while the search runs
+    .venv/bin/python -m hpo.results results/<run_name> --repeat # prints the command that repeats the run
 
 It reads trials.csv, iterations.csv and run.json, and does not disturb a search that is running.
 """
