@@ -2,6 +2,7 @@
 
 import csv
 import ctypes
+import hashlib
 import io
 import json
 import math
@@ -57,6 +58,12 @@ def _exchange(one: Path, other: Path) -> bool:
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
     at_cwd, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE
     return renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal, as the command sha256sum prints it."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def to_json(content: dict) -> str:

@@ -1,6 +1,7 @@
 """A run that is done, or was interrupted, goes on with more trials: through the command line. See also test_bohb.py."""
 
 import contextlib
+import copy
 import datetime
 import json
 import os
@@ -20,7 +21,8 @@ from faulty import write_script
 from hpo import arguments, errors, files, search_space
 from hpo.cluster.run import Run
 from hpo.cluster.state import load_state, save_state
-from test_run import KEYS, cut
+from hpo.results import provenance
+from test_run import cut, results
 
 SMALL = ["--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--max_concurrent_trials", 1, "--seed", 7]
 KILLED_IN_ITS_TEST = """
@@ -101,7 +103,10 @@ def test_its_results_enter_the_model_of_another_search(done, search, tmp_path):
 
 
 def test_extended_run_is_the_run_that_asked_for_more_at_once(done, search, tmp_path):
-    """The extension is preempted, then killed while it tests its best model, and then requeued."""
+    """The extension is preempted, then killed while it tests its best model, and then requeued.
+
+    `whole` is started by the command of --repeat: its trials and metrics are the same to the last digit.
+    """
     folder, seconds, name = done
     missing, stop = [], threading.Event()
 
@@ -127,12 +132,19 @@ def test_extended_run_is_the_run_that_asked_for_more_at_once(done, search, tmp_p
     watcher.join()
     assert process.returncode == 0 and not missing, process.stderr
 
-    whole = run_script(*search, "--num_samples", 6, "--output_dir", tmp_path, "--run_name", "whole")
+    command = [sys.executable, "-m", "hpo.results", folder, "--repeat"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(lines.splitlines()) > 5 and "WARNING" not in lines
+    whole = subprocess.run(["timeout", "900", "bash", "-c", lines], capture_output=True, text=True, cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    (run, rows), (expected_run, expected) = read(folder), read(tmp_path / "whole")
-    assert [[row[key] for key in KEYS] for row in rows] == [[row[key] for key in KEYS] for row in expected]
+    again = folder.with_name("x-repeat")
+    (run, rows), (expected_run, _) = read(folder), read(again)
+    assert results(folder) == results(again)
     for file in ("best_result.json", "best_model/model.safetensors"):
-        assert (folder / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+        assert (folder / file).read_bytes() == (again / file).read_bytes()
+    kept = ("seed", "versions", "git_commit", "script", "code_sha256", "files", "cuda", "cluster", "hardware")
+    assert {name: run[name] for name in kept} == {name: expected_run[name] for name in kept}
+    assert list(run["hardware"]) == run["nodes"] and run["hardware"][run["nodes"][0]]["cpus"] > 0
     iterations = [(row["trial_id"], row["training_iteration"]) for row in files.read_csv(folder / "iterations.csv")]
     assert len(iterations) == len(set(iterations)) == sum(row["training_iteration"] for row in rows)
     assert not list(folder.glob("ray/*/checkpoint_*")) and not list(folder.glob(".best_model*"))
@@ -160,14 +172,15 @@ def test_extended_run_is_the_run_that_asked_for_more_at_once(done, search, tmp_p
 
 
 SPACE = {"train_loop_config": {"lr": tune.loguniform(1e-5, 1e-3), "layers": tune.choice([(1, 2), (3, 4)])}}
-OF_BOTH = {"ds_config": {}, "questions": {"train": 5}, "search_space": search_space.describe(SPACE)}
+FILES = {"model": {"folder": "/m", "sha256": {"config.json": "1", "model.safetensors": "2"}}}
+OF_BOTH = {"ds_config": {}, "questions": {"train": 5}, "search_space": search_space.describe(SPACE), "files": FILES}
 
 
 def take_over(folder, earlier, suggested=4, num_samples=6):
     """A run that takes over an earlier one, by its run.json, without the slow rest."""
     run = Run.__new__(Run)
     run.args, run.space, run.folder = SimpleNamespace(known=[], num_samples=num_samples), SPACE, folder
-    run.facts = OF_BOTH | {"status": "running", "known_settings": [], "tests": []}
+    run.facts = copy.deepcopy(OF_BOTH) | {"status": "running", "known_settings": [], "tests": []}
     save_state(folder, {"searcher": {"suggested": dict.fromkeys(map(str, range(suggested)))}})
     run.take_over(json.loads(json.dumps(OF_BOTH | earlier)))
     return run
@@ -183,6 +196,22 @@ def test_known_settings_are_those_of_the_run(tmp_path):
     other = {"search_space": OF_BOTH["search_space"] | {"lr": "loguniform(0.1, 1)"}, "known_settings": [{"lr": 0.5}]}
     with pytest.raises(errors.BadInput, match="search space: lr is"):
         take_over(tmp_path, other)
+
+
+def test_run_whose_model_has_changed_is_refused(tmp_path):
+    """At the same path. Older runs have no hashes; files of --warm_start are not read again, and their hashes stay."""
+    other = {"model": FILES["model"] | {"sha256": {"config.json": "1", "model.safetensors": "3", "vocab.txt": "4"}}}
+    with pytest.raises(errors.BadInput, match="--model /m: changed since .* began: model.safetensors, vocab.txt$"):
+        take_over(tmp_path, {"files": other})
+    assert take_over(tmp_path, {"files": {}}).facts["files"] == FILES
+    more = FILES | {"warm_start a": {"folder": "/a", "sha256": {"state.jsonl": "5"}}}
+    assert take_over(tmp_path, {"files": more}).facts["files"] == more
+
+
+def test_run_that_is_resumed_with_another_version_of_a_package_is_told_so(tmp_path, capsys):
+    take_over(tmp_path, {"versions": provenance.versions() | {"torch": "1.0"}})
+    warning = f"WARNING: --resume: torch 1.0 in the run, {provenance.versions()['torch']} here\n"
+    assert capsys.readouterr().out == warning
 
 
 def test_an_extension_keeps_the_results_of_the_run(tmp_path):

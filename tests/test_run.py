@@ -28,7 +28,7 @@ from tensorboardX.proto.event_pb2 import Event
 from conftest import ROOT, make_model, run_script
 from faulty import write_script
 from hpo import files
-from hpo.results import intervals, tables
+from hpo.results import intervals, provenance, repeat, tables
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation, reading, scores
 from test_squad import without_answers
@@ -213,6 +213,8 @@ def test_run_json(band):
     )
     assert 0.7 * run["seconds"] < run["slot_minutes"]["allocated"] * 60 / len(os.sched_getaffinity(0)) <= run["seconds"]
     assert len(run["git_commit"].removesuffix("-dirty")) == 40
+    assert run["code_sha256"] == provenance.folder_hash(folder / "code")  # worker processes have used the copy
+    assert run["hardware"] == {run["nodes"][0]: provenance.hardware()} and run["cluster"] is None
 
 
 def test_nothing_is_left_but_the_results(band):
@@ -370,10 +372,20 @@ KEYS = [
     "weight_decay",
     "eval_loss",
     "exact_match",
+    "f1",
     "training_iteration",
     "status",
     "model_based",
 ]
+
+
+def results(folder):
+    """What is the same in the same search: the trials, and the metrics of all their iterations. Ids are not."""
+    trials, iterations = (files.read_csv(folder / f"{name}.csv") for name in ("trials", "iterations"))
+    number = {trial["trial_id"]: i for i, trial in enumerate(trials)}
+    keys = ("training_iteration", *tables.METRICS)
+    reported = {(number[row["trial_id"]], *(row[key] for key in keys)) for row in iterations}
+    return [[trial[key] for key in KEYS] for trial in trials], reported
 
 
 def cut(arguments, after, how):
@@ -426,8 +438,8 @@ def train(config, setup, trial):
 
 
 def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_model, tiny_squad):
-    """With one slot and one seed: the same trials and losses to the last digit as the search that ran through, in a
-    folder that moved.
+    """With one slot and one seed: the same trials and metrics to the last digit as the search that ran through, in a
+    folder that moved. So are iterations that ran a second time.
 
     So the same seed is the same search. The planned stop is within an iteration: the trial saves at its next step.
     """
@@ -468,10 +480,9 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     process = run_script(*name, "--resume")
     assert process.returncode == 0, process.stderr
     assert "is damaged; using the state before it" in process.stdout
-    rows, expected = ([[t[k] for k in KEYS] for t in files.read_csv(f / "trials.csv")] for f in (tmp_path / "x", whole))
-    assert rows == expected
-    results = [json.loads((f / "best_result.json").read_text()) for f in (tmp_path / "x", whole)]
-    assert results[0] == results[1]
+    assert results(tmp_path / "x") == results(whole)
+    best = [json.loads((f / "best_result.json").read_text()) for f in (tmp_path / "x", whole)]
+    assert best[0] == best[1]
     pairs = [(i["trial_id"], i["training_iteration"]) for i in files.read_csv(tmp_path / "x" / "iterations.csv")]
     # The planned stop costs nothing, the kill the work since the last rung; with the older state file perhaps a whole
     # trial.
@@ -631,6 +642,11 @@ def test_prefetch_then_run_without_the_hub(hub, tmp_path):
     assert process.returncode == 0, process.stderr
     assert Hub.requests == []  # what is in the cache is not asked for again
     assert (tmp_path / "results" / "x" / "best_result.json").exists()
+    read = json.loads((tmp_path / "results" / "x" / "run.json").read_text())["files"]
+    assert [read[name]["revision"] for name in ("model", "dataset")] == [Hub.COMMIT] * 2
+    assert set(read["dataset"]["sha256"]) == {f"plain_text/{s}-00000-of-00001.parquet" for s in ("train", "validation")}
+    (command, *comments) = repeat.lines(tmp_path / "results" / "x")
+    assert " --model=tiny/bloom --dataset=tiny/squad " in command and "WARNING" not in "".join(comments)
 
     # a part of the model in the cache, as a tokenizer loaded elsewhere leaves it: without a list of what there should
     # be

@@ -1,9 +1,7 @@
 """What a node says of itself for --check: its GPUs, versions, disks, and whether it sees the results folder."""
 
 import contextlib
-import shutil
 import socket
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ from ray.exceptions import (
 from hpo import arguments, disk, errors
 from hpo.cluster import gpu_check
 from hpo.errors import Kind
-from hpo.results.provenance import versions
+from hpo.results.provenance import nvidia_smi, versions
 
 SHARED_SECONDS = 60  # until a file of another node is seen: NFS keeps what it knows of a folder for up to a minute
 LOCAL_BYTES = 10**9  # free on the node-local disk: Ray's logs and objects, and temporary files of the trials
@@ -76,7 +74,8 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int) -> dict:
 def look_at_gpus() -> tuple[str, str | None, list[str]]:
     """Names of the GPUs of this process, the version of the driver, and what is wrong."""
     try:
-        return gpu_check.check().partition(": ")[2], nvidia_driver(), []
+        names, gpus = gpu_check.check().partition(": ")[2], nvidia_smi()
+        return names, gpus[0][1] if gpus else None, []
     except Exception as error:  # whatever CUDA raises
         return "", None, [in_words(error)]
 
@@ -91,20 +90,6 @@ def exchange(shared: Path, node_id: str) -> list[str]:
     except OSError as error:
         return [f"results: {shared} cannot be written: {error.strerror}"]
     return []
-
-
-def nvidia_driver() -> str | None:
-    """The version of the NVIDIA driver; None where there is no nvidia-smi. Raises RuntimeError if it fails."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        raise RuntimeError("CUDA driver error: nvidia-smi has not answered within 120 s") from None
-    if done.returncode != 0:
-        raise RuntimeError(f"CUDA driver error: nvidia-smi: {errors.one_line(done.stdout + done.stderr)}")
-    return done.stdout.split("\n")[0].strip()
 
 
 def appears(file: Path) -> bool:

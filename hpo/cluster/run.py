@@ -7,8 +7,11 @@ import fcntl
 import itertools
 import json
 import os
+import sys
 import time
 from pathlib import Path
+
+import torch
 
 from hpo import arguments, code_copy, disk, search_space
 from hpo.bohb.brackets import band_size
@@ -18,7 +21,7 @@ from hpo.files import write_json
 from hpo.plan.plan import forecast
 from hpo.results import intervals
 from hpo.results.checkpoints import checkpoints_of
-from hpo.results.provenance import git_commit, versions
+from hpo.results.provenance import folder_hash, git_commit, hashes, other_versions, versions
 from hpo.results.tables import METRICS
 from hpo.squad import loading, lora
 from hpo.squad.setup import Setup
@@ -58,7 +61,10 @@ class Run:
             "seed": args.seed,
             "questions": {"train": len(setup.train), "selection": len(setup.selection), "test": test_size},
             "versions": versions(),
+            "cuda": torch.version.cuda,
             "git_commit": git_commit(arguments.ROOT),
+            "script": Path(sys.argv[0]).name,
+            "cluster": args.cluster,
             "tests": [],  # each look at the test set, also those of an earlier search
         }
         goes_on = False  # with the trials that it was started for
@@ -68,6 +74,8 @@ class Run:
             self.done = arguments.nothing_to_do(args, earlier)
             if self.done:
                 return
+        self.facts["files"] = input_files(args, setup.model)
+        if args.resume:
             self.take_over(earlier)
             goes_on = earlier.get("status") != "done" and args.num_samples == earlier["arguments"]["num_samples"]
         # With a budget it is a forecast of two bands: what a search of several needs on disk.
@@ -87,6 +95,8 @@ class Run:
             hold_lock(self.folder)
         if args.new_code or not self.has_copy():
             code_copy.keep(self.folder, args.deepspeed)
+            self.facts.pop("code_sha256", None)  # of the code until now
+        self.facts.setdefault("code_sha256", folder_hash(self.folder / code_copy.NAME))
         intervals.save(self.folder / "scores" / "selection.npz", intervals.questions_of(setup.selection))
         self.write("running")
 
@@ -103,6 +113,15 @@ class Run:
         for name in ("ds_config", "questions"):
             if earlier.get(name) != self.facts[name]:
                 raise BadInput(f"--resume: {name} {self.facts[name]} is not that of the run, {earlier.get(name)}")
+        files = earlier.get("files", {})  # older runs have none
+        for name in files.keys() & self.facts["files"].keys():
+            changed = files[name]["sha256"].items() ^ self.facts["files"][name]["sha256"].items()
+            if changed:
+                what = ", ".join(sorted({file for file, _ in changed}))
+                folder = self.facts["files"][name]["folder"]
+                raise BadInput(f"--resume: --{name} {folder}: changed since the run began: {what}")
+        for text in other_versions(earlier.get("versions", {})):
+            print(f"WARNING: --resume: {text}")
         try:
             self.state = load_state(self.folder)
         except RuntimeError as error:
@@ -115,8 +134,9 @@ class Run:
         known = earlier.get("known_settings", [])  # older runs have none
         self.args.known = [search_space.setting_of(self.space, setting) for setting in known]
         self.facts |= {"known_settings": known, "tests": earlier.get("tests", [])}
+        self.facts["files"] |= files
         if self.has_copy() and not self.args.new_code:
-            self.facts["git_commit"] = earlier["git_commit"]
+            self.facts |= {name: earlier[name] for name in ("git_commit", "script") if name in earlier}
         self.facts = earlier | self.facts  # slot time, baseline and the like stay until the search writes new ones
 
     def has_copy(self) -> bool:
@@ -160,6 +180,25 @@ class Run:
         """Writes run.json."""
         self.facts["status"] = status
         write_json(self.folder / "run.json", self.facts)
+
+
+def input_files(args: argparse.Namespace, model: Path) -> dict[str, dict]:
+    """The files that a run reads: of "model", "dataset" and each folder of --warm_start, see provenance.hashes.
+
+    "revision" is the commit of a snapshot of the hub, and None for a folder of the user.
+
+    Args:
+        args: the arguments of the run.
+        model: the folder of the model.
+    """
+    data, files = loading.data_files(args.dataset)
+    found = {"model": hashes(model, loading.model_files(model))}
+    found["dataset"] = hashes(data, [*files["train"], *files["validation"]])
+    for name, folder in ("model", model), ("dataset", data):
+        found[name]["revision"] = None if Path(getattr(args, name)).is_dir() else folder.name
+    for earlier in [] if args.resume else args.warm_start:  # --resume does not read them again
+        found[f"warm_start {earlier}"] = hashes(Path(earlier), [*Path(earlier).glob(FILE)])
+    return found
 
 
 def short_ends(state: dict | None) -> list[int]:

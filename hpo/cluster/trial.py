@@ -19,6 +19,7 @@ from ray import tune
 
 from hpo import errors
 from hpo.files import sync
+from hpo.results.provenance import hardware
 
 
 class TrialContext:
@@ -88,7 +89,7 @@ class TrialContext:
                 parts = {f"{part}_seconds": seconds for part, seconds in self._seconds.items() if part != "training"}
                 memory = gpu_memory()
                 times = {"started_at": self._started_at, "ended_at": time.time(), "node": socket.gethostname()}
-                self.send({**parts, **times, **memory, **metrics}, checkpoint)
+                self.send({**parts, **times, "hardware": hardware(), **memory, **metrics}, checkpoint)
                 goes_on = True
         finally:  # Tune ends a paused trial by SystemExit, raised in tune.report
             goes_on = self.group.broadcast(goes_on)

@@ -3,6 +3,7 @@
     .venv/bin/python -m hpo.results results/<run_name>        # prints the table, draws report.html
     .venv/bin/python -m hpo.results results/<run_name> --png  # and the figures as PNGs
     .venv/bin/python -m hpo.results results/<run_name> --live # serves it to a browser while the search runs
+    .venv/bin/python -m hpo.results results/<run_name> --repeat # prints the command that repeats the run
 
 It reads trials.csv, iterations.csv and run.json, and does not disturb a search that is running.
 """
@@ -123,6 +124,8 @@ def main(argv: list[str]) -> int:
         "again while the search runs; nothing is written")  # fmt: skip
     how.add_argument("--optuna", type=Path, metavar="FILE", help="write a journal file for optuna-dashboard, with a "
         "study for each rung, and end")  # fmt: skip
+    how.add_argument("--repeat", action="store_true", help="print the command that repeats the run, and as comments "
+        "what must be the same and what differs on this machine")  # fmt: skip
     args = parser.parse_args(argv)
     folder = args.folder
     if not (folder / "run.json").exists():
@@ -131,6 +134,14 @@ def main(argv: list[str]) -> int:
         from hpo.results import live  # a search has no use for a server
 
         live.serve(lambda: draw_page(folder, live.REFRESH)[0])
+        return 0
+    if args.repeat:
+        from hpo.results import repeat
+
+        try:
+            print("\n".join(repeat.lines(folder)))
+        except errors.BadInput as error:
+            parser.error(f"--repeat: {error}")
         return 0
     if args.optuna:
         return export(args.optuna, folder, parser)

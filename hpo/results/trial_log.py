@@ -64,6 +64,7 @@ class TrialLog(Callback):
         self.obsolete: set[str] = set()  # ended trials; the next save deletes their checkpoints
         self.saved_checkpoints: dict[str, str] = {}  # by trial: the checkpoint in the last saved state
         self.started: set[str] = set()  # trials that have started once, so that the next start is a resume
+        self.hardware: dict[str, dict] = {}  # by node, see provenance.hardware
         self.last_iteration: dict[str, int] = {}  # by trial: the last one that was reported
         self.warned: set[str] = set()  # trials with unusual gradients
         self.fatal_error: Exception | None = None  # ends the search
@@ -75,7 +76,7 @@ class TrialLog(Callback):
 
     def get_state(self) -> dict:
         """The state as plain data."""
-        kept = ("trials", "iterations", "configs", "best", "saved_checkpoints")
+        kept = ("trials", "iterations", "configs", "best", "saved_checkpoints", "hardware")
         return {name: getattr(self, name) for name in kept} | {"seconds": time.time() - self.started_at}
 
     def set_state(self, state: dict, live: set[str]) -> None:
@@ -199,6 +200,7 @@ class TrialLog(Callback):
         self.last_iteration[trial.trial_id] = done
         more = {key: result.get(key) for key in ("started_at", "ended_at", "node", *TRAINING)}
         self.iterations.append({"trial_id": trial.trial_id, "training_iteration": done, **metrics, **more})
+        self.hardware[result["node"]] = result.get("hardware")
         unusual = unusual_gradients(result)
         if unusual and trial.trial_id not in self.warned:
             self.warned.add(trial.trial_id)
@@ -248,7 +250,8 @@ class TrialLog(Callback):
 
     def facts(self) -> dict:
         """For run.json: how long the search took, interrupted parts included, and the nodes that it ran on."""
-        return {"seconds": time.time() - self.started_at, "nodes": sorted({row["node"] for row in self.iterations})}
+        nodes = sorted({row["node"] for row in self.iterations})
+        return {"seconds": time.time() - self.started_at, "nodes": nodes, "hardware": self.hardware}
 
     # -- log lines ----------------------------------------------------------------------------------------------------
 

@@ -169,15 +169,30 @@ def load_examples(
     if drop_bad_answers:
         dropped = {split: Counter() for split in splits}
     try:
+        _, files = data_files(dataset, download)
         if Path(dataset).is_dir():
-            files = reading.find_squad_files(Path(dataset))
-            loaded = [reading.read_squad(files[split], dropped.get(split)) for split in splits]
+            loaded = [reading.read_squad(files[split][0], dropped.get(split)) for split in splits]
         else:
-            files = hub_files(dataset, hub_snapshot(dataset, "dataset", ["*.parquet"], download), download)
             loaded = [reading.read_parquet(files[split], dataset, split, dropped.get(split)) for split in splits]
     except ValueError as error:
         raise BadInput(f"--dataset {error}") from None
     return *loaded, dropped
+
+
+def data_files(dataset: str, download: bool = False) -> tuple[Path, dict[str, list[Path]]]:
+    """The folder of a data set, and its files for "train" and "validation". For errors see `load_examples`."""
+    from hpo.squad import reading
+
+    if Path(dataset).is_dir():
+        return Path(dataset), {split: [file] for split, file in reading.find_squad_files(Path(dataset)).items()}
+    folder = hub_snapshot(dataset, "dataset", ["*.parquet"], download)
+    return folder, hub_files(dataset, folder, download)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that are read: MODEL_FILES, or .bin files where there are no others with weights."""
+    patterns = MODEL_FILES + ["pytorch_model*.bin"] * (not [*folder.glob("*.safetensors")])
+    return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
 def hub_files(dataset: str, folder: Path, downloaded: bool) -> dict[str, list[Path]]:
