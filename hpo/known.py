@@ -75,14 +75,19 @@ def settings(given: list[dict], space: dict, args) -> list[dict]:
             print(f"{one_line(source)}: this setting is given twice, and is tried once")
         else:
             found.append(values)
-    factors = args.reduction_factor if isinstance(args.reduction_factor, list) else [args.reduction_factor]
-    trials = args.num_samples or min(band_size(args.max_t, factor) for factor in factors)  # a plan has several
-    ends_by_budget = args.num_samples is None and (args.gpu_hours or args.hours)
-    if len(found) > trials and not ends_by_budget:
-        raise BadInput(f"--num_samples {trials}: there are {len(found)} known settings (KNOWN, --try)")
+    check_number(found, args, "KNOWN, --try")
     if args.baseline and not found:
         raise BadInput("--baseline: it is the first known setting, and there is none: add one to KNOWN, or use --try")
     return found
+
+
+def check_number(known: list[dict], args, sources: str) -> None:
+    """Raises BadInput where there are more known settings than trials. `sources` are the flags that they come from."""
+    factors = args.reduction_factor if isinstance(args.reduction_factor, list) else [args.reduction_factor]
+    trials = args.num_samples or min(band_size(args.max_t, factor) for factor in factors)  # a plan has several
+    ends_by_budget = args.num_samples is None and (args.gpu_hours or args.hours)
+    if len(known) > trials and not ends_by_budget:
+        raise BadInput(f"--num_samples {trials}: there are {len(known)} known settings ({sources})")
 
 
 def points(known: list[dict]) -> list[dict]:

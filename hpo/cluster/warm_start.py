@@ -59,8 +59,7 @@ def take(args, space: dict) -> list[tuple[dict, int, float]]:
             what = f"its {len(settings)} best settings are tried first" if settings else "nothing is taken"
             what += f" (others are not in the search space: {reason})" * bool(reason)
             print(f"--warm_start {folder}: another search ({', '.join(differs)}); {what}")
-    if args.warm_start and args.num_samples is not None and len(args.known) > args.num_samples:
-        raise BadInput(f"--num_samples {args.num_samples}: there are {len(args.known)} known settings (--warm_start)")
+    known.check_number(args.known, args, "--warm_start")
     return observations
 
 
