@@ -55,6 +55,7 @@ class Run:
             "ds_config": setup.ds_config,
             "seed": args.seed,
             "questions": {"train": len(setup.train), "selection": len(setup.selection), "test": test_size},
+            "leakage": setup.leakage,
             "versions": versions(),
             "git_commit": git_commit(arguments.ROOT),
             "tests": [],  # each look at the test set, also those of an earlier search
