@@ -24,12 +24,24 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(WORD.findall(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())))
 
 
-@functools.lru_cache(maxsize=None)  # selection and test are compared with the same passages; `prepare` clears it
+@functools.lru_cache(maxsize=None)  # selection and test are compared with the same texts; `prepare` clears the caches
 def ngrams(text: str) -> np.ndarray:
     """Hashes of the different n-grams of a text, int64. A text of fewer words is one n-gram; without words, none."""
     own = words(text)
     grams = set(zip(*(own[i:] for i in range(N)), strict=False)) or {own}
     return np.fromiter(map(hash, grams if own else ()), np.int64)
+
+
+@functools.lru_cache(maxsize=None)
+def question_key(question: str) -> str:
+    """The words of a question as one text: the same for questions with the same words, empty without words."""
+    return " ".join(words(question))
+
+
+def clear_caches() -> None:
+    """Frees the memory of what was compared."""
+    ngrams.cache_clear()
+    question_key.cache_clear()
 
 
 def near_duplicates(texts: list[str], others: list[str]) -> set[str]:
@@ -66,14 +78,14 @@ def same_questions(examples: list[dict], others: list[dict]) -> set[str]:
     "What is the population?", whose answer depends on the passage, the words alone are no help. A question without an
     answer does not count.
     """
-    by_words: dict[tuple, list[set]] = {words(e["question"]): [] for e in examples}
+    by_key: dict[str, list[set]] = {question_key(e["question"]): [] for e in examples}
     for other in others:
-        if (same := by_words.get(words(other["question"]))) is not None:
+        if (same := by_key.get(question_key(other["question"]))) is not None:
             same.append(_answers(other))
     found = set()
     for e in examples:
-        own, answers = words(e["question"]), _answers(e)
-        if own and by_words[own] and all(answers & theirs for theirs in by_words[own]):
+        key, answers = question_key(e["question"]), _answers(e)
+        if key and by_key[key] and all(answers & theirs for theirs in by_key[key]):
             found.add(e["id"])
     return found
 

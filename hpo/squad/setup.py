@@ -92,7 +92,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
     except ValueError as error:
         raise BadInput(f"--dataset {args.dataset}: {error}") from None
     leaks["test"] = leakage.find(examples[1], examples[0])[1]
-    leakage.ngrams.cache_clear()
+    leakage.clear_caches()
     titles = [{example["title"] for example in part} for part in (train, selection)]
     train = data.subset(train, args.max_train_samples, args.seed)
     test = data.subset(examples[1], args.max_eval_samples, args.seed)
