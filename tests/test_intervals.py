@@ -92,7 +92,7 @@ def test_the_truly_best_finalist_is_hardly_ever_excluded(tmp_path, few_resamples
         best = tables.ranked(rows, "exact_match")[0]["trial_id"]
         assert versus.keys() == set(names) - {best}
         excluded += best != "t0" and not versus["t0"][1] <= 0 <= versus["t0"][2]
-    assert excluded / draws <= 0.07
+    assert excluded <= 5  # of 40; at 5 %, more come once in 70 runs
 
 
 def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):

@@ -31,6 +31,7 @@ from hpo import files
 from hpo.results import intervals, provenance, repeat, tables
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation, reading, scores
+from test_leakage import plant
 from test_squad import without_answers
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 0.5, "--max_eval_samples", 20]
@@ -504,7 +505,7 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
     import raytune_bayesian
 
     torch.set_num_threads(1)
-    dataset = without_answers(tiny_squad, tmp_path / "squad", {"train": 2, "dev": 3})
+    dataset = plant(without_answers(tiny_squad, tmp_path / "squad", {"train": 2, "dev": 3}))
     name = ["--output_dir", tmp_path, "--run_name", "x"]
     small = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 20, "--num_samples", 3]
     search = ["--model", tiny_model, "--dataset", dataset, *small, "--metric", "f1", "--max_concurrent_trials", 1]
@@ -514,6 +515,8 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
     assert process.returncode == 0, process.stdout + process.stderr
     for out in (first, process.stdout):
         assert "some questions have no answer: EM and F1 are those of SQuAD 2.0\n" in out
+        assert "20 passages and 0 of 20 questions held out have a near-duplicate in the rest" in out
+        assert "WARNING: 6 of 60 passages and 0 of 60 questions of the validation set have a near-duplicate" in out
     folder = tmp_path / "x"
     trials, iterations = (files.read_csv(folder / f"{table}.csv") for table in ("trials", "iterations"))
     assert list(trials[0]) == [*tables.TRIAL_FIELDS, *tables.V2_METRICS]
@@ -525,7 +528,9 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
     assert rows[0] == ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", "Eval Loss", "EM", "F1", "Iterations"]
 
     best = next(row for row in trials if row["eval_loss"] == result["eval_loss"])
-    tested = json.loads((folder / "run.json").read_text())["tests"][-1]
+    run = json.loads((folder / "run.json").read_text())
+    assert run["leakage"]["test"]["passages"] == 6 and run["questions"]["test"] == 20
+    tested = run["tests"][-1]
     model = AutoModelForCausalLM.from_pretrained(folder / "best_model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "best_model")
     found = reading.find_squad_files(dataset)
@@ -540,6 +545,7 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
         assert expected["NoAns_exact"] > 0  # it has learnt to end at once
     line = ", ".join(f"{key} {tested[key]:.4f}" for key in (*tables.METRICS, *tables.V2_METRICS))
     assert f"  {line}\n" in process.stdout and line in (folder / "report.html").read_text()
+    assert "6 of 60 passages" in (folder / "report.html").read_text()
 
 
 def test_resume_of_what_is_no_run(tmp_path, tiny_model, tiny_squad):

@@ -34,6 +34,8 @@ def announce(run: Run) -> None:
     for split, left_out in setup.dropped.items():
         print("bad answers left out of the {} set:".format("training" if split == "train" else split), end=" ")
         print("{answers}, and with them {questions} of its {read} questions".format_map(left_out))
+    for line in tables.leakage_in_words(setup.leakage):
+        print(line)
     if not args.gpus_per_trial:
         print(f"no GPU: training in {args.precision} on the CPU" + " instead of fp16" * (args.precision == "fp32"))
     print(precision.in_words(setup.ds_config, args.precision))

@@ -60,6 +60,7 @@ class Run:
             "ds_config": setup.ds_config,
             "seed": args.seed,
             "questions": {"train": len(setup.train), "selection": len(setup.selection), "test": test_size},
+            "leakage": setup.leakage,
             "versions": versions(),
             "cuda": torch.version.cuda,
             "git_commit": git_commit(arguments.ROOT),

@@ -22,6 +22,7 @@ from hpo.results.tables import (
     format_value,
     gain_in_words,
     hyperparameter_columns,
+    leakage_in_words,
     looks_in_words,
     ranked,
     result_rows,
@@ -94,6 +95,9 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         facts[f"Test of {model}, on {last['questions']} questions{unused}"] = tested_in_words(last)
     if tests:
         facts["Looks at the test set"] = looks_in_words(tests)
+    leaks = {part: counts for part, counts in run.get("leakage", {}).items() if counts["affected"]}
+    if leaks:
+        facts["Near-duplicates"] = "; ".join(leakage_in_words(leaks))
     if "baseline" in run:
         facts[f"Gain over the baseline (trial {run['baseline']['trial_id']})"] = gain_in_words(run["baseline"])
     if "slot_minutes" in run:  # written at the end of a search, and not by older versions

@@ -82,6 +82,26 @@ def looks_in_words(tests: list[dict]) -> str:
     return f"The test set was looked at {times}: " + ", ".join(f"{t['date']} (trial {t['trial_id']})" for t in tests)
 
 
+def leakage_in_words(leakage: dict[str, dict[str, int]]) -> list[str]:
+    """Near-duplicates of selection and test in the training set, a line each. It may be a warning.
+
+    Args:
+        leakage: as in run.json. Older runs have none, or none for the selection.
+    """
+    lines, what = [], "{passages} of {of_passages} passages and {questions} of {of_questions} questions"
+    for part, where, effect in (
+        ("selection", "held out have a near-duplicate in the rest of the training set", "left out of the selection"),
+        ("test", "of the validation set have a near-duplicate in the training set", "affected"),
+    ):
+        if part in leakage:
+            affected = leakage[part]["affected"]
+            none_left = part == "selection" and affected == leakage[part]["of_questions"]
+            warning = "WARNING: " * (none_left or part == "test" and affected > 0)
+            effect = "affected and stay, as no others are left" if none_left else effect
+            lines.append(f"{warning}{what} {where}: {{affected}} questions are {effect}".format_map(leakage[part]))
+    return lines
+
+
 def mean_iteration_seconds(path: Path) -> float:
     """The mean duration of the iterations in an iterations.csv.
 

@@ -8,6 +8,7 @@ For the form of an example see hpo/squad/reading.py.
 """
 
 import bisect
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -15,15 +16,28 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpo.errors import BadInput
+from hpo.squad import leakage
 
 ANSWER_ROOM = 48  # tokens kept free for an answer in evaluation: the length of a prompt must not depend on it
 
 
-def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], list[dict]]:
+def hold_out(examples: list[dict], size: int, seed: int, leaks: dict | None = None) -> tuple[list[dict], list[dict]]:
     """Splits off about `size` questions for selection. Returns (train, selection).
 
-    Whole articles are held out, or whole passages if all have one title: no passage is on both sides. Then the
-    selection is cut to `size`. At most a fifth of the articles, or passages, is held out.
+    Whole articles are held out, or whole passages if all have one title: no passage is on both sides. Questions that
+    nearly stand in `train` are left out of the selection, unless all do; more articles are held out in their place.
+    Then the selection is cut to `size`. At most a fifth of the articles, or passages, is held out. What is left out is
+    on neither side, as is what the cut removes: so `train` stays the same whatever is left out, unless more articles
+    are needed.
+
+    Args:
+        examples: the questions of the training set.
+        size: questions of the selection, at most.
+        seed: of the draw.
+        leaks: gets the counts of `leakage.find`. None to leave nothing out, as in older runs.
+
+    Raises:
+        ValueError: nothing can be held out.
     """
     for key in ("title", "context"):
         group_of = _groups(examples, key)
@@ -34,15 +48,22 @@ def hold_out(examples: list[dict], size: int, seed: int) -> tuple[list[dict], li
         raise ValueError("the training set has a single passage: nothing can be held out for selection")
     groups = sorted(counts)
     random.Random(seed).shuffle(groups)
-    held: set[str] = set()
-    questions = 0
-    for group in groups:
-        if held and (questions >= size or len(held) >= max(1, len(groups) // 5)):
+    questions = list(itertools.accumulate(counts[group] for group in groups))
+    number, most = 0, max(1, len(groups) // 5)  # of groups that are held out
+    missing = size
+    while missing > 0 and number < most:
+        reached = questions[number - 1] if number else 0
+        number = min(bisect.bisect_left(questions, reached + missing) + 1, most)
+        held = set(groups[:number])
+        train = [e for e in examples if group_of[e[key]] not in held]
+        selection = [e for e in examples if group_of[e[key]] in held]
+        if leaks is None:
             break
-        held.add(group)
-        questions += counts[group]
-    train = [e for e in examples if group_of[e[key]] not in held]
-    selection = [e for e in examples if group_of[e[key]] in held]
+        affected, found = leakage.find(selection, train)
+        leaks.update(found)
+        clean = [e for e in selection if e["id"] not in affected]
+        missing = size - len(clean)
+        selection = clean or selection
     return train, subset(selection, size, seed)
 
 

@@ -1,5 +1,6 @@
 """What all trials of a search share."""
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from hpo import errors
 from hpo.errors import BadInput
-from hpo.squad import data, loading, models
+from hpo.squad import data, leakage, loading, models
 from hpo.squad.data import TokenizedSquad
 
 
@@ -35,6 +36,7 @@ class Setup:
     cpus_per_trial: int
     unanswerable: bool = False  # a question for training or validation has no answer: scored as in SQuAD 2.0
     dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
+    leakage: dict[str, dict[str, int]] = field(default_factory=dict)  # "selection", "test": counts of leakage.find
     # A trial whose hyperparameters have one of the first three takes that.
     gradient_accumulation_steps: int = 1
     lora_r: int = 0
@@ -82,10 +84,15 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
     *examples, dropped = loading.load_examples(args.dataset, args.prefetch, args.drop_bad_answers)
     tokenizer = _load_tokenizer(model)
     positions, embeddings = models.max_positions(model), models.text_config(model).vocab_size
+    run_dir = Path(args.output_dir).absolute() / args.run_name
+    leaks = {"selection": {}} if _checks_selection(args, run_dir) else {}
     try:
-        train, selection = data.hold_out(examples[0], args.max_eval_samples or selection_size, args.seed)
+        size = args.max_eval_samples or selection_size
+        train, selection = data.hold_out(examples[0], size, args.seed, leaks.get("selection"))
     except ValueError as error:
         raise BadInput(f"--dataset {args.dataset}: {error}") from None
+    leaks["test"] = leakage.find(examples[1], examples[0])[1]
+    leakage.clear_caches()
     titles = [{example["title"] for example in part} for part in (train, selection)]
     train = data.subset(train, args.max_train_samples, args.seed)
     test = data.subset(examples[1], args.max_eval_samples, args.seed)
@@ -100,7 +107,7 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
     _check_steps(args, len(train), batch * max(1, args.gpus_per_trial or 0))  # None on a login node
     flags = {name: getattr(args, name) for name in Setup.__annotations__.keys() & vars(args).keys()}
     of_questions = {
-        "run_dir": Path(args.output_dir).absolute() / args.run_name,
+        "run_dir": run_dir,
         "model": model,
         "train": train,
         "selection": selection,
@@ -108,8 +115,20 @@ def prepare(args, max_length: int, selection_size: int, batch: int) -> tuple[Set
         "held_out": "articles" if titles[0].isdisjoint(titles[1]) else "passages",
         "unanswerable": any(not example["answers"]["text"] for part in examples for example in part),
         "dropped": dropped,
+        "leakage": leaks,
     }
     return Setup(**flags | of_questions), test
+
+
+def _checks_selection(args, run_dir: Path) -> bool:
+    """Whether near-duplicates are left out of the selection. A run keeps the selection that it has begun with.
+
+    Versions that did not check have no "selection" in run.json. Their runs come here only without a copy of the code,
+    or with --new_code.
+    """
+    if not args.resume:
+        return True
+    return "selection" in json.loads((run_dir / "run.json").read_text()).get("leakage", {})
 
 
 def _load_tokenizer(model: Path):
