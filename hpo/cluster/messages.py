@@ -98,8 +98,9 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     if tested["eval_loss"] is None or not math.isfinite(tested["eval_loss"]):  # None: from run.json
         print(f"WARNING: the test of best_model in {setup.precision} gives no number: use --precision bf16 or fp32")
     try:
-        report.write_page(run.folder)
+        _, claims = report.write_page(run.folder)
         print(f"figures: {run.folder / 'report.html'}")
+        print("what the search may claim (docs/results.md):", *claims, sep="\n")
     except Exception as error:  # everything else is done
         again = f"{sys.executable} -m hpo.results {run.folder}"
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
