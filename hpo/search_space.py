@@ -52,6 +52,7 @@ PASSED_ON = {
 READ_FROM = {"hyperparameters", "hparams", "hp", "params", "config", "cfg", "searched"}  # as in docs/bohb.md
 LORA = {"lora_r": WHOLE, "lora_alpha": ABOVE_0}  # read in hpo/squad/lora.py
 KNOWN = REQUIRED | PASSED_ON | LORA
+WIDER = 5  # a logarithmic range is made wider by this factor, if the best trials crowd at its edge
 FLAGS = ("gradient_accumulation_steps", *LORA)  # a flag says the value where it is not searched
 INSTEAD = {  # names that a user may try, and what has the effect
     "learning_rate": "lr",
@@ -412,6 +413,52 @@ def text(domain) -> str:
     if steps.is_quantized(domain):
         return f"{domain.sampler.sampler}{domain.domain_str} in steps of {domain.sampler.q}"
     return f"{domain.sampler or ''}{domain.domain_str}" if isinstance(domain, Domain) else repr(domain)
+
+
+def edges(space: dict) -> dict[str, dict]:
+    """The hyperparameters whose values have an order, by name, for the report. Choices have one from three numbers on.
+
+    Returns:
+        {"lower", "upper", "log"} of a range or {"choices"}, sorted, and "next": the values to try next, below the lower
+        edge and above the upper one; None where there is none.
+    """
+    found = {}
+    for name, domain in space["train_loop_config"].items():
+        if not isinstance(domain, Domain):
+            continue
+        ends = [value.item() if isinstance(value, np.generic) else value for value in values(domain)]
+        if isinstance(domain, Categorical):
+            if len(ends) < 3 or not all(map(is_number, ends)):
+                continue
+            ends = sorted(ends)
+            found[name] = {"choices": ends}
+            pairs, ratio = (ends[:2], ends[:-3:-1]), ends[0] > 0  # the edge, and the choice beside it
+            far = [a * a / b if ratio else 2 * a - b for a, b in pairs]
+        else:
+            sampler = domain.get_sampler()
+            ratio = isinstance(getattr(sampler, "sampler", sampler), LogUniform)
+            found[name] = {"lower": ends[0], "upper": ends[1], "log": ratio}
+            half = (ends[1] - ends[0]) / 2
+            far = [ends[0] / WIDER, ends[1] * WIDER] if ratio else [ends[0] - half, ends[1] + half]
+        step = domain.sampler.q if steps.is_quantized(domain) else 1 if all(map(is_whole, ends)) else None
+        far = [round(value / step) * step for value in far] if step else far
+        far[0] = math.nan if ratio and far[0] <= 0 else far[0]
+        nearer = [math.nan if ratio else 0, (1 + ends[-1]) / 2 if not step else math.nan]  # where that is too far
+        lower = [v for v in (far[0], nearer[0]) if v < ends[0] and is_allowed(name, ends, v)]
+        upper = [v for v in (far[1], nearer[1]) if v > ends[-1] and is_allowed(name, ends, v)]
+        found[name]["next"] = [float(f"{tried[0]:.3g}") if tried else None for tried in (lower, upper)]
+    return found
+
+
+def is_allowed(name: str, ends: list, value: float) -> bool:
+    """Whether a hyperparameter may have a value beyond its domain, which goes from ends[0] to ends[-1].
+
+    An unknown one stays above 0, and below 1 if it is a share by its domain.
+    """
+    if name in KNOWN and not KNOWN[name][0](value):
+        return False
+    share = ends[0] >= 0 and ends[-1] <= 1 and (name not in KNOWN or name == "warmup_steps")
+    return (value < 1 or not share) and (value >= 0 or ends[0] < 0)
 
 
 def describe(space: dict) -> dict[str, str]:

@@ -97,6 +97,11 @@ def test_part_for_a_gpu(part, tmp_path, demo_model):
         assert all(result["equal"]["paused"] for result in results)
 
 
+def test_claims():
+    out = run_bench("claims", "bench.SEARCHES = 1\nbench.main()").splitlines()
+    assert len(out) == 9 and out[-1].startswith("BOHB, optimum 1.2 | "), out
+
+
 def test_gpu_sh_refuses_a_machine_without_a_gpu(tmp_path, demo_model):
     done = run_gpu_sh(OUT=str(tmp_path / "out"))
     assert done.returncode == 2 and re.fullmatch(r"gpu.sh: no GPU .*\n", done.stderr) and not done.stdout

@@ -22,9 +22,12 @@ def test_demo_search_learns(tmp_path, demo_model):
     process = run_script(*arguments, "--output_dir", tmp_path, "--run_name", "demo", timeout=900)
     assert process.returncode == 0, process.stdout + process.stderr
     log = (process.stdout + process.stderr).splitlines()
-    assert len(log) < 400 and not [line for line in log if re.search("(?i)warn|deprecat|traceback", line)], (
+    # After one iteration EM does not show what was learnt. The log may warn of that, and of nothing else.
+    others = [line for line in log if not re.match("WARNING: .* rank the trials differently", line)]
+    assert len(log) < 400 and not [line for line in others if re.search("(?i)warn|deprecat|traceback", line)], (
         process.stdout + process.stderr
     )
+    assert "what the search may claim (docs/results.md):" in log
     folder = tmp_path / "demo"
     trials = files.read_csv(folder / "trials.csv")
     run = json.loads((folder / "run.json").read_text())

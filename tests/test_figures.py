@@ -1,5 +1,6 @@
 """report.html: drawn from a run folder, opened in a real browser."""
 
+import html
 import itertools
 import json
 import math
@@ -98,16 +99,21 @@ def test_every_figure_is_drawn(run_dir, tmp_path):
     """Each figure has its drawing, nothing is loaded from a network, and the console is silent."""
     done = draw(run_dir)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("| Trial ID |") and len(done.stdout.splitlines()) == 2 + 25
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("| Trial ID |") and [line[0] == "|" for line in lines[: 2 + 25]] == [True] * (2 + 25)
+    claims = lines[2 + 25 :]  # of a simulated search, whose lr alone has an effect
+    assert any("No effect of batch size could be measured at iteration 1" in line for line in claims), claims
+    assert not any("No effect of learning rate" in line for line in claims), claims
     text, console = browse((run_dir / "report.html").as_uri(), tmp_path)
     assert console == []
     titles = re.findall("<h2>(.*?)</h2>", text)
-    assert len(titles) == 8 and titles[-1] == "Results", titles
-    for i, title in enumerate(titles[:-1]):
+    assert len(titles) == 9 and titles[-2:] == ["What the search may claim", "Results"], titles
+    assert all(f"<li>{html.escape(claim, quote=False)}</li>" in text for claim in claims)
+    for i, title in enumerate(titles[:-2]):
         figure = text[text.index(f'id="figure-{i}"') :].split("<h2>")[0]
         assert figure.count('class="main-svg"') >= 1, title
         assert len(re.findall("<path|<rect", figure)) > 20, title
-    assert text.count("<tr>") == 1 + 25
+    assert text.split("<h2>Results</h2>")[1].count("<tr>") == 1 + 25
 
 
 def test_browser_reports_requests_and_errors(tmp_path):
@@ -170,7 +176,8 @@ def test_live_report_in_a_browser(run_dir, tmp_path):
         port = url.group(1)
         assert f"ssh -N -L {port}:127.0.0.1:{port} " in process.stdout.readline()
         text, console = browse(url.group(), tmp_path)
-        assert console == [] and '<meta http-equiv="refresh"' in text and text.count("<tr>") == 1 + 25
+        assert console == [] and '<meta http-equiv="refresh"' in text
+        assert text.split("<h2>Results</h2>")[1].count("<tr>") == 1 + 25
         assert text.count('class="main-svg"') > 7
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
         rows = (folder / "trials.csv").read_text().splitlines()
@@ -178,7 +185,7 @@ def test_live_report_in_a_browser(run_dir, tmp_path):
         (folder / "run.json").write_text(json.dumps(run | {"status": "done"}))
         with urllib.request.urlopen(url.group(), timeout=60) as answer:
             text = answer.read().decode()
-        assert text.count("<tr>") == 1 + 24 and '<meta http-equiv="refresh"' not in text
+        assert text.split("<h2>Results</h2>")[1].count("<tr>") == 1 + 24 and '<meta http-equiv="refresh"' not in text
         for other in ("", "/", "/x" * 11):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}{other}", timeout=60)

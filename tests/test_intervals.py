@@ -113,8 +113,9 @@ def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
     assert versus["same"] == (0, 0, 0)
     assert versus["close"][1] < 0 < versus["close"][2]
     assert versus["worse"][2] < -0.2
-    text = intervals.ties_in_words(versus, "exact_match")
-    assert text == "2 of the other 3 finalists cannot be told apart from the best trial in exact_match: same, close"
+    of = "2 of the other 3 finalists cannot be told apart from the best trial in exact_match"
+    assert intervals.ties_in_words(versus, "exact_match") == [f"{of}: same, close."]
+    assert intervals.ties_in_words({}, "exact_match") == []
     table = tables.table(rows, "exact_match", versus)
     assert "EM vs Best" in table and "-0.38" in table.split("worse")[1].split("\n")[0]
     assert "vs Best" not in tables.table(rows, "exact_match")

@@ -106,7 +106,9 @@ def test_log_ends_with_result_and_table(band):
     assert json.loads((folder / "best_result.json").read_text()) == result
     assert 0 <= result["exact_match"] <= result["f1"] <= 1
     assert rows[2][4] == f"{result['eval_loss']:.4f}" and rows[2][-1] == "16" and rows[-1][-1] == "1"
-    assert len(process.stdout.splitlines()) < 400 and "WARNING" not in process.stdout
+    assert len(process.stdout.splitlines()) < 400
+    warnings = [line for line in process.stdout.splitlines() if "WARNING" in line]
+    assert all("rank the trials differently" in line for line in warnings), warnings  # a tiny model has learnt little
     assert not re.search(r"[^\n -~…]", process.stdout)  # no control characters: this is no terminal
 
 
@@ -156,9 +158,8 @@ def test_tables_agree_with_the_plan(band):
     text = subprocess.run(
         [sys.executable, "-m", "hpo.results", folder], capture_output=True, text=True, check=True
     ).stdout
-    ties, table = text.split("\n", 1)
-    assert ties in process.stdout and "of the other 5 finalists" in ties
-    assert table.strip() == process.stdout[process.stdout.index("| Trial ID") :].strip()
+    assert text.startswith(process.stdout[process.stdout.index("| Trial ID") :])
+    assert "of the other 5 finalists" in text and "of the other 5 finalists" in process.stdout
 
 
 def test_tensorboard(band):
@@ -195,6 +196,7 @@ def test_run_json(band):
     folder, *_ = band
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "done" and run["seed"] == 42 and run["arguments"]["max_t"] == 16
+    assert run["edges"] == {"lr": {"lower": 5e-6, "upper": 2e-4, "log": True, "next": [1e-6, 1e-3]}}
     assert set(run["versions"]) >= {"python", "ray", "torch", "transformers", "deepspeed", "hpbandster", "ConfigSpace"}
     assert set(run["gpu_minutes"]) == {"allocated", "busy", "idle"} and len(run["nodes"]) == 1
     parts = dict(run["slot_minutes"])

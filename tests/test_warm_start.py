@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shutil
 
 import pytest
 from ray import tune
@@ -14,6 +15,8 @@ from hpo.cluster import warm_start
 from hpo.cluster.state import save_state
 from hpo.errors import BadInput
 from hpo.plan.simulator import Simulation
+from hpo.results import provenance
+from hpo.squad import loading
 
 LAYERS = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "warmup": tune.qrandint(0, 40, 10)}
 SPACE = {"train_loop_config": LAYERS}
@@ -50,6 +53,33 @@ def earlier(tmp_path):
     (folder / "run.json").write_text(json.dumps(run))
     save_state(folder, {"searcher": searcher.get_state(), "log": {"trials": rows, "configs": configs}})
     return folder, searcher
+
+
+def test_other_files_of_the_data_set_make_another_search(earlier, tiny_squad, tmp_path, capsys):
+    """The path is the same, and the content is not: the results would mislead the model."""
+    folder, _ = earlier
+    run = json.loads((folder / "run.json").read_text())
+    run["arguments"] = ARGUMENTS | {"dataset": str(shutil.copytree(tiny_squad, tmp_path / "squad"))}
+    data, files = loading.data_files(run["arguments"]["dataset"])
+    run["files"] = {"dataset": provenance.hashes(data, [*files["train"], *files["validation"]])}
+    (folder / "run.json").write_text(json.dumps(run))
+    args = arguments(folder, dataset=run["arguments"]["dataset"])
+    assert warm_start.take(args, SPACE) and args.known == []
+    (file,) = files["train"]
+    file.write_text(file.read_text() + "\n")
+    assert not warm_start.take(args, SPACE) and len(args.known) == warm_start.BEST
+    assert "another search (other files of dataset); its 3 best settings are tried first" in capsys.readouterr().out
+
+
+def test_a_search_after_another_one_draws_other_random_settings():
+    drawn = []
+    for numbers in ((), (1,), (39,), (39,)):
+        searcher = TuneBOHB(seed=42)
+        for number in numbers:
+            searcher.change_seed(number)
+        searcher.set_search_properties("loss", "min", SPACE)
+        drawn.append([searcher.suggest(str(i))["train_loop_config"]["lr"] for i in range(3)])
+    assert drawn[2] == drawn[3] and len({lr for lrs in drawn[:3] for lr in lrs}) == 9
 
 
 def arguments(*folders, **changes):

@@ -122,6 +122,17 @@ class TuneBOHB(Searcher):
             raise RuntimeError("earlier results must be added before the search space is known")
         self._earlier = results
 
+    def change_seed(self, number: int) -> None:
+        """Draws other random settings than a search with the same seed: they would be those of an earlier search again.
+
+        Must be called before the search space is known.
+
+        Args:
+            number: above 0; the same number gives the same settings.
+        """
+        if self._seed is not None:
+            self._seed = (self._seed + 7919 * number) % 2**32
+
     def _check_model(self):
         """Fits a model to made-up losses. A model that cannot work is an error now, not after a day of training."""
         model = Model(copy.deepcopy(self._space), 0, **{**self._bohb_config, "random_fraction": 0})

@@ -56,7 +56,8 @@ def announce(run: Run) -> None:
     for line in cpu_warnings(args, run.slots):
         print(line)
     print(f"disk: up to {run.needed / 1e9:.3g} GB in {args.output_dir}: {forecast.checkpoints} checkpoints, best model")
-    if trials:  # otherwise a budget ends the search, and how many there will be is not known
+    # A budget leaves the number of trials open. With earlier results the model can suggest from the start.
+    if trials and not args.warm_start:
         print_model_outlook(forecast.model_based, args)
     if ray.__version__ != TESTED_WITH:
         print(f"WARNING: Ray {ray.__version__} is installed; this program was tested with Ray {TESTED_WITH}")
@@ -100,8 +101,9 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     if tested["eval_loss"] is None or not math.isfinite(tested["eval_loss"]):  # None: from run.json
         print(f"WARNING: the test of best_model in {setup.precision} gives no number: use --precision bf16 or fp32")
     try:
-        report.write_page(run.folder)
+        _, claims = report.write_page(run.folder)
         print(f"figures: {run.folder / 'report.html'}")
+        print("what the search may claim (docs/results.md):", *claims, sep="\n")
     except Exception as error:  # everything else is done
         again = f"{sys.executable} -m hpo.results {run.folder}"
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
@@ -122,9 +124,8 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
-    print(f"Those of the best trial, with 95 % intervals: {intervals.best_in_words(run.folder, log.best_trial())}")
+    print(f"Those of the best trial, with 95 % intervals: {intervals.best_in_words(run.folder, log.best_trial())}\n")
+    print(f"Best Trial Result:\n{to_json(result)}\n")
     trials = list(log.trials.values())
     versus = intervals.versus_best(run.folder, trials, setup.metric)
-    print(intervals.ties_in_words(versus, setup.metric) + "\n")
-    print(f"Best Trial Result:\n{to_json(result)}\n")
     print(tables.table(trials, setup.metric, versus), flush=True)

@@ -54,6 +54,7 @@ class Run:
             "status": "running",
             "arguments": arguments.kept(args),
             "search_space": search_space.describe(space),
+            "edges": search_space.edges(space),
             "known_settings": json.loads(json.dumps(args.known)),  # as they are read back: a tuple is a list
             "environment": args.ranges,
             "grid": search_space.grid_size(space),

@@ -55,6 +55,8 @@ class SearchSession:
         resources = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
         self.slot_time = SlotTime(self.log, resources, args.max_concurrent_trials, searcher)
         searcher.add_earlier_results(args.earlier_results)
+        if args.warm_start:
+            searcher.change_seed(1 + len(args.earlier_results))
         self.search_alg = ResumableSearch(searcher, run.folder)
         if run.state:
             self.restore(run.state)

@@ -4,13 +4,16 @@ The observations of a run of the same search enter the model at once. If the run
 example, its losses say little about the new ones, but its best hyperparameters may still be good: they are tried first.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
 from hpo import arguments, code_copy, known, search_space
 from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
+from hpo.results.provenance import hash_or_none
 from hpo.results.tables import ranked
+from hpo.squad import loading
 
 BEST = 3  # settings that are taken from a run that differs
 # Arguments that change neither the loss of a trial at a rung nor which rungs there are; another seed is another draw.
@@ -88,7 +91,19 @@ def differences(run: dict, args, space: dict) -> list[str]:
     for name in searched | run["search_space"]:
         if searched.get(name) != run["search_space"].get(name):
             words.append(f"{name} {run['search_space'].get(name, 'not searched')}")
-    return words + ["ds_config"] * (run["ds_config"] != args.ds_config)
+    return words + ["ds_config"] * (run["ds_config"] != args.ds_config) + other_files(run, args)
+
+
+def other_files(run: dict, args) -> list[str]:
+    """Whether model or data set of an earlier run had other files, in words. Older runs do not tell."""
+    words = []
+    find = {"model": loading.model_folder, "dataset": lambda dataset: loading.data_files(dataset)[0]}
+    for name, entry in run.get("files", {}).items():
+        with contextlib.suppress(BadInput):  # it is not there: a plan can be made without it
+            folder = find[name](getattr(args, name)) if name in find else None
+            if folder and any(hash_or_none(folder / file) != sha256 for file, sha256 in entry["sha256"].items()):
+                words.append(f"other files of {name}")
+    return words
 
 
 def resolved(value):

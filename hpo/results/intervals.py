@@ -161,12 +161,12 @@ def best_in_words(run_dir: Path, best: dict) -> str:
     return ", ".join(f"{name} {in_words(best[name], ends.get(name))}" for name in METRICS)
 
 
-def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str) -> str:
-    """Which finalists may be as good as the best trial. Empty where there is no other finalist."""
+def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str) -> list[str]:
+    """A sentence on the finalists that may be as good as the best trial. None where there is no other finalist."""
     if not versus:
-        return ""
+        return []
     ties = [trial_id for trial_id, (_, low, high) in versus.items() if low <= 0 <= high]
     if not ties:
-        return f"The best trial differs in {metric} from each of the other {len(versus)} finalists"
+        return [f"The best trial differs in {metric} from each of the other {len(versus)} finalists."]
     of = f"{len(ties)} of the other {len(versus)} finalists cannot be told apart from the best trial in {metric}"
-    return f"{of}: {', '.join(ties)}"
+    return [f"{of}: {', '.join(ties)}."]

@@ -29,6 +29,8 @@ def page(
     results: list[list[str]],
     figures: dict[str, go.Figure],
     refresh: int | None = None,
+    claims: list[str] = (),
+    correlations: list[list[str]] = (),
 ) -> str:
     """The text of the page.
 
@@ -38,6 +40,8 @@ def page(
         results: the table of results; the first row is the header.
         figures: by their titles.
         refresh: seconds after which the browser loads the page again; None: never.
+        claims: what the search may claim, in sentences.
+        correlations: the table of rank correlations; the first row is the header.
     """
     parts = [
         "<!DOCTYPE html>",
@@ -55,5 +59,9 @@ def page(
         parts.append(f"<h2>{html.escape(name)}</h2>")
         options = {"full_html": False, "include_plotlyjs": False, "config": {"displaylogo": False}}
         parts.append(figure.to_html(div_id=f"figure-{i}", **options))
+    if claims or correlations:
+        parts += ["<h2>What the search may claim</h2>", "<ul>"]
+        parts += [f"<li>{html.escape(claim)}</li>" for claim in claims] + ["</ul>"]
+        parts += [table(correlations)] if correlations else []
     parts += ["<h2>Results</h2>", table(results), "</body></html>"]
     return "\n".join(parts) + "\n"

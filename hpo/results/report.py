@@ -38,14 +38,14 @@ def read_run(run_dir: Path) -> tuple[dict, list[dict], list[dict]]:
     return json.loads((run_dir / "run.json").read_text()), trials, iterations
 
 
-def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict]:
-    """The report of a run as it is now: the HTML, and the figures by their titles.
+def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict, list[str]]:
+    """The report of a run as it is now: the HTML, the figures by their titles, and what the search may claim.
 
     Args:
         run_dir: the run folder.
         refresh: seconds after which a browser asks for the page again while the search runs. None: never.
     """
-    from hpo.results import figures, page  # slow: optuna and plotly
+    from hpo.results import audit, figures, page  # slow: optuna, plotly and statsmodels
 
     run, trials, iterations = read_run(run_dir)
     metric = run["arguments"]["metric"]
@@ -53,16 +53,17 @@ def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict]:
     facts = facts_of(run, trials, iterations)
     refresh = refresh if run["status"] == "running" else None
     versus = intervals.versus_best(run_dir, trials, metric)
-    if versus:
-        facts |= {"Compared with the best trial": intervals.ties_in_words(versus, metric)}
-    return page.page(f"Search {run_dir.name}", facts, result_rows(trials, metric, versus), drawn, refresh), drawn
+    claims, correlations = audit.audit(run, trials, iterations)
+    claims = [*intervals.ties_in_words(versus, metric), *claims]
+    shown = facts, result_rows(trials, metric, versus), drawn, refresh, claims, correlations
+    return page.page(f"Search {run_dir.name}", *shown), drawn, claims
 
 
-def write_page(run_dir: Path) -> dict:
-    """Writes report.html to a run folder. Returns the figures, by their titles."""
-    text, drawn = draw_page(run_dir)
+def write_page(run_dir: Path) -> tuple[dict, list[str]]:
+    """Writes report.html to a run folder. Returns the figures, by their titles, and what the search may claim."""
+    text, drawn, claims = draw_page(run_dir)
     write_atomically(run_dir / "report.html", text)
-    return drawn
+    return drawn, claims
 
 
 def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str, str]:
@@ -149,7 +150,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.optuna:
         return export(args.optuna, folder, parser)
-    drawn = write_page(folder)
+    drawn, claims = write_page(folder)
     if args.png:
         from hpo.results import figures
 
@@ -162,9 +163,9 @@ def main(argv: list[str]) -> int:
     run, trials, _ = read_run(folder)
     if trials:
         metric = run["arguments"]["metric"]
-        versus = intervals.versus_best(folder, trials, metric)
-        print(intervals.ties_in_words(versus, metric), end="\n" * bool(versus))
-        print(table(trials, metric, versus))
+        print(table(trials, metric, intervals.versus_best(folder, trials, metric)))
+    for claim in claims:
+        print(claim)
     return 0
 
 

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 
@@ -30,7 +31,7 @@ class Display:
         """The lines as they are now."""
         self._spinner.text = str(datetime.timedelta(seconds=round(time.monotonic() - self._begun)))
         width = shutil.get_terminal_size().columns - 1  # a line that the terminal wraps would not be erased
-        text = "\n".join(line[:width] for line in self.lines.splitlines())
+        text = "\n".join(textwrap.fill(line, width) for line in self.lines.splitlines())
         progress = [Text(text), ProgressBar(1.0, self.done, width=min(60, width))]
         return Group(*(progress if self.lines else []), self._spinner)
 
