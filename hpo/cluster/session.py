@@ -132,8 +132,8 @@ class SearchSession:
             KeyboardInterrupt: after SIGINT.
         """
         try:
-            if self.budget and self.run.state and not self.run.state["live"]:
-                self.allows_trial()
+            if self.budget and self.run.state and not self.run.state["live"] and self.allows_trial() is False:
+                self.log.log("the budget has no room for another trial: none is added")
             if self.log.unfinished():
                 tuner.fit()
             else:  # interrupted after its last trial. Tune, which would pass the search space, does not run
