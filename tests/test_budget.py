@@ -1,5 +1,6 @@
 """Searches that end by a budget of GPU-hours or hours: on simulated time, and through the command line."""
 
+import io
 import json
 import math
 import random
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import tune
+from rich.console import Console
 
 from conftest import run_script
 from hpo import arguments, files
@@ -19,6 +21,7 @@ from hpo.bohb.searcher import TuneBOHB
 from hpo.plan.budget import Budget, MeasuredPace
 from hpo.plan.plan import forecast
 from hpo.plan.simulator import Simulation
+from hpo.results import terminal
 from hpo.results.progress import ProgressPrinter
 from test_run import cut
 
@@ -152,12 +155,18 @@ def test_bad_budgets(flags, what, monkeypatch):
     assert str(error.value) == what
 
 
-def test_progress_of_a_budget():
+def test_progress_of_a_budget(monkeypatch):
     row = {"trial_id": "a", "status": "running", "model_based": False, "training_iteration": 1, "eval_loss": 2.0}
     log = SimpleNamespace(trials={"a": row}, iterations=[row], metric="eval_loss", started_at=time.time() - 60)
     printer = ProgressPrinter(log, SimpleNamespace(brackets=[]), 2, 34, 10, budget_left=lambda: 180)
     assert printer.totals().endswith("0 of 1 suggestions by the model, 1 iterations, 3 min of the budget left")
     assert printer.share_done() == pytest.approx(0.25, abs=0.01)
+    monkeypatch.setenv("COLUMNS", "80")
+    display, console = terminal.Display(), Console(width=80, record=True, file=io.StringIO())
+    display.lines = f"{printer.table()}\n{printer.totals()}"
+    console.print(display)
+    shown = console.export_text()
+    assert "bracket" in shown and "budget left" in " ".join(shown.split()) and max(map(len, shown.splitlines())) < 80
 
 
 @pytest.mark.slow
