@@ -278,21 +278,21 @@ class Iterations(transformers.TrainerCallback):
 
     def evaluate_iteration(self, iteration: int, model, step: int) -> dict:
         """The metrics of an iteration. Raises FloatingPointError where the loss is NaN or infinite."""
-        setup, group = self.setup, self.trial.group
+        setup, group, pad = self.setup, self.trial.group, self.tokenizer.pad_token_id
         gradients = self.gradients.summary()  # waits for the GPU
         trained_on = self.trainer.train_dataset.indices[self.first_step * self.batch_size : step * self.batch_size]
         tokens = int(setup.train.lengths[trained_on].sum())
         metrics = {"training_iteration": iteration, "tokens_per_second": tokens / self.trial.seconds(), **gradients}
         self.trial.begin("evaluation")  # the time from here on is evaluation's
         with precision.autocast(setup.ds_config, setup.precision, self.trainer.args.device.type):
-            pad = self.tokenizer.pad_token_id
             loss, losses = evaluation.evaluate_loss(model, setup.selection, pad, EVAL_TOKENS, group)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"eval_loss is {loss} after {iteration} iterations")
             metrics["eval_loss"] = loss
             if iteration in self.rungs or setup.metric != "eval_loss":
                 em_and_f1, each = answer_scores(model, self.tokenizer, setup.selection, setup, group)
-                self.trial.keep_scores(losses, each, iteration)
+                if iteration in self.rungs:
+                    self.trial.keep_scores(losses, each, iteration)
                 metrics |= em_and_f1
         self.trial.begin("checkpoints")
         model.train()

@@ -72,7 +72,7 @@ def to_json(content: dict) -> str:
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(v) for key, v in value.items()}
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             return [plain(v) for v in value]
         return None if isinstance(value, float) and not math.isfinite(value) else value
 

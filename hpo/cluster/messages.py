@@ -103,7 +103,8 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
     try:
         _, claims = report.write_page(run.folder)
         print(f"figures: {run.folder / 'report.html'}")
-        print("what the search may claim (docs/results.md):", *claims, sep="\n")
+        if claims:
+            print("what the search may claim (docs/results.md):", *claims, sep="\n")
     except Exception as error:  # everything else is done
         again = f"{sys.executable} -m hpo.results {run.folder}"
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
@@ -124,7 +125,8 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
-    print(f"Those of the best trial, with 95 % intervals: {intervals.best_in_words(run.folder, log.best_trial())}\n")
+    print("Those of the best trial, which was selected for them, so that they are a little too good:")
+    print(f"  {intervals.best_in_words(run.folder, log.best_trial())}\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     trials = list(log.trials.values())
     versus = intervals.versus_best(run.folder, trials, setup.metric)

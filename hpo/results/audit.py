@@ -13,12 +13,12 @@ from statsmodels.stats.nonparametric import rank_compare_2indep
 
 from hpo.results.tables import COLUMNS, KNOWN, METRICS, badness, hyperparameter_columns, origin, ranked
 
-LEVEL = 0.05  # of all tests of one kind together
+LEVEL = 0.05  # of all edges together, of all effects together, and of each comparison with the model's suggestions
 MIN_RANDOM = 10  # random trials for the tests of hyperparameters
 MIN_KIND = 4  # model-based and random trials each, to compare them
 MIN_PAIRS = 6  # trials for a rank correlation; its interval needs more than 4
 LOW = 0.5  # Kendall's tau below it: two metrics agree on less than three of four pairs of trials
-RESAMPLES = 100  # of the bootstrap of the importance, 5 ms each
+RESAMPLES = 100  # of the bootstrap of the importance
 
 
 def audit(run: dict, trials: list[dict], iterations: list[dict]) -> tuple[list[str], list[list[str]]]:

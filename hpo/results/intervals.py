@@ -1,9 +1,10 @@
 """The scores of each question, their 95 % intervals, and which trials differ from the best one.
 
-The intervals are those of the bootstrap over passages: questions on one passage are answered well or badly together,
-so passages are drawn and not questions (Davison and Hinkley, "Bootstrap Methods and their Application", 1997, chapter
-3.8). Efron's BCa intervals of scipy.stats.bootstrap. They say what other questions would change, and not what another
-seed of the training would.
+Questions on one passage are answered well or badly together, so passages are the units, and not questions. A score has
+the BCa interval of the bootstrap over passages (Davison and Hinkley, "Bootstrap Methods and their Application", 1997,
+chapter 5.3). A difference of two trials has the t interval of a ratio (Cochran, "Sampling Techniques", 1977, chapter
+6.4): losses have long tails, and with few passages the bootstrap is too sure at the high levels that are needed here.
+The intervals say what other passages would change, and not what another seed of the training would.
 
 The folder scores/ of a run has these files, with one row a question:
 
@@ -13,6 +14,7 @@ The folder scores/ of a run has these files, with one row a question:
 """
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -56,14 +58,14 @@ def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def load(run_dir: Path, trial: dict) -> dict[str, np.ndarray] | None:
-    """The scores of a trial and its questions. None where they are not those of its row in trials.csv.
+    """The scores of a trial and its questions. None where they are not those of its row in trials.csv, or damaged.
 
     Runs of older versions have none. A trial that is running may be at its next rung already.
     """
     try:
         arrays = dict(np.load(run_dir / "scores" / f"{trial['trial_id']}.npz"))
         questions = dict(np.load(run_dir / "scores" / "selection.npz"))
-    except FileNotFoundError:
+    except (OSError, ValueError, zipfile.BadZipFile):
         return None
     return arrays | questions if arrays["iteration"] == trial["training_iteration"] else None
 
@@ -72,24 +74,24 @@ def load(run_dir: Path, trial: dict) -> dict[str, np.ndarray] | None:
 # intervals
 
 
-def interval(sums: np.ndarray, sizes: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
-    """The interval of sum(sums) / sum(sizes), for passages that are drawn at random.
+def interval(sums: np.ndarray, sizes: np.ndarray, proportion: bool) -> tuple[float, float] | None:
+    """The 95 % interval of sum(sums) / sum(sizes), for passages that are drawn at random.
 
     Args:
         sums: (m,), the scores of a passage, added up.
         sizes: (m,), the number of its questions, or of their answer tokens.
-        level: how often such an interval has the true value in it. tests/test_intervals.py measures it.
+        proportion: a score from 0 to 1, such as EM.
 
     Returns:
-        (low, high). None for a single passage.
+        (low, high). None for a single passage, and where a score is NaN or infinite.
     """
-    if len(sums) < 2:
+    if len(sums) < 2 or not np.isfinite(sums).all():
         return None
     ratios = sums / sizes
     if np.ptp(ratios) == 0:  # the bootstrap would give an interval without width
-        if ratios[0] not in (0, 1):
+        if not proportion or ratios[0] not in (0, 1):
             return float(ratios[0]), float(ratios[0])
-        exact = stats.binomtest(int(ratios[0]) * len(sums), len(sums)).proportion_ci(level)  # Clopper and Pearson
+        exact = stats.binomtest(int(ratios[0]) * len(sums), len(sums)).proportion_ci(LEVEL)  # Clopper and Pearson
         return float(exact.low), float(exact.high)
     found = stats.bootstrap(
         (sums, sizes),
@@ -98,7 +100,7 @@ def interval(sums: np.ndarray, sizes: np.ndarray, level: float = LEVEL) -> tuple
         vectorized=True,
         n_resamples=RESAMPLES,
         batch=max(1, 10**6 // len(sums)),
-        confidence_level=level,
+        confidence_level=LEVEL,
         rng=np.random.default_rng(0),  # the same data have the same interval
     ).confidence_interval
     return float(found.low), float(found.high)
@@ -113,24 +115,41 @@ def of_passages(values: np.ndarray, scores: dict, metric: str) -> tuple[np.ndarr
 
 def score_intervals(scores: dict | None) -> dict[str, tuple[float, float]]:
     """The interval of each metric, by its name, from the arrays of `load`. Empty where there are none."""
-    found = {name: interval(*of_passages(scores[name], scores, name)) for name in METRICS} if scores else {}
+    if not scores:
+        return {}
+    found = {name: interval(*of_passages(scores[name], scores, name), name != "eval_loss") for name in METRICS}
     return {name: ends for name, ends in found.items() if ends}
 
 
 def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) -> tuple[float, float, float] | None:
-    """A metric of one trial minus that of another on the same questions, and its interval: (difference, low, high)."""
-    sums, sizes = of_passages(scores[metric].astype(float) - others[metric], scores, metric)
-    if not sums.any():  # both trials have the same scores
-        return 0.0, 0.0, 0.0
-    ends = interval(sums, sizes, level)
-    return ends and (float(sums.sum() / sizes.sum()), *ends)
+    """A metric of one trial minus that of another on the same questions, and its interval: (difference, low, high).
+
+    None for a single passage, and where a score is NaN or infinite.
+    """
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        sums, sizes = of_passages(scores[metric].astype(float) - others[metric], scores, metric)
+    m = len(sums)
+    if m < 2 or not np.isfinite(sums).all():
+        return None
+    ratio = sums.sum() / sizes.sum()
+    error = np.sqrt(m / (m - 1) * ((sums - ratio * sizes) ** 2).sum()) / sizes.sum()
+    half = stats.t.ppf((1 + level) / 2, m - 1) * error
+    return float(ratio), float(ratio - half), float(ratio + half)
 
 
-def of_gain(run_dir: Path, best: dict, baseline: dict) -> dict[str, tuple[float, float]]:
-    """The interval of each metric of the best trial minus the baseline's. Both are rows of trials.csv."""
+def of_gain(run_dir: Path, best: dict, baseline: dict, others: int) -> dict[str, tuple[float, float]]:
+    """The interval of each metric of the best trial minus the baseline's. Both are rows of trials.csv.
+
+    The best trial was chosen among `others` + 1 finalists, so the interval has their level, see `versus_best`.
+    """
     scores = [load(run_dir, row) for row in (best, baseline)]
-    found = {name: difference(*scores, name) for name in METRICS} if all(scores) else {}
+    found = {name: difference(*scores, name, level_of(others)) for name in METRICS} if all(scores) else {}
     return {name: ends[1:] for name, ends in found.items() if ends}
+
+
+def level_of(others: int) -> float:
+    """The level of each comparison with the best trial: Bonferroni's, for as many other finalists."""
+    return 1 - (1 - LEVEL) / max(1, others)
 
 
 def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tuple[float, float, float]]:
@@ -138,7 +157,8 @@ def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tup
 
     Finalists have the same iteration as the best trial. Each of the k other finalists has an interval of the level
     1 - 0.05 / k (Bonferroni). So the finalist that is truly best is the best trial, or one whose interval has 0 in it,
-    in 95 % of searches (Gupta's subset selection; Hsu, "Multiple Comparisons", 1996, chapter 4).
+    in 95 % of searches (Gupta's subset selection; Hsu, "Multiple Comparisons", 1996, chapter 4). docs/results.md has
+    what was measured.
     """
     rows = ranked(trials, metric)
     rows = [row for row in rows if row["training_iteration"] == rows[0]["training_iteration"] > 0]
@@ -146,8 +166,7 @@ def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tup
     if not rows or scores[rows[0]["trial_id"]] is None:
         return {}
     best = scores.pop(rows[0]["trial_id"])
-    level = 1 - (1 - LEVEL) / max(1, len(scores))
-    found = {trial_id: difference(own, best, metric, level) for trial_id, own in scores.items() if own}
+    found = {trial_id: difference(own, best, metric, level_of(len(scores))) for trial_id, own in scores.items() if own}
     return {trial_id: ends for trial_id, ends in found.items() if ends}
 
 
@@ -167,6 +186,6 @@ def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str) ->
         return []
     ties = [trial_id for trial_id, (_, low, high) in versus.items() if low <= 0 <= high]
     if not ties:
-        return [f"The best trial differs in {metric} from each of the other {len(versus)} finalists."]
+        return [f"The best trial differs in {metric} from each of the other {len(versus)} finalists with scores."]
     of = f"{len(ties)} of the other {len(versus)} finalists cannot be told apart from the best trial in {metric}"
     return [f"{of}: {', '.join(ties)}."]

@@ -16,7 +16,8 @@ N = 2
 RESEMBLANCE = 0.85  # from here on two passages are near-duplicates
 # Scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese. There each character counts as a word.
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[^\W_{NO_SPACES}]+|[{NO_SPACES}]")
+INDIC = "\u0900-\u0963\u0966-\u0dff"  # with its vowel signs, which are no letters to \w
+WORD = re.compile(rf"(?:[^\W_{NO_SPACES}]|[{INDIC}])+|[{NO_SPACES}]")
 
 
 def words(text: str) -> tuple[str, ...]:
