@@ -44,7 +44,7 @@ _live: Live | None = None
 def below_the_log() -> Iterator[None]:
     """Keeps the display at the bottom of the terminal, if the output is one. Printed lines appear above it."""
     global display, _live
-    console = Console(soft_wrap=True)  # printed lines stay as they are
+    console = Console(soft_wrap=True, markup=False, highlight=False)  # printed lines stay as they are
     if not sys.stdout.isatty() or console.is_dumb_terminal:
         yield
         return
