@@ -107,7 +107,7 @@ class SquadMetric(evaluate.Metric):
 
 
 def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup, group=ONE_RANK) -> tuple[dict, list]:
-    """EM and F1 of the model's greedy answers, as in SQuAD v1.1, or as in 2.0 (setup.unanswerable); and of each one."""
+    """EM and F1 of the model's greedy answers, of all and of each, as in SQuAD v1.1 or 2.0 (setup.unanswerable)."""
     answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, setup.max_new_tokens, group)
     each = scores.of_questions(answers, questions.references, setup.metric_language, setup.unanswerable)
     if setup.unanswerable:

@@ -191,5 +191,5 @@ def test_files_keep_the_scores(tmp_path):
     sums, sizes = intervals.of_passages(scores["eval_loss"], scores, "eval_loss")
     assert sums.tolist() == [3.75, 0] and sizes.tolist() == [5, 1]
     assert intervals.score_intervals(scores).keys() == set(tables.METRICS)
-    assert intervals.of_gain(tmp_path, row, row, 3) == dict.fromkeys(tables.METRICS, (0, 0))
-    assert intervals.of_gain(tmp_path, row, trial("b"), 3) == {}
+    assert intervals.of_gain(tmp_path, [row], row, row, "f1") == dict.fromkeys(tables.METRICS, (0, 0))
+    assert intervals.of_gain(tmp_path, [row], row, trial("b"), "f1") == {}

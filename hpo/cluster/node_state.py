@@ -74,8 +74,8 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int) -> dict:
 def look_at_gpus() -> tuple[str, str | None, list[str]]:
     """Names of the GPUs of this process, the version of the driver, and what is wrong."""
     try:
-        names, gpus = gpu_check.check().partition(": ")[2], nvidia_smi()
-        return names, gpus[0][1] if gpus else None, []
+        names, found = gpu_check.check().partition(": ")[2], nvidia_smi()
+        return names, found[0][1] if found else None, []
     except Exception as error:  # whatever CUDA raises
         return "", None, [in_words(error)]
 

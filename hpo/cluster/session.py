@@ -155,9 +155,8 @@ class SearchSession:
         if self.scheduler.baseline:
             baseline = self.log.trials[self.scheduler.baseline]
             gain = tables.gain(self.log.best_trial(), baseline)
-            best = self.log.best_trial()
-            finalists = [t for t in self.log.trials.values() if t["training_iteration"] == best["training_iteration"]]
-            ends = intervals.of_gain(self.run.folder, best, baseline, len(finalists) - 1) if gain else {}
+            trials, best = list(self.log.trials.values()), self.log.best_trial()
+            ends = intervals.of_gain(self.run.folder, trials, best, baseline, self.setup.metric) if gain else {}
             self.run.facts["baseline"] = {"trial_id": baseline["trial_id"], "gain": gain, "intervals": ends}
         preemption.stop_on_signals()
         return self.log

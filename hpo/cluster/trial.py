@@ -62,9 +62,9 @@ class TrialContext:
         return self.group.broadcast_flag(stop)
 
     def keep_scores(self, losses, pairs: list[tuple[float, float]], iteration: int) -> None:
-        """Writes the scores of each question, in place of those of an earlier iteration. For the arguments see there.
+        """Writes the scores of each question, in place of those of an earlier rung. All ranks call it, rank 0 writes.
 
-        All ranks call it, and rank 0 writes.
+        For the arguments see intervals.scores_of.
         """
         if self.group.rank == 0:
             from hpo.results import intervals

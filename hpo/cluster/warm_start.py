@@ -11,7 +11,7 @@ from pathlib import Path
 from hpo import arguments, code_copy, known, search_space
 from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
-from hpo.results.provenance import hash_or_none
+from hpo.results.provenance import changed_files
 from hpo.results.tables import ranked
 from hpo.squad import loading
 
@@ -101,7 +101,7 @@ def other_files(run: dict, args) -> list[str]:
     for name, entry in run.get("files", {}).items():
         with contextlib.suppress(BadInput):  # it is not there: a plan can be made without it
             folder = find[name](getattr(args, name)) if name in find else None
-            if folder and any(hash_or_none(folder / file) != sha256 for file, sha256 in entry["sha256"].items()):
+            if folder and changed_files(entry["sha256"], folder):
                 words.append(f"other files of {name}")
     return words
 

@@ -146,8 +146,7 @@ def effect(values: list, losses: np.ndarray) -> float:
     NaN where there is one group only, or all results are the same.
     """
     group = groups(values)
-    samples = [losses[group == g] for g in np.unique(group)]
-    if len(samples) < 2 or len(np.unique(losses)) < 2:
+    if len(np.unique(group)) < 2 or len(np.unique(losses)) < 2:
         return math.nan
     ranks = scipy.stats.rankdata(losses)  # infinite results too
     samples = [ranks[group == g] for g in np.unique(group)]

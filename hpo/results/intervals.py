@@ -137,13 +137,21 @@ def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) ->
     return float(ratio), float(ratio - half), float(ratio + half)
 
 
-def of_gain(run_dir: Path, best: dict, baseline: dict, others: int) -> dict[str, tuple[float, float]]:
-    """The interval of each metric of the best trial minus the baseline's. Both are rows of trials.csv.
+def finalists(trials: list[dict], metric: str) -> list[dict]:
+    """The trials with as many iterations as the best one, which is the first. Empty while none has reached a rung."""
+    rows = ranked(trials, metric)
+    return [row for row in rows if row["training_iteration"] == rows[0]["training_iteration"] > 0]
 
-    The best trial was chosen among `others` + 1 finalists, so the interval has their level, see `versus_best`.
+
+def of_gain(
+    run_dir: Path, trials: list[dict], best: dict, baseline: dict, metric: str
+) -> dict[str, tuple[float, float]]:
+    """The interval of each metric of the best trial minus the baseline's. Both are rows of `trials`.
+
+    The best trial was chosen among the finalists, so the interval has the level of `versus_best`.
     """
-    scores = [load(run_dir, row) for row in (best, baseline)]
-    found = {name: difference(*scores, name, level_of(others)) for name in METRICS} if all(scores) else {}
+    scores, level = [load(run_dir, row) for row in (best, baseline)], level_of(len(finalists(trials, metric)) - 1)
+    found = {name: difference(*scores, name, level) for name in METRICS} if all(scores) else {}
     return {name: ends[1:] for name, ends in found.items() if ends}
 
 
@@ -160,8 +168,7 @@ def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tup
     in 95 % of searches (Gupta's subset selection; Hsu, "Multiple Comparisons", 1996, chapter 4). docs/results.md has
     what was measured.
     """
-    rows = ranked(trials, metric)
-    rows = [row for row in rows if row["training_iteration"] == rows[0]["training_iteration"] > 0]
+    rows = finalists(trials, metric)
     scores = {row["trial_id"]: load(run_dir, row) for row in rows}
     if not rows or scores[rows[0]["trial_id"]] is None:
         return {}

@@ -51,6 +51,11 @@ def hashes(folder: Path, files: list[Path]) -> dict:
     return {"folder": str(folder.absolute()), "sha256": {name: sha256(folder / name) for name in names}}
 
 
+def changed_files(sha256s: dict[str, str], folder: Path) -> list[str]:
+    """The files of `hashes` that are not, or not like that, in a folder."""
+    return [name for name, before in sha256s.items() if hash_or_none(folder / name) != before]
+
+
 def hash_or_none(file: Path) -> str | None:
     """The SHA-256 of a file; None where it cannot be read."""
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hpo import code_copy
 from hpo.errors import BadInput
-from hpo.results.provenance import folder_hash, hash_or_none, other_versions
+from hpo.results.provenance import changed_files, folder_hash, other_versions
 
 NEEDED = ("arguments", "environment", "cluster", "script", "code_sha256", "files", "versions", "cuda", "git_commit")
 
@@ -87,7 +87,7 @@ def differences(run: dict, folder: Path) -> list[str]:
     found = other_versions(run["versions"])
     for what, entry in run["files"].items():
         here = present_folder(entry)
-        changed = [name for name, sha256 in entry["sha256"].items() if hash_or_none(here / name) != sha256]
+        changed = changed_files(entry["sha256"], here)
         found += [f"{what} {here}: changed or not there: {', '.join(changed)}"] * bool(changed)
     if folder_hash(folder / code_copy.NAME) != run["code_sha256"]:
         found.append(f"{folder / code_copy.NAME} was edited")
