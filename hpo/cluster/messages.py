@@ -125,7 +125,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
-    print("Those of the best trial, which was selected for them, so that they are a little too good:")
+    print("The best trial was selected by them, so its own are a little too good. With 95 % intervals:")
     print(f"  {intervals.best_in_words(run.folder, log.best_trial())}\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     trials = list(log.trials.values())
