@@ -135,10 +135,10 @@ def train(config: dict, setup: Setup, trial) -> None:
     group, hyperparameters = trial.group, setup.hyperparameters(config["train_loop_config"])
     tokenizer, model = models.load_tokenizer(setup.model), models.pretrained(setup.model)
     precision.check_once(make_trainer, hyperparameters, setup, group)  # once per process: are gradients right?
-    transformers.set_seed(setup.seed)
+    transformers.set_seed(hyperparameters["seed"])
     model = lora.prepare(model, setup, hyperparameters)
     batch_size = hyperparameters["per_device_bs"] * hyperparameters["gradient_accumulation_steps"] * group.size
-    order = data_order(setup.train.lengths, setup.num_train_epochs, batch_size, setup.seed)
+    order = data_order(setup.train.lengths, setup.num_train_epochs, batch_size, hyperparameters["seed"])
     questions = torch.utils.data.Subset(setup.train, order)
     trainer = make_trainer(model, questions, hyperparameters, setup, group, trial.folder, tokenizer.pad_token_id)
     trainer.add_callback(Iterations(config["rungs"], setup, trial, trainer, tokenizer, batch_size))
@@ -150,8 +150,7 @@ def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
     """Indices of the questions of a full training: similar lengths share a batch, each epoch has another order."""
     order = []
     for epoch in range(math.ceil(epochs)):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order += get_length_grouped_indices(lengths, batch_size, generator=generator)
+        order += get_length_grouped_indices(lengths, batch_size, generator=torch.Generator().manual_seed(seed + epoch))
     return order[: max(1, round(len(lengths) * epochs))]
 
 
@@ -169,7 +168,7 @@ def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, f
         train_sampling_strategy="sequential",
         **precision.training_arguments(setup.ds_config, setup.precision),  # DeepSpeed, fp16 or bf16
         use_cpu=not torch.cuda.is_available(),
-        seed=setup.seed,
+        seed=hyperparameters["seed"],
         save_strategy="no",
         logging_strategy="no",
         logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step
@@ -375,7 +374,7 @@ def main(args, train=train) -> None:
     """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
     space = ranges.space_of_run(SEARCH_SPACE, train, args)
     args.known = known.settings(KNOWN, space, args)
-    from hpo.cluster import check_nodes, launch, messages, warm_start  # late, so that bad input is refused early
+    from hpo.cluster import check_nodes, finish, launch, messages, repeats, warm_start  # after bad input was refused
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
@@ -397,9 +396,10 @@ def main(args, train=train) -> None:
         return messages.print_done(run)
     messages.announce(run)
 
-    # Writes the status of the run, however the search ends. After Ctrl-C, SIGTERM or the time limit, --resume goes on.
-    with launch.ray_session(run):
+    with launch.ray_session(run):  # however the search ends, --resume goes on
         log = search(run, train)
+        if finish.add_trials(run, log):  # --finish
+            log = search(run, train)
         result = run.write_best_result(log)
         best_model = run.folder / "best_model"
         if not run.has_tested(log.best):  # otherwise it is best_model already, and no later trial is better
@@ -407,9 +407,9 @@ def main(args, train=train) -> None:
                 adapters = lora.of_trial(setup, log.configs[log.best])
                 models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
             print(f"best model: {best_model}; testing it", flush=True)
-            resources = {"num_cpus": setup.cpus_per_trial, "num_gpus": min(1, setup.gpus_per_trial)}
-            test_task = ray.remote(**resources)(test)
+            test_task = ray.remote(num_cpus=setup.cpus_per_trial, num_gpus=min(1, setup.gpus_per_trial))(test)
             run.add_test(log.best, test_set, *ray.get(test_task.remote(best_model, test_set, setup)))
+        repeats.run(run, log, lambda more: search(more, train))  # --repeats
     messages.print_results(run, log, result)
 
 

@@ -25,7 +25,7 @@ from ray import tune
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "demo"
-HYPERPARAMETERS = {"lr": 1e-4, "per_device_bs": 2, "wd": 0.01}
+HYPERPARAMETERS = {"lr": 1e-4, "per_device_bs": 2, "wd": 0.01, "seed": 0}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what trials share
@@ -104,7 +104,7 @@ class TrialHere(TrialContext):
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None = None, pause: int | None = None):
-        files = folder / "stop", folder / "scores.npz"
+        files = folder / "stop", folder / "scores"
         super().__init__(one_rank(), str(folder), checkpoint and str(checkpoint), *files)
         self.pause, self.reports, self.last_checkpoint = pause, [], checkpoint
 

@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from slurm_cluster import Project, SlurmCluster, sh
+from slurm_cluster import BOTH_GPUS, Project, SlurmCluster, sh
 
 from hpo import files
 from hpo.bohb.brackets import rungs
@@ -92,7 +92,8 @@ class Run:
 
     def submit(self, *arguments) -> str:
         """Submits the head job; its id."""
-        return self.project.submit(*arguments, "--run_name", "x", "--output_dir", self.output, NUM_WORKERS="2")
+        where = ["--run_name", "x", "--output_dir", self.output]
+        return self.project.submit(*arguments, *where, NUM_WORKERS="2", **BOTH_GPUS)
 
     def iterations(self) -> list[dict]:
         """The rows of iterations.csv."""

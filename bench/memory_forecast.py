@@ -77,14 +77,14 @@ def train(stage: int, kind: str) -> None:
         f = memory.forecast(folder, setup.ds_config, kind, *sizes)
         seconds = time.time() - began
         small = common.setup_of_questions(rows, rows, stage, kind, ds_config=ds_config(stage, 10**6))
-        precision.check_once(raytune_bayesian.make_trainer, {}, small, common.one_rank())
+        precision.check_once(raytune_bayesian.make_trainer, {"seed": 0}, small, common.one_rank())
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins here
         before = status("VmRSS")
         torch.manual_seed(0)
         model = evaluation.fuse_gelu(transformers.BloomForCausalLM(config))
         assert model.num_parameters() == parameters
-        hyperparameters = {"lr": 1e-5, "wd": 0.01, "per_device_bs": BATCH_SIZE}
+        hyperparameters = {"lr": 1e-5, "wd": 0.01, "per_device_bs": BATCH_SIZE, "seed": 0}
         trainer = raytune_bayesian.make_trainer(model, rows, hyperparameters, setup, common.one_rank(), folder, 3)
         trainer.train()
     forecast, measured = f.weights + f.optimizer + max(f.backward, f.step), status("VmHWM") - before

@@ -2,9 +2,10 @@
 
     .venv/bin/python bench/slurm_overhead.py        # some minutes
 
-It needs demo/model (make demo-data) and Debian's packages slurm-wlm, slurmdbd, mariadb-server, munge and iproute2. A
-second search of each run is cancelled while BUSY other processes want the processor. The baseline is the sleeps of
-the textbook scripts, before they start anything: 10 s for the head and 30 s for the workers.
+It needs demo/model (make demo-data) and Debian's packages slurm-wlm, slurmdbd, mariadb-server, munge and iproute2.
+Three further searches of each run, one for each way to use nodes, are cancelled while BUSY other processes want the
+processor. The baseline is the sleeps of the textbook scripts, before they start anything: 10 s for the head and 30 s
+for the workers.
 """
 
 import shutil
@@ -19,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from slurm_cluster import Project, SlurmCluster
+from slurm_cluster import BOTH_GPUS, Project, SlurmCluster
 
 from hpo import files
 
@@ -27,14 +28,27 @@ DEMO = Path(__file__).parent.parent / "demo"
 RUNS = 3
 TEXTBOOK_SLEEPS = 40  # seconds
 BUSY = 8
-LIMITS = {"job start to first trial running": 45, "last trial's end to an empty queue": 10, "cancel to nothing left": 5}
+OWN = ["--gpus-per-node=2", "--cpus-per-task=3", "--mem=6G"]
+WAYS = {  # how the head job is submitted
+    "worker jobs": {"NUM_WORKERS": "2", **BOTH_GPUS},
+    "one job on one node": {"NUM_WORKERS": "0", "options": OWN},
+    "one job on three nodes": {"node": "node[1-3]", "options": ["--nodes=3", *OWN]},
+}
+LIMITS = {"job start to first trial running": 45, "last trial's end to an empty queue": 10}
+LIMITS |= {f"cancel to nothing left: {way}": 5 for way in WAYS}
 
 
-def cancel(cluster: SlurmCluster, project: Project) -> float:
-    """Seconds from scancel of a running search until no process, port, job or folder of it is left."""
+def cancel(cluster: SlurmCluster, project: Project, way: dict) -> float:
+    """Seconds from scancel of a running search until no process, port, job or folder of it is left.
+
+    Args:
+        cluster: the cluster.
+        project: its folder.
+        way: one of WAYS.
+    """
     job = project.submit(
-        "--model", DEMO / "model", "--dataset", DEMO / "squad", "--max_t", 50, "--num_train_epochs", 10,
-        "--max_eval_samples", 40, NUM_WORKERS="2",
+        "--model", DEMO / "model", "--dataset", DEMO / "squad", "--max_t", 50, "--num_train_epochs", 2,
+        "--max_eval_samples", 40, **way,
     )  # fmt: skip
     project.wait_for_search(job)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(BUSY)]
@@ -59,7 +73,7 @@ def main() -> None:
             project = Project(cluster, place, place / "tmp")
             job = project.submit(
                 "--model", DEMO / "model", "--dataset", DEMO / "squad", "--max_t", 4, "--num_train_epochs", 0.2,
-                "--max_eval_samples", 40, "--run_name", "x", NUM_WORKERS="2",
+                "--max_eval_samples", 40, "--run_name", "x", NUM_WORKERS="2", **BOTH_GPUS,
             )  # fmt: skip
             project.wait_for("an empty queue", lambda: not cluster.queue(), 300)
             ended = time.time()
@@ -70,12 +84,13 @@ def main() -> None:
             started = datetime.fromisoformat(state["StartTime"]).timestamp()  # in whole seconds
             seconds["job start to first trial running"].append(min(i["started_at"] for i in iterations) - started)
             seconds["last trial's end to an empty queue"].append(ended - max(i["ended_at"] for i in iterations))
-            seconds["cancel to nothing left"].append(cancel(cluster, project))
+            for way, submission in WAYS.items():
+                seconds[f"cancel to nothing left: {way}"].append(cancel(cluster, project, submission))
             shutil.rmtree(place)
-    print(f"{'':36} {'median':>8} {'worst':>8} {'limit':>8}   seconds, {RUNS} runs of 2 workers with 2 GPUs")
+    print(f"{'':46} {'median':>8} {'worst':>8} {'limit':>8}   seconds, {RUNS} runs of 2 workers with 2 GPUs")
     for name, values in seconds.items():
-        print(f"{name:36} {statistics.median(values):8.1f} {max(values):8.1f} {LIMITS[name]:8}")
-    print(f"{'sleeps of the textbook scripts alone':36} {TEXTBOOK_SLEEPS:8.1f}")
+        print(f"{name:46} {statistics.median(values):8.1f} {max(values):8.1f} {LIMITS[name]:8}")
+    print(f"{'sleeps of the textbook scripts alone':46} {TEXTBOOK_SLEEPS:8.1f}")
     print(f"ratio: {TEXTBOOK_SLEEPS / statistics.median(seconds['job start to first trial running']):.2f}")
 
 

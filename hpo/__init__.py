@@ -19,9 +19,27 @@ the searcher's model and pauses the trial. When all trials of the rung have repo
 from their checkpoints, and the others end. All along, the search saves its state (cluster/session, cluster/state).
 """
 
+import contextlib
 import os
+import sys
 
 # Ray reads these when it is imported. Without a token anyone on the network could run code in its cluster. Its
 # progress output cannot be silenced; ours is in results/.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+
+
+@contextlib.contextmanager
+def hidden(*packages: str):
+    """Imports in this block do not find these packages, as if they were not installed.
+
+    DeepSpeed and Ray import trackers where they are installed, for features that are not used here. It takes seconds in
+    each process. A package that is imported already stays visible.
+    """
+    new = dict.fromkeys(set(packages) - set(sys.modules))
+    sys.modules.update(new)  # None: Python's documentation of the import system
+    try:
+        yield
+    finally:
+        for name in new:
+            sys.modules.pop(name, None)

@@ -32,10 +32,11 @@ NOT_OF_THE_SEARCH = (
     "seconds_per_iteration", "check", "from_check", "earlier_check", "earlier_results",
 )  # fmt: skip
 ENDS = ("num_samples", "gpu_hours", "hours")  # what ends a search; None: this does not
+AFTER = ("finish", "repeats")  # how many trainings follow the search
 OLDER = {  # older runs have no such flags
     "report_to": "tensorboard", "precision": "fp32", "metric_language": "en", "drop_bad_answers": False, "lora_r": 0,
     "lora_alpha": None, "lora_target_modules": "", "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
-    "try": [], "baseline": False, "gpu_hours": None, "hours": None, "warm_start": [],
+    "try": [], "baseline": False, "gpu_hours": None, "hours": None, "warm_start": [], "finish": 0, "repeats": 0,
 }  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -44,7 +45,7 @@ NOTHING_TO_DO = 3  # exit code of python -m hpo.arguments
 LEAST = {
     "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
     "max_concurrent_trials": 0, "max_train_samples": 1, "max_eval_samples": 1, "seed": 0, "lora_r": 0,
-    "gradient_accumulation_steps": 1,
+    "gradient_accumulation_steps": 1, "finish": 0, "repeats": 0,
 }  # fmt: skip
 
 
@@ -118,6 +119,10 @@ def make_parser(description: str) -> Parser:
         "of a run of the same search enter the model; of another one, the best settings are tried first")  # fmt: skip
     add("--baseline", action="store_true", help="train the first known setting (KNOWN, --try) to the end, also if it "
         "loses, and say what the search has gained over it")  # fmt: skip
+    add("--finish", type=int, default=0, metavar="N", help="after the search train up to N of the trials to the "
+        "end that were stopped although they were not clearly worse than promoted ones (default: 0)")  # fmt: skip
+    add("--repeats", type=int, default=0, metavar="N", help="at the end train the best trial, and the baseline, N "
+        "times more with other seeds, and say how much their results differ (default: 0)")  # fmt: skip
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>, and check-<job id, or time> with --check")
@@ -128,7 +133,8 @@ def make_parser(description: str) -> Parser:
         help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
     )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments; "
-        "a larger --num_samples, --gpu_hours or --hours adds trials, also to a run that is done")  # fmt: skip
+        "a larger --num_samples, --gpu_hours or --hours adds trials, also to a run that is done; so do --finish and "
+        "--repeats")  # fmt: skip
     add("--new_code", action="store_true", help="with --resume: use the code of this checkout and the ds_config "
         "file as it is now, in place of the run's own copies")  # fmt: skip
     add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
@@ -339,10 +345,10 @@ def of_run(args: argparse.Namespace) -> tuple[dict, dict[str, str], bool]:
 def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
-    Arguments that are given again must be the same, except --trial_timeout, which may have been too short, and those
-    that say when the search ends: number of trials, GPU-hours, hours. If one of them is another one, those that are not
-    given end the search no more. The number may be smaller only before the run is done (see Run.take_over). The
-    variables of the environment that change the search space must be the same, too.
+    Arguments that are given again must be the same, except --trial_timeout, which may have been too short, --finish and
+    --repeats, and those that say when the search ends: number of trials, GPU-hours, hours. If one of these is another
+    one, those that are not given end the search no more. The number may be smaller only before the run is done (see
+    Run.take_over). The variables of the environment that change the search space must be the same, too.
 
     Raises:
         BadInput: it is no run folder, or another argument is given.
@@ -350,8 +356,8 @@ def load_from_run(args: argparse.Namespace) -> None:
     earlier, ranges_of_run, done = of_run(args)
     for name in ("run_name", "output_dir"):  # they say where the run is: it may have been moved
         earlier.pop(name, None)
-    if "trial_timeout" in args.given:
-        earlier.pop("trial_timeout")
+    for name in {"trial_timeout", *AFTER} & args.given:
+        earlier.pop(name)
     ends = {name: getattr(args, name) if name in args.given else None for name in ENDS}
     changed = any(ends[name] is not None and ends[name] != earlier[name] for name in ENDS)
     fewer = done and (ends["num_samples"] or math.inf) < (earlier["num_samples"] or 0)
@@ -373,12 +379,14 @@ def load_from_run(args: argparse.Namespace) -> None:
 
 
 def nothing_to_do(args: argparse.Namespace, run: dict) -> bool:
-    """Whether a run, by its run.json, is done, and neither more trials nor a larger budget is asked for."""
+    """Whether a run, by its run.json, is done, and neither trials, a larger budget nor further trainings are wanted."""
+    more = any(getattr(args, name) > run["arguments"].get(name, 0) for name in AFTER)
+    return run.get("status") == "done" and not more and not grows(args, run)
 
-    def grows(name: str) -> bool:
-        return (getattr(args, name) or math.inf) > (run["arguments"].get(name) or math.inf)
 
-    return run.get("status") == "done" and not any(map(grows, ENDS))
+def grows(args: argparse.Namespace, run: dict) -> bool:
+    """Whether more trials, or a larger budget, are wanted than a run has, by its run.json."""
+    return any((getattr(args, name) or math.inf) > (run["arguments"].get(name) or math.inf) for name in ENDS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +398,7 @@ def cluster_of_job() -> dict[str, int] | None:
 
     None if the trials run on this machine.
     """
-    if "RAY_ADDRESS" in os.environ:
+    if "HPO_NODES" in os.environ or "RAY_ADDRESS" in os.environ:
         of_head = {name: int(os.environ.get(name, 0)) for name in ("HEAD_GPUS", "HEAD_CPUS")}
         return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV} | of_head
     return None
@@ -440,7 +448,8 @@ def read_cluster_env() -> dict[str, int] | None:
 
     A command that fails there is told on stderr, as in the log of a job.
     """
-    if not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
+    in_job = "HPO_NODES" in os.environ  # head_node.slurm has read the file, and knows where trials run
+    if in_job or not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
         return cluster_of_job()
     says = 'echo "cluster.env: line $LINENO: $BASH_COMMAND failed with exit code $failed" >&3'
     trap = f"trap 'failed=$?; [[ ${{BASH_SOURCE[0]}} != ./cluster.env ]] || {says}' ERR"

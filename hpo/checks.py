@@ -47,7 +47,7 @@ def check_resources(args: argparse.Namespace) -> None:
     """
     if args.from_check is not None:
         return
-    where = "a worker node (cluster.env)" if args.cluster else "this machine"
+    where = "a node for trials (see cluster.env, or the options of sbatch)" if args.cluster else "this machine"
     cpus = arguments.node_cpus(args)
     if args.cpus_per_trial > cpus:  # first: to look for GPUs is slow
         raise BadInput(f"--cpus_per_trial {args.cpus_per_trial}: {where} has {cpus}")

@@ -107,7 +107,7 @@ def read_csv(path: Path) -> list[dict]:
 
 
 def _value(key: str, text: str):
-    if key in ("trial_id", "status", "node"):  # text, although an id may look like a number: 12e45678
+    if key in ("trial_id", "repeat_of", "status", "node"):  # text, although an id may look like a number: 12e45678
         return text
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]

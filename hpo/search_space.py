@@ -207,7 +207,7 @@ def check_read(searched: dict, train) -> None:
     others = [name for name in searched if name not in KNOWN]
     unread = set(others) - names_read(train) if others else ()
     for name in others:
-        if name in unread:
+        if name in unread or name == "seed":  # it is read, for --repeats
             if name in INSTEAD:
                 raise BadInput(f"search space: {name}: use {INSTEAD[name]}")
             field = name in TrainingArguments.__dataclass_fields__
@@ -364,6 +364,11 @@ def setting_of(space: dict, setting: dict) -> dict:
         if isinstance(searched[name], Domain):
             found[name] = value
     return found
+
+
+def as_searched(space: dict, config: dict) -> dict:
+    """The train_loop_config of a trial with the values of its search space, where it was read from JSON."""
+    return config | {n: space["train_loop_config"][n] for n in config} | setting_of(space, config)
 
 
 def largest(domain) -> float:

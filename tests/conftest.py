@@ -1,13 +1,18 @@
 """A tiny model and a tiny data set, made in a second: what a test needs that does not look at learning."""
 
+import contextlib
 import fcntl
 import gc
+import io
 import json
 import os
 import random
+import runpy
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -222,3 +227,33 @@ def run_script(*arguments, timeout=900, script=SCRIPT, before=(), **environment)
         if process.poll() is None:
             os.killpg(process.pid, 9)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def run_here(*arguments, script=SCRIPT, **environment) -> subprocess.CompletedProcess:
+    """Runs the script from its first line, as run_script does, in this process, which has the slow imports already.
+
+    For command lines that end before Ray starts: plans and refusals.
+    """
+    patch, out, err, code = unittest.mock.patch, io.StringIO(), io.StringIO(), 0
+    argv = [str(script), *map(str, arguments)]
+    experiment = sys.modules.pop(SCRIPT.stem, None)  # a test script imports it anew, and may change it
+    with contextlib.ExitStack() as stack:
+        for change in (
+            patch.dict(os.environ, environment),
+            patch.object(sys, "argv", argv),
+            patch("os.execve", side_effect=AssertionError("--resume goes on with another code")),
+            patch("hpo.cluster.run.atexit", SimpleNamespace(register=stack.callback)),  # the lock of the run folder
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            stack.enter_context(change)
+        try:
+            runpy.run_path(argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            gc.unfreeze()  # see errors.exit_on_bad_input
+            sys.modules.pop(SCRIPT.stem, None)
+            if experiment:
+                sys.modules[SCRIPT.stem] = experiment
+    return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())

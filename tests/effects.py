@@ -31,9 +31,9 @@ CHANGES = {
 
 def weights_after(ranks, stage: int, changes: dict) -> str:
     ds_config = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
-    setup = types.SimpleNamespace(ds_config=ds_config, precision="fp32", seed=0)
+    setup = types.SimpleNamespace(ds_config=ds_config, precision="fp32")
     data = [{"input_ids": [5 + i, 9, 3, 30 - i, 1], "prompt_length": 3} for i in range(20)]
-    hyperparameters = {"lr": 1e-3, "wd": 0.01, "per_device_bs": 2} | changes
+    hyperparameters = {"lr": 1e-3, "wd": 0.01, "per_device_bs": 2, "seed": 0} | changes
     with tempfile.TemporaryDirectory() as folder:
         model = precision.tiny_model()
         trainer = raytune_bayesian.make_trainer(model, data, hyperparameters, setup, ranks, folder, pad_token_id=0)

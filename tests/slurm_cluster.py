@@ -37,6 +37,9 @@ def copy_project(folder: Path) -> None:
 NO_GPU = ROOT / "tests" / "no_gpu"  # on PYTHONPATH: a stand-in for CUDA
 GPU_TYPES = {"node1": "v100", "node2": "v100", "node3": "a100"}
 NODES = list(GPU_TYPES)
+OWN = ["--gpus-per-node=1", "--cpus-per-task=2", "--mem=6G"]  # what a head job asks for, to train in it
+TWO_NODES = {"NUM_WORKERS": "2", "MEM_PER_NODE": "13G"}  # workers that do not fit on one node
+BOTH_GPUS = {"GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2"}  # of a worker's node; a process for each takes time to start
 HOSTS = [*NODES, "controller"]
 NETWORK, IPV6 = "10.77.0", "fd77"
 PROGRAMS = ["slurmctld", "slurmd", "slurmdbd", "mariadbd", "munged", "sbatch", "ip", "nsenter", "unshare"]
@@ -334,7 +337,7 @@ class Project:
     def submit(self, *arguments, node="node1", options=(), **environment) -> str:
         """Submits the head job; its id."""
         settings = {
-            "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "2", "CPUS_PER_NODE": "2", "MEM_PER_NODE": "3G",
+            "VENV": sys.prefix, "NUM_WORKERS": "1", "GPUS_PER_NODE": "1", "CPUS_PER_NODE": "1", "MEM_PER_NODE": "3G",
             "WORKER_TIMEOUT": "400", "TMPDIR": str(self.temporary), "HOME": str(self.folder / "home"),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(NO_GPU), os.environ.get("PYTHONPATH")])), **environment,
         }  # fmt: skip

@@ -1,6 +1,7 @@
 """Benchmarks still run, at a size that says nothing.
 
-Not here: recipe, full_size, faults and slurm_overhead. They take minutes and run what other tests run.
+Not here: recipe, full_size, faults, slurm_overhead and turnaround --starts. They take minutes and run what other tests
+run.
 """
 
 import json
@@ -47,7 +48,6 @@ def test_memory_forecast():
     assert 0 < row["forecast"] < 2e8 and row["measured"] > 0 and row["seconds"] < 60
 
 
-STARTS = "bench.SLOTS, bench.STARTS, bench.LATER = 2, 1, 1; sys.argv.append('--starts')"
 REAL = "sys.argv += ['--slots', '4', '--trials', '40', '--ray']; bench.REAL = 8"
 QUALITY = "sys.argv += ['--methods', 'ours', 'random', '--problems', 'demo', '--seeds', '2']"
 
@@ -56,7 +56,6 @@ QUALITY = "sys.argv += ['--methods', 'ours', 'random', '--problems', 'demo', '--
     "name, code, says",
     [
         ("startup", "bench.TURNS = 1", r"\na wrong search space .*\n\nratio: \d"),
-        ("turnaround", STARTS, r"\n1 s later +one after another .*\n1 s later +side by side .*\n\nratio: "),
         ("turnaround", "bench.TRIALS = 2", r"resumed, warm .*\n\nratio: \d"),
         ("scheduling", REAL, r"\nours: 0 failed, .*\n.*\nratio: \d"),
         ("search_quality", QUALITY, r"\nrandom .*\nratio: \d"),

@@ -969,6 +969,74 @@ def test_forecast_of_an_extended_search_counts_its_short_brackets():
     assert plan.forecast(SPACE, 25, 16, 4, 1).iterations == 136 != len(simulation.reports)
 
 
+@unchecked
+@given(num_samples=st.integers(2, 40), **SEARCHES, baseline=st.booleans(), more=st.integers(0, 12))
+@settings(deadline=None, max_examples=250)
+def test_stopped_trials_go_on_to_the_end_after_the_search(
+    num_samples, max_t, reduction_factor, slots, max_concurrent, seed, baseline, more
+):
+    """Each is trained once from its start, alone, whenever it is interrupted; all others keep what they have.
+
+    The model learns their results at max_t, and the search can still be extended by more trials.
+    """
+    chance = random.Random(seed)
+    options = {"seed": seed, "max_concurrent": max_concurrent, "points_to_evaluate": known.points(FIRST[:1])}
+
+    def new_pair():
+        search_alg, _ = pair(OURS, **options)
+        size = {"max_t": max_t, "reduction_factor": reduction_factor}
+        return search_alg, scheduler.HyperBandForBOHB(metric="eval_loss", mode="min", baseline=baseline, **size)
+
+    simulation = Simulation(*new_pair(), num_samples, loss, slots=slots, max_t=max_t)
+    simulation.run()
+    before = simulation.search_alg.searcher.observations
+    ended = {o["trial_id"] for o in before if o["budget"] == max_t}
+    stopped = [t.trial_id for t in simulation.trials if t.trial_id not in ended]
+    chosen = chance.sample(stopped, chance.randint(0, len(stopped)))
+
+    of_scheduler = json.loads(json.dumps(simulation.scheduler.get_state()))
+    of_searcher = json.loads(json.dumps(simulation.search_alg.searcher.get_state()))
+    scheduler.going_on(of_scheduler, chosen, max_t)
+    for trial_id in chosen:
+        setting = of_searcher["suggested"][trial_id]["config"]["train_loop_config"]
+        of_searcher["live"][trial_id] = known.points([setting])[0]
+    search_alg, hyperband = new_pair()
+    search_alg.set_state(of_searcher, set(chosen))
+    hyperband.set_state(of_scheduler, set())
+    again = Simulation(search_alg, hyperband, num_samples, loss, slots=slots, max_t=max_t)
+    again.search_alg.created = num_samples
+    for trial_id in chosen:
+        config = of_searcher["suggested"][trial_id]["config"] | {"rungs": [max_t]}
+        again.take_over(trial_id, config, 0, Trial.PAUSED)
+    for _ in range(chance.randint(0, 3)):
+        again.run(len(again.reports) + chance.randint(1, 60))
+        again = again.restart(*new_pair(), saved=True, num_samples=num_samples)
+    again.run()
+    search_alg, hyperband = again.search_alg.searcher, again.scheduler
+    assert Counter((trial_id, t) for _, _, trial_id, t, _ in again.reports) == Counter(
+        itertools.product(chosen, range(1, max_t + 1))
+    )
+    assert search_alg.observations[: len(before)] == before
+    found = {o["trial_id"]: (o["budget"], o["loss"]) for o in search_alg.observations[len(before) :]}
+    configs = {trial_id: search_alg.suggested[trial_id]["config"] for trial_id in chosen}
+    assert found == {trial_id: (max_t, loss(config, max_t)) for trial_id, config in configs.items()}
+    assert len(search_alg.observations) == len(before) + len(chosen) == observed(search_alg).total()
+    assert not hyperband._trials and not search_alg.running and not any(map(hyperband.in_race, configs))
+    longer = again.restart(*new_pair(), saved=True, num_samples=num_samples + more)
+    longer.run()
+    assert len(longer.search_alg.searcher.suggested) == num_samples + more and not longer.scheduler._trials
+
+
+def test_state_of_a_baseline_alone_from_older_versions():
+    """It has one race in place of a dictionary of them."""
+    race = scheduler.plain(brackets.Bracket([(1, 50)], added=1, members=["00000"]))
+    old = {"brackets": [], "bracket_of": {}, "baseline": "00000", "alone": race}
+    for state, alone in (old, {"00000": scheduler.from_plain(race)}), (old | {"alone": None}, {}):
+        _, hyperband = pair(OURS)
+        hyperband.set_state(state, {"00000"})
+        assert hyperband.alone == alone
+
+
 def test_cost_of_a_decision_grows_slowly():
     """A decision looks at active brackets only. This counts them, because times vary."""
     _, scheduler, _ = simulate(OURS, num_samples=3400, max_t=4, slots=4)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ray import tune
 from rich.console import Console
 
-from conftest import run_script
+from conftest import run_here, run_script
 from hpo import arguments, files
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
@@ -123,19 +123,19 @@ def test_the_plan_is_the_search_that_fits(slots, full):
 
 
 def test_plan_of_a_budget():
-    done = run_script(*PLAN, "--gpu_hours", 20)
+    done = run_here(*PLAN, "--gpu_hours", 20)
     assert done.returncode == 0, done.stderr
     assert (
         "\nwithin 20 GPU-hours: 1 whole band of 34 trials and 32 trials of a band of 34; 14 trials are " in done.stdout
     )
     assert "\n66 trials, 1036 iterations: as many as 20.7 full trainings of 50\n" in done.stdout
     assert "\na slot takes 1 GPU: 18.53 GPU-hours\n" in done.stdout
-    done = run_script(*PLAN, "--gpu_hours", 20, "--hours", 3, "--num_samples", 40)
+    done = run_here(*PLAN, "--gpu_hours", 20, "--hours", 3, "--num_samples", 40)
     assert "\nwithin 20 GPU-hours and 3 hours: 1 whole band of 34 trials and " in done.stdout
-    done = run_script(*PLAN, "--gpu_hours", 1e6)
+    done = run_here(*PLAN, "--gpu_hours", 1e6)
     what = "1e+06 GPU-hours: on 4 slots more than 100,000 iterations, too many for a plan"
     assert (done.returncode, done.stderr) == (2, f"raytune_bayesian.py: error: {what}\n")
-    done = run_script(*PLAN, "--hours", 0.5)
+    done = run_here(*PLAN, "--hours", 0.5)
     assert done.returncode == 2 and done.stdout == ""
     what = "0.5 hours: on 4 slots no trial ends within it: a full training takes 0.833 hours"
     assert done.stderr == f"raytune_bayesian.py: error: {what}\n"
@@ -185,8 +185,9 @@ def test_a_search_with_a_budget_and_a_larger_one(tiny_model, tiny_squad, tmp_pat
     run, (trial,) = json.loads((folder / "run.json").read_text()), files.read_csv(folder / "trials.csv")
     assert run["status"] == "done" and run["arguments"]["num_samples"] is None
     assert trial["status"] == "completed" and trial["training_iteration"] == 4
-    again = run_script(*name, "--resume")
-    assert again.returncode == 0 and "is done already; a larger --num_samples or budget adds trials" in again.stdout
+    repeated = run_script(*name, "--resume", "--repeats", 1)  # the used up budget allows no trial in each slot now
+    assert repeated.returncode == 0 and "Winner's curse" in repeated.stdout, repeated.stderr
+    assert [row["trial_id"] for row in files.read_csv(folder / "trials.csv")] == [trial["trial_id"]]
     more = run_script(*name, "--resume", "--hours", 0.2, "--num_samples", 3)
     assert more.returncode == 0, more.stderr
     assert "search: 3 trials at most, and as many as 0.2 hours allow" in more.stdout

@@ -9,18 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import raytune_bayesian
-from conftest import run_script
+from conftest import run_here, run_script
 from faulty import write_script
 from hpo import arguments, checks, disk, errors, ranges, search_space
 from hpo.cluster import check_nodes, launch, messages, node_state, preemption, small_trial
 from hpo.plan import pace, plan
 from hpo.results import provenance
 from hpo.results.slots import slots_that_passed
+from hpo.squad.group import Group
 from hpo.squad.setup import prepare
 
 SMALL = ["--max_t", 16, "--num_train_epochs", 1, "--max_eval_samples", 20]
@@ -66,10 +68,10 @@ def test_plan_takes_the_pace_of_a_check(checked):
     check = json.loads((folder / "check.json").read_text())
     plan_of = ["--plan", "--from_check", folder]
     at = re.compile(r"^at \S+ s an iteration: .*$", re.MULTILINE)
-    same = run_script(*plan_of)
+    same = run_here(*plan_of)
     assert same.returncode == 0, same.stderr
     assert at.search(same.stdout).group() == at.search(process.stdout).group()
-    longer = run_script(*plan_of, "--num_train_epochs", 2)
+    longer = run_here(*plan_of, "--num_train_epochs", 2)
     steps = check["pace"]["step_seconds"]
     more = sum(380 / int(size) * seconds / 16 for size, seconds in steps.items()) / len(steps)
     seconds = float(re.search(r"^at (\S+) s", longer.stdout, re.MULTILINE).group(1))
@@ -80,7 +82,7 @@ def test_a_check_never_overwrites(checked, tiny_model, tiny_squad):
     output_dir, folder, _ = checked
     before = (folder / "check.json").read_bytes()
     where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", output_dir]
-    process = run_script("--check", *where, *SMALL, "--run_name", "checked")
+    process = run_here("--check", *where, *SMALL, "--run_name", "checked")
     assert process.returncode == 2 and "exists already" in process.stderr and len(process.stderr.splitlines()) == 1
     assert (folder / "check.json").read_bytes() == before
 
@@ -135,7 +137,7 @@ def train(config, setup, trial):
     check = json.loads((tmp_path / "results" / "c" / "check.json").read_text())
     assert not check["ok"] and check["pace"] is None and "hours" not in process.stdout
     assert [path.name for path in (tmp_path / "results" / "c").iterdir()] == ["check.json"]
-    planned = run_script("--plan", "--from_check", tmp_path / "results" / "c")
+    planned = run_here("--plan", "--from_check", tmp_path / "results" / "c")
     assert planned.returncode == 2 and "no node has run the small trial" in planned.stderr
 
 
@@ -245,6 +247,27 @@ def prepared(model, squad, *more):
     args = checks.check(arguments.parse("", argv))
     largest = search_space.largest_trial(SPACE, args)
     return args, prepare(args, 1024, 1000, largest["sequences"])[0], largest
+
+
+def test_an_all_reduce_with_a_wrong_sum_is_told(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda numbers: numbers.add_(2))
+    small_trial.check_all_reduce(Group(rank=0, size=2))  # 1 + 2
+    with pytest.raises(RuntimeError, match="NCCL: an all-reduce .* wrong sum"):
+        small_trial.check_all_reduce(Group(rank=0, size=3))
+
+
+def test_a_file_of_a_node_that_the_head_does_not_see(tmp_path, monkeypatch):
+    """Of two nodes that have written one. No trial runs on that node."""
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: None))
+    monkeypatch.setattr(check_nodes, "once", lambda look: task)
+    monkeypatch.setattr(check_nodes, "answer", lambda *_: {"problems": []})
+    monkeypatch.setattr(node_state, "SHARED_SECONDS", 0.1)
+    nodes = unseen, seen = "a" * 56, "b" * 56  # ids of Ray
+    rows = {node: {"number_of_gpus": 0, "can_run": True, "problems": []} for node in nodes}
+    (tmp_path / seen).write_text("seen")
+    check_nodes.look_at_nodes(rows, tmp_path, False, 0)
+    assert [row["can_run"] for row in rows.values()] == [False, True] and rows[seen]["problems"] == []
+    assert "is not seen on the head within" in rows[unseen]["problems"][0]
 
 
 def test_small_trial_on_two_ranks_in_fp16(tmp_path, tiny_model, tiny_squad, ray_without_gpu):

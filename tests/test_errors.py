@@ -176,7 +176,8 @@ def gpu_check(**environment):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_check_fails_without_cuda():
     code, line = gpu_check(PYTHONPATH="")
-    assert code == 1 and re.match("CUDA error: a GPU of .* was given to this process, and CUDA sees none: ", line), line
+    assert code == (3 if torch.version.cuda else 1), line  # 1: a torch for the CPU, which is the same on each node
+    assert re.match("CUDA error: a GPU of .* was given to this process, and CUDA sees none: ", line), line
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -186,18 +187,17 @@ def test_the_check_passes_with_a_gpu():
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, code, says",
     [
-        (WHOLE[0][1], "a V100 (sm_70) needs a torch"),
-        (TOO_OLD, "install a newer NVIDIA driver"),
-        ("CUDA error: unspecified launch failure", None),
+        (WHOLE[0][1], 1, "a V100 (sm_70) needs a torch"),
+        (TOO_OLD, 1, "install a newer NVIDIA driver"),
+        ("CUDA error: unspecified launch failure", 3, None),  # of this node alone
     ],
 )
-def test_the_check_says_in_one_line_what_is_wrong(text, says):
-    code, line = gpu_check(PYTHONPATH=str(NO_GPU), GPU_CHECK_SAYS=text)
-    assert (
-        code == 1 and line.startswith(errors.one_line(text)) and (f"; {says}" in line if says else line == text + "\n")
-    ), line
+def test_the_check_says_in_one_line_what_is_wrong(text, code, says):
+    ended, line = gpu_check(PYTHONPATH=str(NO_GPU), GPU_CHECK_SAYS=text)
+    assert ended == code and line.startswith(errors.one_line(text)), line
+    assert f"; {says}" in line if says else line == text + "\n"
 
 
 def test_a_gpu_that_computes_wrong_is_found(monkeypatch):
@@ -209,7 +209,9 @@ def test_a_gpu_that_computes_wrong_is_found(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, where: to(self, "cpu") + (where in wrong))
-    assert gpu_check.check() == "GPUs that compute: GPU 0, GPU 1"
+    assert gpu_check.check() == gpu_check.check(2) == "GPUs that compute: GPU 0, GPU 1"
+    with pytest.raises(RuntimeError, match="^CUDA error: there should be 3 GPUs, and CUDA sees 2$"):
+        gpu_check.check(3)
     wrong.append("cuda:1")
     with pytest.raises(RuntimeError, match="^CUDA error: GPU 1 computes a wrong matrix product$"):
         gpu_check.check()

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 from ray import tune
 
-from conftest import run_script
+from conftest import run_here, run_script
 from faulty import write_script
 from hpo import arguments, errors, files, search_space
 from hpo.cluster.run import Run
@@ -71,14 +71,14 @@ def test_run_that_cannot_be_extended_is_refused_in_one_line(done, tmp_path):
     assert not list(folder.glob("ray/*/checkpoint_*"))
 
     def refused(*arguments, **environment):
-        process = run_script(*name, "--resume", *arguments, **environment)
+        process = run_here(*name, "--resume", *arguments, **environment)
         assert process.returncode == 2 and process.stdout == "" and len(process.stderr.splitlines()) == 1
         return process.stderr
 
     assert "--num_samples 3 (the run has 4)" in refused("--num_samples", 3)
     assert refused("--num_samples", 6, "--max_t", 8).endswith("the run's: --max_t 8 (the run has 4)\n")
     for more in ([], ["--num_samples", 4]):
-        process = run_script(*name, "--resume", *more)
+        process = run_here(*name, "--resume", *more)
         assert process.returncode == 0 and "is done already" in process.stdout
     (tmp_path / "quota").write_text("#!/bin/sh\necho 10 0 11 0 0 0 0 0\n")  # 1 KB is left
     (tmp_path / "quota").chmod(0o755)
@@ -179,10 +179,11 @@ OF_BOTH = {"ds_config": {}, "questions": {"train": 5}, "search_space": search_sp
 def take_over(folder, earlier, suggested=4, num_samples=6):
     """A run that takes over an earlier one, by its run.json, without the slow rest."""
     run = Run.__new__(Run)
-    run.args, run.space, run.folder = SimpleNamespace(known=[], num_samples=num_samples), SPACE, folder
+    run.args = SimpleNamespace(known=[], num_samples=num_samples, gpu_hours=None, hours=None)
+    run.space, run.folder = SPACE, folder
     run.facts = copy.deepcopy(OF_BOTH) | {"status": "running", "known_settings": [], "tests": []}
     save_state(folder, {"searcher": {"suggested": dict.fromkeys(map(str, range(suggested)))}})
-    run.take_over(json.loads(json.dumps(OF_BOTH | earlier)))
+    run.take_over(json.loads(json.dumps(OF_BOTH | {"arguments": {"num_samples": suggested}} | earlier)))
     return run
 
 
@@ -219,6 +220,18 @@ def test_an_extension_keeps_the_results_of_the_run(tmp_path):
     results = {"tests": [{"trial_id": "a"}], "baseline": {"trial_id": "a"}, "slot_minutes": {"allocated": 1.0}}
     facts = take_over(tmp_path, results | {"status": "done"}).facts
     assert {name: facts[name] for name in results} == results and facts["status"] == "running"
+
+
+def test_a_search_that_has_ended_takes_trials_only_if_more_are_wanted(tmp_path):
+    """With a budget it could otherwise: each slot gets a trial before a pace is known. Older runs do not say it."""
+    for said, wanted, ended in (
+        ({"status": "done"}, 4, True),
+        ({"status": "done"}, 6, False),
+        ({"ended": True}, 4, True),
+    ):
+        run = take_over(tmp_path, said, num_samples=wanted)
+        assert run.ended == run.facts["ended"] == ended
+    assert not take_over(tmp_path, {"status": "interrupted"}, num_samples=4).ended
 
 
 def test_a_number_of_trials_that_was_too_large_is_undone(tmp_path):

@@ -5,12 +5,12 @@ They are compared with goldens.json. This command records them again; say in the
     .venv/bin/python tests/test_goldens.py
 """
 
+import contextlib
 import json
 import random
 import re
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,7 +68,7 @@ def plan(num_samples: int, max_t: int, reduction_factor: int, slots: int) -> str
 
 def refusals(folder: Path) -> list[str]:
     """The message of each command line in REFUSED, run in a folder."""
-    from conftest import run_script
+    from conftest import run_here
 
     (folder / "results" / "taken").mkdir(parents=True)
     files = {
@@ -80,14 +80,12 @@ def refusals(folder: Path) -> list[str]:
     (folder / "file").touch()
 
     def run(command: str) -> str:
-        done = run_script(
-            *command.split(), before=["env", "-C", str(folder)], CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1"
-        )
+        with contextlib.chdir(folder):
+            done = run_here(*command.split(), CUDA_VISIBLE_DEVICES="")
         assert done.returncode == 2 and done.stdout == "", (command, done)
         return re.sub(r"(this machine has) \d+", r"\1 N", done.stderr.replace(f"{folder}/", ""))
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(run, REFUSED))
+    return [run(command) for command in REFUSED]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +105,6 @@ def test_plans(goldens, number):
     assert plan(*PLANS[number]).splitlines() == goldens["plans"][number]
 
 
-@pytest.mark.slow
 def test_refusals(goldens, tmp_path):
     assert dict(zip(REFUSED, refusals(tmp_path), strict=True)) == goldens["refusals"]
 

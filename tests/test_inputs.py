@@ -26,7 +26,7 @@ from ray.tune.search.sample import Categorical, Float
 from transformers import TrainingArguments
 
 import raytune_bayesian
-from conftest import ROOT, make_model, run_script
+from conftest import ROOT, make_model, run_here, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files, known, ranges, search_space
 from hpo.bohb.searcher import TuneBOHB
@@ -511,7 +511,7 @@ def test_the_script_reads_no_other_hyperparameter():
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     others = [text for text in texts - set(search_space.KNOWN) if text.isidentifier()]
     assert {"gradient_clipping", "rungs", "train_loop_config", "sequences"} <= set(others)
-    assert search_space.names_read(raytune_bayesian.train) <= set(search_space.KNOWN)
+    assert search_space.names_read(raytune_bayesian.train) <= {*search_space.KNOWN, "seed"}  # which is refused below
     for text in others:
         with pytest.raises(errors.BadInput, match=f"search space: {text}: "):
             check_space(**{text: tune.uniform(0.1, 1)})
@@ -556,11 +556,10 @@ train = experiment.train
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("plan", [[], ["--plan"]], ids=str)
 def test_a_search_space_that_is_wrong(tmp_path, tiny_model, tiny_squad, plan):
     script, results = with_learning_rates(tmp_path, 2e-4, 5e-6), tmp_path / "results"
-    process = run_script("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, *plan, script=script)
+    process = run_here("--model", tiny_model, "--dataset", tiny_squad, "--output_dir", results, *plan, script=script)
     assert process.stdout == ""
     assert process.returncode == 2, process.stderr
     assert process.stderr == "my_search.py: error: search space: lr: lower 0.0002 is not below upper 5e-06\n"
@@ -679,7 +678,7 @@ def test_what_a_search_suggests_can_be_a_known_setting(seed):
 def test_a_search_with_a_wrong_known_setting_is_not_started(tmp_path, tiny_model, tiny_squad):
     small = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results"]
     for more in ([], ["--plan"]):
-        done = run_script(*small, *more, "--try", "lr=1,per_device_bs=2,wd=0")
+        done = run_here(*small, *more, "--try", "lr=1,per_device_bs=2,wd=0")
         says = f"raytune_bayesian.py: error: --try lr=1,per_device_bs=2,wd=0: lr: 1 {IN_LR}\n"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", says)
     assert not (tmp_path / "results").exists()
@@ -773,10 +772,9 @@ def test_a_change_that_does_not_fit_to_the_script():
         space_of(space, WD_CHOICES="1")
 
 
-@pytest.mark.slow
 def test_a_plan_with_changes_of_the_environment(tmp_path, tiny_model):
     changes = {"LR_UPPER": "1e-4", "BS_CHOICES": "1 2 4"}
-    done = run_script("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, **changes)
+    done = run_here("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, **changes)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[:2] == [
         "LR_UPPER=1e-4 in the environment: lr is loguniform(5e-06, 0.0001)",
@@ -785,12 +783,11 @@ def test_a_plan_with_changes_of_the_environment(tmp_path, tiny_model):
     assert "memory of a GPU, in GB, at batch size 4, fp16" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variables, slow_imports", [({"LR_UPPER": "x"}, False), ({"LR_UPPER": "1e-9"}, True)])
 def test_a_search_with_a_wrong_change_is_not_started(tmp_path, tiny_model, tiny_squad, variables, slow_imports):
     """head_node.slurm checks what needs no slow import (hpo.arguments) before it starts anything."""
     small = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results"]
-    done = run_script(*small, **variables)
+    done = run_here(*small, **variables)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"raytune_bayesian.py: error: LR_UPPER={variables['LR_UPPER']} in the environment: ")
     assert not (tmp_path / "results").exists()
@@ -834,7 +831,7 @@ experiment.search = cut
         ({"LR_UPPER": "3e-3"}, "other arguments than the run's: LR_UPPER=3e-3 in the environment (the run has 2e-3)"),
         ({"BS_CHOICES": "4"}, "search space: per_device_bs is choice[4] now, and choice[1, 2] in the run"),
     ]:
-        again = run_script(*run, "--resume", script=script, **variables)
+        again = run_here(*run, "--resume", script=script, **variables)
         assert again.returncode == 2 and again.stderr == f"{refused}{says}\n", again.stderr
     resumed = run_script(*run, "--resume", script=script, LR_UPPER="0.002")
     assert resumed.returncode == 0, resumed.stderr
@@ -911,7 +908,7 @@ def test_bad_answers_can_be_dropped_and_the_log_says_how_many(broken, tiny_model
     assert f"{tested}, which no decision has used:" in lines
     assert json.loads((tmp_path / "x" / "run.json").read_text())["arguments"]["drop_bad_answers"] is True
 
-    again = run_script(*run, "--resume")
+    again = run_here(*run, "--resume")
     assert (again.returncode, again.stderr) == (0, "") and "is done already" in again.stdout
 
 

@@ -28,7 +28,7 @@ def trial(trial_id: str, iteration: int = 9, **metrics) -> dict:
 
 def keep(folder, trial_id: str, losses, exact, iteration: int = 9) -> None:
     pairs = [(float(em), float(em)) for em in exact]
-    intervals.save(folder / "scores" / f"{trial_id}.npz", intervals.scores_of(np.array(losses), pairs, iteration))
+    intervals.save(folder / "scores" / f"{trial_id}-{iteration}.npz", intervals.scores_of(np.array(losses), pairs))
 
 
 def keep_questions(folder, passages, tokens) -> None:
@@ -127,7 +127,7 @@ def test_a_score_that_is_no_number_has_no_interval(tmp_path):
     assert set(found) == {"exact_match", "f1"}
     assert intervals.difference(scores, others, "eval_loss") is None
     assert intervals.versus_best(tmp_path, rows, "eval_loss") == {}
-    (tmp_path / "scores" / "a.npz").write_bytes(b"damaged")
+    (tmp_path / "scores" / "a-9.npz").write_bytes(b"damaged")
     assert intervals.load(tmp_path, rows[0]) is None
     tested = {"eval_loss": math.nan, "exact_match": 2 / 3, "f1": 2 / 3, "intervals": found}
     tested = json.loads(files.to_json({"tests": [tested], "pair": (math.nan, 1)}))["tests"][0]
@@ -155,6 +155,10 @@ def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
     of = "2 of the other 3 finalists cannot be told apart from the best trial in exact_match"
     assert intervals.ties_in_words(versus, "exact_match") == [f"{of}: same, close."]
     assert intervals.ties_in_words({}, "exact_match") == []
+    (tied,) = intervals.ties_in_words({"same": versus["same"]}, "exact_match")
+    assert tied == "The other finalist cannot be told apart from the best trial in exact_match: same."
+    (differs,) = intervals.ties_in_words({"worse": versus["worse"]}, "exact_match")
+    assert differs == "The best trial differs in exact_match from the other finalist with scores."
     table = tables.table(rows, "exact_match", versus)
     assert "EM vs Best" in table and "-0.38" in table.split("worse")[1].split("\n")[0]
     assert "vs Best" not in tables.table(rows, "exact_match")
@@ -193,3 +197,76 @@ def test_files_keep_the_scores(tmp_path):
     assert intervals.score_intervals(scores).keys() == set(tables.METRICS)
     assert intervals.of_gain(tmp_path, [row], row, row, "f1") == dict.fromkeys(tables.METRICS, (0, 0))
     assert intervals.of_gain(tmp_path, [row], row, trial("b"), "f1") == {}
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "eval_loss"])
+def test_a_trial_that_was_stopped_by_chance_is_in_doubt(tmp_path, metric):
+    """It is compared with the worst trial that went on from its rung, of any bracket, and not with the best one."""
+    rng, passage = np.random.default_rng(3), np.repeat(np.arange(40), 4)
+    easy, tokens = rng.random(160), np.full(160, 3)
+    keep_questions(tmp_path, passage, tokens)
+
+    def scored(trial_id, status, last, quality, rungs):
+        """A trial whose answer is right where the question is easy enough; its losses are as good."""
+        for rung in rungs:
+            right = easy + rng.normal(0, 0.03, 160) < quality
+            losses = 6 - 4 * quality + rng.normal(0, 0.1, 160) + easy
+            keep(tmp_path, trial_id, losses, right, rung)
+        row = trial(trial_id, last, exact_match=float(right.mean()), eval_loss=float(losses.sum() / tokens.sum()))
+        return row | {"status": status}
+
+    rows = [
+        scored("best", "completed", 27, 0.9, [3, 9, 27]),
+        scored("promoted", "stopped", 9, 0.6, [3, 9]),
+        scored("doubt at 3", "stopped", 3, 0.61, [3]),
+        scored("clear at 3", "stopped", 3, 0.3, [3]),
+        scored("other bracket", "completed", 27, 0.6, [9, 27]),
+        scored("better", "stopped", 9, 0.8, [9]),
+        scored("running", "running", 3, 0.9, [3]),
+        trial("failed", 0) | {"status": "failed"},
+        trial("no scores", 3) | {"status": "stopped"},
+    ]
+    found = [row["trial_id"] for row in intervals.stopped_in_doubt(tmp_path, rows, metric, [])]
+    assert found == ["better", "promoted", "doubt at 3"]
+    rows[1]["status"] = rows[5]["status"] = "completed"  # as --finish leaves them
+    rows[1]["training_iteration"] = rows[5]["training_iteration"] = 27
+    assert [row["trial_id"] for row in intervals.stopped_in_doubt(tmp_path, rows, metric, [])] == ["doubt at 3"]
+    baseline = scored("baseline", "completed", 27, 0.2, [3, 9, 27])
+    found = [row["trial_id"] for row in intervals.stopped_in_doubt(tmp_path, [*rows, baseline], metric, ["baseline"])]
+    assert found == ["doubt at 3"]  # a baseline that has lost goes on all the same, and is no measure
+
+
+def test_trials_in_doubt_in_words():
+    assert intervals.doubts_in_words([], 0) == []
+    (one,) = intervals.doubts_in_words([trial("a", 3)], 0)
+    assert one.startswith("1 trial was stopped") and ": a (at 3). --resume --finish 1 trains the first one" in one
+    (many,) = intervals.doubts_in_words([trial(str(i), 3) for i in range(10)], 2)
+    assert many.startswith("10 trials were stopped") and "6 (at 3), 7 (at 3) and 2 more. --resume --finish 3 " in many
+
+
+def test_scores_of_a_run_that_has_those_of_the_last_rung_only(tmp_path):
+    """Of an older version; after --new_code it has both kinds."""
+    keep_questions(tmp_path, [0, 1], [2, 2])
+    keep(tmp_path, "a", [1.0, 2.0], [True, False])
+    file = tmp_path / "scores" / "a-9.npz"
+    arrays = dict(np.load(file))
+    file.unlink()
+    intervals.save(tmp_path / "scores" / "a.npz", arrays | {"iteration": np.int32(9)})
+    assert (intervals.load(tmp_path, trial("a", 9))["eval_loss"] == [1.0, 2.0]).all()
+    assert intervals.load(tmp_path, trial("a", 9), 3) is None and intervals.load(tmp_path, trial("a", 27)) is None
+    keep(tmp_path, "a", [0.5, 0.5], [True, True], iteration=27)
+    assert (intervals.load(tmp_path, trial("a", 27))["eval_loss"] == [0.5, 0.5]).all()
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "eval_loss"])
+def test_a_trial_that_is_as_good_as_a_promoted_one_is_mostly_in_doubt(tmp_path, metric):
+    """The false alarm is the other way round: one in 40 is thought to be worse (one side of a 95 % interval)."""
+    rng, passage, found = np.random.default_rng(9), np.repeat(np.arange(30), PER_PASSAGE), 0
+    keep_questions(tmp_path, passage, [2] * len(passage))
+    for _ in range(200):
+        easy = np.repeat(rng.beta(3, 1, 30), PER_PASSAGE)
+        for trial_id in "ab":
+            keep(tmp_path, trial_id, rng.lognormal(1 - easy, 0.5), rng.random(len(passage)) < easy, 3)
+        rows = [trial("a", 3) | {"status": "stopped"}, trial("b", 9)]
+        found += bool(intervals.stopped_in_doubt(tmp_path, rows, metric, []))
+    assert 0.94 <= found / 200 <= 1

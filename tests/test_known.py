@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from conftest import run_script
+from conftest import run_here, run_script
 from faulty import write_script
 from hpo import files
 from hpo.results import tables
@@ -105,10 +105,10 @@ def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_mo
     cut = run_script(*start, script=script, KILL="3")
     assert cut.returncode == -signal.SIGKILL, cut.stderr
     script = write_script(tmp_path / "later.py", SCRIPT.replace(f"KNOWN = [{BAD}]", "KNOWN = [{'lr': 1}]"))
-    other = run_script(*name, "--resume", "--try", "lr=1e-4,per_device_bs=1,wd=0", script=script)
+    other = run_here(*name, "--resume", "--try", "lr=1e-4,per_device_bs=1,wd=0", script=script)
     assert other.returncode == 2 and "other arguments than the run's: --try" in other.stderr
     assert other.stderr.count("\n") == 1
-    other = run_script(*name, "--resume", script=script)
+    other = run_here(*name, "--resume", script=script)
     assert other.returncode == 2 and "the run has another script than later.py" in other.stderr
     done = run_script(*name, "--resume", "--new_code", script=script, before=IN_TERMINAL, TERM="xterm", COLUMNS="150")
     assert done.returncode == 0, done.stdout
@@ -124,7 +124,7 @@ def test_a_search_with_a_baseline_is_resumed(searched, tmp_path, script, tiny_mo
 
 def test_a_plan_counts_the_baseline(tmp_path, tiny_model):
     plans = [
-        run_script("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, *TRIES[:2], *more).stdout
+        run_here("--plan", "--max_concurrent_trials", 4, "--model", tiny_model, *TRIES[:2], *more).stdout
         for more in ([], ["--baseline"])
     ]
     assert ["trial 1: lr 0.0002 per_device_bs 2 wd 0.01, known setting\n" in plan for plan in plans] == [True, False]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import raytune_bayesian
-from conftest import run_script
+from conftest import run_here, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, search_space
 from hpo.plan import plan
@@ -285,7 +285,7 @@ def test_models_that_peft_does_not_know(tmp_path):
 @pytest.mark.parametrize("more", [[], ["--plan"]])  # --prefetch does what a search does first
 def test_wrong_layers_end_the_program_before_ray(tmp_path, tiny_model, tiny_squad, more):
     flags = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--lora_r", 4]
-    process = run_script(*flags, "--max_t", 2, "--lora_target_modules", "q_proj", *more)
+    process = run_here(*flags, "--max_t", 2, "--lora_target_modules", "q_proj", *more)
     assert process.returncode == 2, process.stdout + process.stderr
     says = f"raytune_bayesian.py: error: --lora_target_modules: there is no q_proj in this model; {BLOOM}\n"
     assert process.stderr == says and not (tmp_path / "results").exists()

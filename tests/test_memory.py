@@ -41,8 +41,8 @@ def group(one_rank):
 
 
 def trainer_of(folder, model, rows, stage: int, kind: str, group):
-    setup = types.SimpleNamespace(ds_config=with_stage(stage), precision=kind, seed=0)
-    hyperparameters = {"lr": 1e-4, "wd": 0.01, "per_device_bs": SIZES["batch_size"]}
+    setup = types.SimpleNamespace(ds_config=with_stage(stage), precision=kind)
+    hyperparameters = {"lr": 1e-4, "wd": 0.01, "per_device_bs": SIZES["batch_size"], "seed": 0}
     return raytune_bayesian.make_trainer(model, rows, hyperparameters, setup, group, str(folder), pad_token_id=0)
 
 

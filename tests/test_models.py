@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 import raytune_bayesian
 from bench import common
-from conftest import make_squad, run_script
+from conftest import make_squad, run_here
 from hpo import errors
 from hpo.errors import BadInput
 from hpo.squad import data as squad_data
@@ -430,10 +430,9 @@ def test_a_tokenizer_that_special_tokens_change_is_refused():
 NO_CACHE = "generating an answer needs a cache of keys and values, which this model has not"
 
 
-@pytest.mark.slow
 def test_mamba_is_refused_on_the_command_line(tmp_path, tokenizer, tiny_squad):
     folder = save(tmp_path / "mamba", random_model("mamba", tokenizer), tokenizer)
-    process = run_script("--model", folder, "--dataset", tiny_squad, "--output_dir", tmp_path / "results")
+    process = run_here("--model", folder, "--dataset", tiny_squad, "--output_dir", tmp_path / "results")
     assert process.returncode == 2 and not (tmp_path / "results").exists()
     assert process.stderr.splitlines()[-1] == f"raytune_bayesian.py: error: --model {folder}: {NO_CACHE}"
 

@@ -138,6 +138,19 @@ def test_checkpoint_of_completed_trial_that_is_not_best_is_deleted_at_the_next_s
     assert [t["status"] for t in files.read_csv(tmp_path / "trials.csv")] == ["completed"] * 2
 
 
+@pytest.mark.parametrize("first", ["a", "b"])
+def test_of_equal_trials_the_older_one_is_best(log, tmp_path, first):
+    """As in the table of results, whichever has reported first."""
+    trials = {name: SomeTrial(name, tmp_path) for name in "ab"}
+    for trial in trials.values():
+        log.on_trial_start(0, [], trial)
+    for name in sorted("ab", key=lambda name: name != first):
+        tell(log, trials[name], 50, 0.5, 0.5)
+    log.save(list(trials.values()))
+    assert log.best == "a" and trials["a"].has_checkpoint() and not trials["b"].has_checkpoint()
+    assert tables.ranked(list(log.trials.values()), "eval_loss")[0]["trial_id"] == "a"
+
+
 def test_trial_fails_if_its_process_never_starts(log, tmp_path):
     trial = SomeTrial("c", tmp_path)
     fail(log, trial)

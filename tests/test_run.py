@@ -25,7 +25,7 @@ import pyarrow.parquet
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from conftest import ROOT, make_model, run_script
+from conftest import ROOT, make_model, run_here, run_script
 from faulty import write_script
 from hpo import files
 from hpo.results import intervals, provenance, repeat, tables
@@ -261,6 +261,9 @@ def test_scores_of_each_question(band):
         assert low <= tested[name] <= high
         assert f"{name} {tested[name]:.4f} [{low:.4f}, {high:.4f}]" in process.stdout
     assert "Eval Loss vs Best" in process.stdout
+    best = intervals.best_in_words(folder, tables.ranked(trials, "eval_loss")[0])
+    page = (folder / "report.html").read_text()
+    assert f"<dt>Scores of the best trial, too good on average</dt><dd>{best}</dd>" in page
 
 
 def test_disk_forecast(band):
@@ -472,7 +475,7 @@ def test_a_search_that_was_cut_twice_is_the_same_search(band, tmp_path, tiny_mod
     states = [json.loads(path.read_text()) for path in (tmp_path / "x").glob("ray/*/checkpoint_*/trainer_state.json")]
     assert sorted(state["global_step"] for state in states)[0] == 3  # of 6 or 12 in the first iteration
     ds_config.write_text(json.dumps(json.loads(ds_config.read_text()) | {"gradient_clipping": 2.0}))
-    process = run_script(*name, "--resume", "--new_code")
+    process = run_here(*name, "--resume", "--new_code")
     assert process.returncode == 2 and "--resume: ds_config" in process.stderr and len(process.stderr.splitlines()) == 1
     done, out = cut([*name, "--resume"], 12, signal.SIGKILL)
     assert done == -9 and "going on with a search" in out, out
@@ -556,7 +559,7 @@ def test_search_of_squad_v2_and_its_resumption(tmp_path, tiny_model, tiny_squad)
 
 def test_resume_of_what_is_no_run(tmp_path, tiny_model, tiny_squad):
     name = ["--output_dir", tmp_path, "--run_name", "x"]
-    process = run_script(*name, "--resume", "--model", tiny_model, "--dataset", tiny_squad)
+    process = run_here(*name, "--resume", "--model", tiny_model, "--dataset", tiny_squad)
     assert process.returncode == 2 and "is not the folder of a run" in process.stderr and not (tmp_path / "x").exists()
 
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from conftest import run_script
+from conftest import run_here, run_script
 from faulty import write_script
 from hpo import arguments, checks, errors, files
 from hpo.cluster import trial, watchdogs
@@ -56,7 +56,7 @@ def test_a_share_needs_a_gpu():
     checks.check_resources(args)
     assert args.precision == "fp16" and arguments.slots(args) == 12
     args.cluster["GPUS_PER_NODE"] = 0
-    with pytest.raises(errors.BadInput, match=r"^--gpus_per_trial 0.5: a worker node \(cluster.env\) has 0$"):
+    with pytest.raises(errors.BadInput, match=r"^--gpus_per_trial 0.5: a node for trials \(.*\) has 0$"):
         checks.check_resources(args)
 
 
@@ -84,14 +84,15 @@ def test_a_resumed_run_keeps_its_share(tmp_path):
             resumed(value)
 
 
-def test_plan_of_trials_that_share_a_gpu(tmp_path, tiny_model):
+def test_plan_of_trials_that_share_a_gpu(tmp_path, tiny_model, monkeypatch):
     """GPU-hours are a part of the slot-hours. The table of GPUs is for all trials of a GPU together."""
     (tmp_path / "sbatch").touch(mode=0o755)
-    done = run_script(
+    monkeypatch.chdir(tmp_path)
+    done = run_here(
         "--plan", "--gpus_per_trial", 0.25, "--model", tiny_model, "--seconds_per_iteration", 60,
-        before=["env", "-C", str(tmp_path)], PATH=f"{tmp_path}:{os.environ['PATH']}", GPUS_PER_NODE="2",
+        PATH=f"{tmp_path}:{os.environ['PATH']}", GPUS_PER_NODE="2",
     )  # fmt: skip
-    assert done.stdout.startswith("the worker nodes of cluster.env have 8 slots"), done.stdout + done.stderr
+    assert done.stdout.startswith("the nodes for trials have 8 slots"), done.stdout + done.stderr
     slot_hours = float(re.search(r"([\d.]+) slot-hours", done.stdout)[1])
     assert f"\na slot takes 0.25 GPUs: {slot_hours / 4:.2f} GPU-hours\n" in done.stdout
     peak = float(re.search(r"at its peak ([\d.]+)", done.stdout)[1])

@@ -149,6 +149,15 @@ def test_node_that_a_trial_needs_stays(release):
     assert look(release, a, b, c) == []
 
 
+def test_nodes_that_the_repeats_need_stay(release):
+    trial = SomeTrial(trial_id="a", status=Trial.RUNNING)
+    start(release, trial, "10.0.0.1")
+    release.following = 3
+    assert look(release, trial) == []
+    release.following = 2
+    assert look(release, trial) == ["release-102"]
+
+
 def test_resume_adds_to_the_saved_times():
     first, second = make(1), make(1)
     first.add(10, trials(Trial.RUNNING))

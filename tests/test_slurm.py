@@ -24,7 +24,7 @@ from conftest import ROOT
 from faulty import SLOW, reporting
 from hpo import arguments, errors, files
 from hpo.cluster import idle_nodes
-from slurm_cluster import NODES, Project, SlurmCluster, sh, wait_for
+from slurm_cluster import BOTH_GPUS, NODES, OWN, TWO_NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
 
 LONG = ["--max_t", 50, "--num_train_epochs", 10, "--max_eval_samples", 20]  # slowed down, goes on until it is cancelled
@@ -78,7 +78,7 @@ def test_search_on_two_nodes(project, tiny):
     project.hand(reporting(with_gpu, slow=True))
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 0.4, "--max_eval_samples", 20, "--run_name", "whole",
-        NUM_WORKERS="2",
+        NUM_WORKERS="2", **BOTH_GPUS,
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
@@ -175,15 +175,17 @@ OTHERS = {"WORKER_ACCOUNT": "lab", "WORKER_PARTITION": "main", "WORKER_CONSTRAIN
 def test_request_of_the_workers(project, tiny, settings, asked):
     """On node3, which has the a100. Variables of cluster.env are not those of the scripts."""
     exclusive = asked != "0"  # a whole node, its GPUs too
-    options = "--exclude=node2 --qos=normal" + " --exclusive" * exclusive
+    options = "--exclude=node2 --qos=normal " + ("--exclusive" if exclusive else "--mem-per-cpu=1G")
     with open(project.folder / "cluster.env", "a") as file:
         file.write(f"WORKER_OPTIONS=({options})\nscratch=/nowhere workers=(77)\n")
+    settings = BOTH_GPUS | settings
     job = project.submit(*tiny, "--max_t", 1, "--num_samples", 1, "--num_train_epochs", 0.1, **settings)
     project.wait_for("the worker", lambda: " joined " in project.log(job))
     (worker,) = project.workers(job)
     found = project.cluster.job(worker)
     assert found.get("TresPerNode", "0").endswith(asked) and found["NodeList"] == "node3"
     assert (found["QOS"], found["OverSubscribe"]) == ("normal", "NO" if exclusive else "OK")
+    assert found.get("MinMemoryCPU", found.get("MinMemoryNode")) in (("3G", "3072M") if exclusive else ("1G", "1024M"))
     if "WORKER_TIME" in settings:
         assert (found["Account"], found["Features"], found["TimeLimit"]) == ("lab", "fast", "00:45:00")
     assert f"{asked[-1]} GPUs" in project.log(job)
@@ -208,22 +210,21 @@ def train(config, setup, trial):
         raise ValueError("no second rank")
 
     if trial.group.rank == 1:
-        with contextlib.suppress(FileExistsError):  # in one trial only: two start at a time
+        with contextlib.suppress(FileExistsError):  # in one trial only
             Path("{project.folder}/failed").touch(exist_ok=False)
             trial.must_stop = fail  # at its first step
     reporting_train(config, setup, trial)
 """
     project.hand(reporting(each) + once)
     zero3.write_text(json.dumps(json.loads(zero3.read_text()) | {"zero_optimization": {"stage": 3}}))
-    job = project.submit(*tiny, *SHORT, "--gpus_per_trial", 2, "--run_name", "x", NUM_WORKERS="2")
+    job = project.submit(*tiny, *SHORT[:-1], 3, "--gpus_per_trial", 2, "--run_name", "x", **BOTH_GPUS)
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
     iterations = files.read_csv(project.folder / "results" / "x" / "iterations.csv")
     where = [tuple(sorted(i["node"].split("+"))) for i in iterations]
-    assert set(where) <= {(f"{node} GPU 0", f"{node} GPU 1") for node in ("node2", "node3")}, where
-    assert most_at_a_time(iterations) <= 2
+    assert set(where) == {("node2 GPU 0", "node2 GPU 1")} and most_at_a_time(iterations) == 1
     trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
-    assert sorted(t["training_iteration"] for t in trials) == [0] + [1] * 2 + [4] * 3, project.log(job)
+    assert sorted(t["training_iteration"] for t in trials) == [0, 1, 4], project.log(job)
     assert [t["status"] for t in trials if t["training_iteration"] == 0] == ["failed"]
     assert re.search("failed after 0 iterations: .*TrialFailed: ValueError no second rank", project.log(job)), (
         project.log(job)
@@ -241,20 +242,33 @@ def gpus_used(project, name="x") -> list[str]:
 
 
 WITH_GPU = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"]'
-OWN = ["--gpus-per-node=2", "--cpus-per-task=3", "--mem=6G"]  # what a head job asks for, to train in it
 
 
 def test_one_job_on_one_node(project, tiny):
-    """On a node that may not submit jobs."""
+    """On a node that may not submit jobs. Two trials share each GPU. The environment changes the search space, and the
+    ds_config is of the kind that workshops hand out.
+    """
     project.hand(reporting(WITH_GPU, slow=True))
-    job = project.submit(*tiny, *SHORT, "--run_name", "x", node="node2", options=OWN, NUM_WORKERS="0")
+    ds_config = {"fp16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 3e-5}}}
+    ds_config |= {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"offload_param": {"device": "none"}}}
+    (project.folder / "workshop.json").write_text(json.dumps(ds_config))
+    job = project.submit(
+        *tiny, *SHORT, "--run_name", "x", "--gpus_per_trial", 0.5, "--deepspeed", "workshop.json", node="node2",
+        options=["--gpus-per-node=2", "--cpus-per-task=4", "--mem=6G"], NUM_WORKERS="0",
+        LR_LOWER="1e-5", BS_CHOICES="2",
+    )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
     assert f"[head] job {job} on node2: trials run in this job, on node2, as NUM_WORKERS is 0\n" in log
-    assert "worker on node2 joined node2, 3 CPUs, 2 GPUs (0,1), 6144 MB" in log and "worker job" not in log
-    assert len(closing_block(log)[1]) == 2 + 6 and "on 2 slots" in log
+    assert "worker on node2 joined node2, 4 CPUs, 2 GPUs (0,1), 6144 MB" in log and "worker job" not in log
+    assert len(closing_block(log)[1]) == 2 + 6 and "on 4 slots" in log
+    assert "train_micro_batch_size_per_gpu 4 is replaced by each trial's per_device_bs" in log
+    assert "LR_LOWER=1e-5 in the environment: lr is loguniform(1e-05, 0.0002)" in log
     assert gpus_used(project) == ["node2 GPU 0", "node2 GPU 1"]
+    rows = files.read_csv(project.folder / "results" / "x" / "trials.csv")
+    assert all(row["learning_rate"] >= 1e-5 and row["batch_size"] == 2 for row in rows)
     run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
+    assert run["environment"] == {"LR_LOWER": "1e-5", "BS_CHOICES": "2"}
     assert 0 < run["gpu_minutes"]["busy"] < run["gpu_minutes"]["allocated"]
     assert project.left_over() == {}
 
@@ -274,12 +288,12 @@ PATH={sys.prefix}/bin:$PATH exec "${{@:2}}"
     for path in tools.iterdir():
         path.chmod(0o755)
     job = project.submit(
-        *tiny, *SHORT, options=["--nodes=2", "--cpus-per-task=2", "--mem=6G"], node="node[1-2]", VENV="/nowhere",
+        *tiny, *SHORT, options=["--nodes=2", "--cpus-per-task=1", "--mem=6G"], node="node[1-2]", VENV="/nowhere",
         CONTAINER=f"{tools}/container exec", PATH=f"{tools}:{os.environ['PATH']}", NETWORK_INTERFACE="six",
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
-    assert "Ray is up at [fd77::1]:" in log and "no GPU: training in fp32 on the CPU" in log and "on 4 slots" in log
+    assert "Ray is up at [fd77::1]:" in log and "no GPU: training in fp32 on the CPU" in log and "on 2 slots" in log
     # on node1 the head's checks, its Ray and the script, and on both nodes a worker's check and its Ray
     # (once more where Ray did not start at once)
     ran = [(tools / f"ran-{node}").read_text().split() for node in ("node1", "node2")]
@@ -288,16 +302,24 @@ PATH={sys.prefix}/bin:$PATH exec "${{@:2}}"
 
 
 def test_one_job_on_several_nodes(project, tiny):
-    """One of them is lost during the search: its trials go on on the others."""
+    """Ray ends on one of them, and is started again there. Another one is lost: its trials go on on the others."""
     project.hand(reporting(WITH_GPU, slow=True))
     arguments = ["--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16]
     job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=["--nodes=3", *OWN])
     try:
         project.wait_for_search(job)
-        project.wait_for("trials on all nodes", lambda: len(gpus_used(project)) == 6)
+        project.wait_for("trials on all nodes", lambda: len(gpus_used(project)) == 3)
+        (token,) = project.folder.glob("results/.ray-*/token")
+        assert token.stat().st_mode & 0o777 == 0o600
+        for pid, command in project.cluster.processes("node2").items():
+            if "/raylet" in command.split(" ")[0]:
+                os.kill(pid, signal.SIGKILL)
+        project.wait_for("the restart", lambda: project.log(job).count("worker on node2 joined") == 2)
+        assert "the worker on node2 has ended\n[head] another one is started there (1 of" in project.log(job)
         project.cluster.stop("node3", signal.SIGKILL)
         for pid in project.cluster.processes("node3"):
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may end with one that was killed before
+                os.kill(pid, signal.SIGKILL)
         project.cluster.run("node1", "scontrol", "update", "node=node3", "state=down", "reason=lost")
         project.wait_for("the loss", lambda: "the worker on node3 has ended" in project.log(job))
         assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
@@ -305,10 +327,12 @@ def test_one_job_on_several_nodes(project, tiny):
         project.cluster.start_node("node3")
     log = project.log(job)
     assert "trials run in this job, on its 3 nodes, as it has several (--nodes)" in log and "worker job" not in log
-    assert all(f"worker on node{i} joined node{i}, 3 CPUs, 2 GPUs" in log for i in (1, 2, 3))
-    assert "on 6 slots" in log and "goes on from iteration" in log and "another one is started" not in log
+    assert all(f"worker on node{i} joined node{i}, 2 CPUs, 1 GPUs" in log for i in (1, 2, 3))
+    assert "on 3 slots" in log and "goes on from iteration" in log and log.count("another one is started") == 1
     trials = files.read_csv(project.folder / "results" / "x" / "trials.csv")
     assert sorted(t["training_iteration"] for t in trials) == [1] * 12 + [4] * 3 + [16]
+    run = json.loads((project.folder / "results" / "x" / "run.json").read_text())
+    assert 0 < run["gpu_minutes"]["busy"] < run["gpu_minutes"]["allocated"] < 3 * run["seconds"] / 60
     assert project.left_over().keys() <= {"temporary"} and len(list(project.temporary.iterdir())) <= 1
     for path in project.temporary.iterdir():  # of the lost node: its next job would remove it
         shutil.rmtree(path)
@@ -318,7 +342,7 @@ def test_the_head_s_own_gpus_take_part(project, tiny):
     """And the worker's is of the same type."""
     project.hand(reporting(WITH_GPU, slow=True))
     options = ["--gpus-per-node=v100:2", *OWN[1:]]
-    job = project.submit(*tiny, *LONG, "--run_name", "x", options=options, GPUS_PER_NODE="1", CPUS_PER_NODE="1")
+    job = project.submit(*tiny, *LONG, "--run_name", "x", options=options)
     project.wait_for_search(job)
     project.wait_for("trials on all GPUs", lambda: len(gpus_used(project)) == 3)
     log = project.log(job)
@@ -331,9 +355,11 @@ def test_the_head_s_own_gpus_take_part(project, tiny):
 
 @pytest.mark.parametrize("flag", ["--plan", "--prefetch"])
 def test_what_needs_no_ray_runs_in_the_head_job_alone(project, tiny, flag):
-    job = project.submit(*tiny, *SHORT, flag)
+    """The plan is for the job's own GPUs."""
+    job = project.submit(*tiny, *SHORT, flag, options=["--gpus-per-node=2", *OWN[1:]], NUM_WORKERS="0")
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
-    assert {"--plan": "full trainings", "--prefetch": "trying the model"}[flag] in project.log(job)
+    says = {"--plan": "the nodes for trials have 2 slots", "--prefetch": "trying the model"}
+    assert says[flag] in project.log(job)
     assert "[head]" not in project.log(job) and project.left_over() == {}
 
 
@@ -341,21 +367,24 @@ def test_check(project, tiny):
     """--check on two nodes: one is ok, the GPU of the other fails."""
     with open(project.folder / "cluster.env", "a") as file:
         file.write("[[ $SLURMD_NODENAME != node3 ]] || export GPU_CHECK_SAYS='CUDA error: uncorrectable ECC error'\n")
-    job = project.submit(*tiny, *SHORT, "--check", NUM_WORKERS="2")
+    job = project.submit(*tiny, *SHORT, "--check", **TWO_NODES)
     assert project.wait_for_end(job) == ("FAILED", "2:0"), project.log(job)
     log = project.log(job)
     assert re.search(r"(?m)^node2 .* ok$", log), log
     assert re.search(r"(?m)^node3 .* CUDA error: uncorrectable ECC error", log), log
     assert "--check: 1 of 2 nodes are not ok, see the table above" in log and "GPU-hours" in log
     found = json.loads((project.folder / "results" / f"check-{job}" / "check.json").read_text())
-    assert [len(node["trials"]) for node in found["nodes"]] == [2, 0] and not found["ok"]
+    assert [len(node["trials"]) for node in found["nodes"]] == [1, 0] and not found["ok"]
     assert project.left_over() == {}
 
 
 def test_check_in_one_job(project, tiny):
-    """On one node, and on two: each node has its row, there is a plan, and no other job is submitted."""
-    one = project.submit(*tiny, *SHORT, "--check", options=OWN, NUM_WORKERS="0")
-    two = project.submit(*tiny, *SHORT, "--check", node="node[2,3]", options=["--nodes=2", *OWN])
+    """On one node, by --gres, and on two, whose GPUs Slurm does not count: each node has its row, there is a plan, and
+    no other job is submitted.
+    """
+    one = project.submit(*tiny, *SHORT, "--check", options=["--gres=gpu:1", *OWN[1:]], NUM_WORKERS="0")
+    uncounted = {"GPU_REQUEST": "none", "GPUS_PER_NODE": "1", "SLURM_MEM_PER_CPU": "100"}  # as within another job
+    two = project.submit(*tiny, *SHORT, "--check", node="node[2,3]", options=["--nodes=2", *OWN[1:]], **uncounted)
     for job, nodes in ((one, ["node1"]), (two, ["node2", "node3"])):
         assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
         log = project.log(job)
@@ -363,7 +392,8 @@ def test_check_in_one_job(project, tiny):
             assert re.search(rf"(?m)^{node} .* ok$", log), log
         assert f"on the nodes that are ok ({len(nodes)} of {len(nodes)})" in log and "worker job" not in log
         found = json.loads((project.folder / "results" / f"check-{job}" / "check.json").read_text())
-        assert found["ok"] and [len(node["trials"]) for node in found["nodes"]] == [2] * len(nodes)
+        assert found["ok"] and [len(node["trials"]) for node in found["nodes"]] == [1] * len(nodes)
+        assert all(f"worker on {node} joined {node}, 2 CPUs, 1 GPUs" in log for node in nodes)
     assert project.left_over() == {}
 
 
@@ -374,9 +404,8 @@ def test_check_in_one_job(project, tiny):
 def test_experiments_in_one_folder(project, tiny):
     """Two run side by side, to their end. A third is cancelled."""
     project.hand(SLOW)
-    one_gpu = {"GPUS_PER_NODE": "1", "CPUS_PER_NODE": "1"}
-    cancelled = project.submit(*tiny, *LONG, **one_gpu)
-    jobs = [project.submit(*tiny, *SHORT, "--seed", seed, **one_gpu) for seed in (1, 2)]
+    cancelled = project.submit(*tiny, *LONG)
+    jobs = [project.submit(*tiny, *SHORT, "--seed", seed) for seed in (1, 2)]
     for job in (cancelled, *jobs):
         project.wait_for_search(job)
     project.cluster.run("node1", "scancel", cancelled)
@@ -473,8 +502,13 @@ def drain(project, *nodes):
 
 @pytest.mark.parametrize("phase", ["before workers", "waiting", "searching in one job"])
 def test_scancel_is_clean(project, tiny, phase):
+    """A worker waits because the GPU of another node has failed: it is submitted again, and not to that node. What is
+    cancelled while it searches goes on with --resume.
+    """
     if phase == "waiting":
-        drain(project, "node2", "node3")
+        drain(project, "node3")
+        with open(project.folder / "cluster.env", "a") as file:
+            file.write("export GPU_CHECK_SAYS='CUDA error: uncorrectable ECC error'\n")
     project.hand(SLOW)
     options = ["--nodes=2", *OWN] if phase == "searching in one job" else []
     job = project.submit(*tiny, *LONG, node="node[1-2]" if options else "node1", options=options)
@@ -484,19 +518,28 @@ def test_scancel_is_clean(project, tiny, phase):
         )
         assert "worker jobs" not in project.log(job)
     elif phase == "waiting":
-        project.wait_for("the wait for workers", lambda: "run folder:" in project.log(job))
+        project.wait_for("the wait for workers", lambda: "waiting in the queue" in project.log(job))
+        said = r"broken node2: CUDA error: uncorrectable ECC error\n(?:.*\n)*.*worker job (\d+) replaces it \(1 of at"
+        replaces = re.search(said, project.log(job))
+        assert replaces and project.cluster.job(replaces[1])["ExcNodeList"] == "node[1-2]", project.log(job)
     else:
         project.wait_for_search(job)
     project.cluster.run("node1", "scancel", job)
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
     assert project.cluster.job(job)["JobState"] == "CANCELLED"
     assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
+    if options:
+        resume = ["--resume", "--run_name", f"bloom_bohb-{job}"]
+        job = project.submit(*resume, node="node[1-2]", options=options)
+        project.wait_for("the same search", lambda: "going on with a search" in project.log(job))
+        project.cluster.run("node1", "scancel", job)
+        wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
 
 
 def test_a_worker_that_comes_late_joins(project, tiny):
     project.hand(SLOW)
     drain(project, "node3")
-    job = project.submit(*tiny, *LONG, "--run_name", "late", NUM_WORKERS="2")
+    job = project.submit(*tiny, *LONG, "--run_name", "late", **TWO_NODES)
     project.wait_for_search(job)
     assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
     project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
@@ -566,7 +609,7 @@ def test_a_worker_job_that_slurm_does_not_take_is_submitted_again(tmp_path):
     """
     text = (ROOT / "head_node.slurm").read_text()
     functions = text[text.index("retry_until=0 #") : text.index("restart_local() {")]
-    ends = next(line for line in text.splitlines() if line.endswith("|| no_worker_left"))
+    ends = [line for line in text.splitlines() if line.endswith("|| no_worker_left")][-1]
     command = f"""set -Eeuo pipefail
 log() {{ echo "$*"; }}; in_queue() {{ :; }}; timeout() {{ :; }}; no_worker_left() {{ echo over; }}; results=r
 add_worker() {{ answer=busy; ((SECONDS >= 10)) || return 1; workers+=(8); }}
@@ -586,6 +629,24 @@ echo "${{workers[*]}}" """
     begin = ["worker job 7 has ended", "no new worker job can be submitted now, will try again: busy"]
     replaced = "worker job 8 replaces it (1 of at most 2)"
     assert outputs == [[*begin, replaced, "8"], [*begin, "over", replaced, "8"]], outputs
+
+
+def test_the_first_worker_jobs_are_submitted_again_while_slurm_is_busy(tmp_path):
+    """Of Slurm the answers alone. Another error ends the job at once."""
+    text = (ROOT / "head_node.slurm").read_text()
+    loop = text[text.index("slurm_is_busy() {") : text.index("for each in")]
+    command = f"""set -Eeuo pipefail
+die() {{ echo "$2"; exit "$1"; }}; sleep() {{ echo sleep; }}
+add_worker() {{ answer=$1; ((++calls % 3 == 0)); }}
+node=n jobs=2 calls=0
+{loop.replace("add_worker", 'add_worker "$1"')}
+echo "$calls" """
+    for answer, code, says in (
+        ("Socket timed out on send/recv operation", 0, "sleep\n" * 4 + "6\n"),
+        ("Invalid account", 2, "no worker job can be submitted from n: Invalid account. See WORKER_PARTITION and "),
+    ):
+        done = subprocess.run(["bash", "-c", command, "-", answer], capture_output=True, text=True, timeout=60)
+        assert done.returncode == code and done.stdout.startswith(says), done
 
 
 @pytest.mark.parametrize(
@@ -613,6 +674,7 @@ def test_a_job_on_two_nodes_with_gpus_for_both_together(tmp_path, argument, code
         (tmp_path / name).chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "VENV": sys.prefix, "SLURM_JOB_ID": "7"}
     environment |= {"SLURMD_NODENAME": "node1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS": "8"}
+    environment |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_CPUS_ON_NODE": "2"}
     command = ["bash", "head_node.slurm", argument]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (code, "") and says in done.stdout, done
@@ -709,19 +771,25 @@ def test_cluster_env_of_a_plan(site, monkeypatch, capsys):
 
 
 def test_no_worker_comes(project, tiny):
-    """The workers have the head's QOS, which allows one job: the log says so, in Slurm's word and in plain words."""
+    """The workers have the head's QOS, which allows one job: the log says so, in Slurm's word and in plain words. Then
+    one of them is held: the log has the new reason too.
+    """
     options = ["--qos=single", "--account=lab"]
-    job = project.submit(*tiny, *LONG, options=options, NUM_WORKERS="2", WORKER_TIMEOUT="25")
+    job = project.submit(*tiny, *LONG, options=options, NUM_WORKERS="2", WORKER_TIMEOUT="60")
     project.wait_for("the workers", lambda: "worker jobs" in project.log(job))
     for worker in project.workers(job):
         found = project.cluster.job(worker)
         assert (found["QOS"], found["Account"]) == ("single", "lab")
+    project.wait_for("the first reason", lambda: "waiting in the queue" in project.log(job))
+    held = project.workers(job)[0]
+    project.cluster.run("node1", "scontrol", "hold", held)
     assert project.wait_for_end(job) == ("FAILED", "1:0")
     assert project.left_over() == {}
     log = project.log(job)
     waits = r"waiting in the queue:( \d+){2} \(QOSMaxJobsPerUserLimit: a limit of its QOS is reached; "
     assert re.search(waits, log), log
-    assert "no worker joined within 25 s (WORKER_TIMEOUT)" in log
+    assert re.search(rf"waiting in the queue: {held} \(JobHeld(User|Admin): it is held\)\n", log), log
+    assert "no worker joined within 60 s (WORKER_TIMEOUT)" in log
     for worker in project.workers(job):
         assert re.search(rf"^ +{worker} .* PD .*\(.*\)$", log, re.MULTILINE), log  # what squeue says, with the reason
 
@@ -756,6 +824,33 @@ def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
     assert {path.name for path in project.temporary.iterdir()} == set(others)
     for name in others:
         shutil.rmtree(project.temporary / name)
+
+
+def test_the_head_s_node_is_lost_in_a_job_on_several_nodes(project, tiny):
+    """Its network is gone. When Slurm takes it for lost, the other node has the job queued again."""
+    project.hand(SLOW)
+    job = project.submit(*tiny, *SHORT, node="node[1-2]", options=["--nodes=2", *OWN])
+    project.wait_for_search(job)
+    show = ["scontrol", "show", "job", job]
+    try:
+        sh("ip link set veth-node1 down")
+        project.wait_for("the end of Ray", lambda: "raylet" not in str(project.cluster.processes("node2")))
+        project.cluster.stop("node1", signal.SIGKILL)
+        for pid in project.cluster.processes("node1"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        project.cluster.run("node2", "scontrol", "update", "node=node1", "state=down", "reason=lost")
+        project.wait_for("the requeue", lambda: "Restarts=1 " in project.cluster.run("node2", *show))
+    finally:
+        sh("ip link set veth-node1 up")
+        project.cluster.start_node("node1")
+        project.cluster.run("node2", "scontrol", "update", "node=node1", "state=resume")
+    project.wait_for("the same search", lambda: "going on with a search" in project.log(job))
+    assert "node1, where the head was, is lost: the job is queued again" in project.log(job)
+    project.cluster.run("node1", "scancel", job)
+    project.wait_for("nothing left", lambda: project.left_over().keys() <= {"temporary"})
+    for path in project.temporary.iterdir():  # of the lost node: the next job there would remove it
+        shutil.rmtree(path)
 
 
 # -- what happens to clusters ------------------------------------------------------------------------------------------
@@ -806,7 +901,7 @@ def test_a_lost_worker_is_replaced_and_its_trials_go_on(project, tiny):
     project.hand(SLOW)
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16,
-        "--run_name", "x", NUM_WORKERS="2",
+        "--run_name", "x", **TWO_NODES,
     )  # fmt: skip
     rows = project.folder / "results" / "x" / "iterations.csv"
     project.wait_for(
@@ -851,7 +946,7 @@ def train(config, setup, trial):
     )
     arguments = ["--max_t", 16, "--num_train_epochs", 0.8, "--max_eval_samples", 10, "--num_samples", 16]
     arguments += ["--run_name", "x"]
-    job = project.submit(*tiny, *arguments, NUM_WORKERS="2")
+    job = project.submit(*tiny, *arguments, **TWO_NODES)
     rows = project.folder / "results" / "x" / "iterations.csv"
     both = {"node2", "node3"}
     project.wait_for(
@@ -890,14 +985,14 @@ def train(config, setup, trial):
     experiment.train(config, setup, trial)
 """)
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
-    job = project.submit(*tiny, *arguments, NUM_WORKERS="2", IDLE_RELEASE_MINUTES="0.1")
+    job = project.submit(*tiny, *arguments, **TWO_NODES, IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))
     time.sleep(3 * idle_nodes.IdleNodeRelease.EVERY)  # to be on the bill
     go_on.touch()
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
     released = re.findall(
-        r"^worker job (\d+) is given back: 1 trials are left, and 2 slots without it$", log, re.MULTILINE
+        r"^worker job (\d+) is given back: 1 trials are left, and 1 slots without it$", log, re.MULTILINE
     )
     assert len(released) == 1 and "replaces it" not in log and "has ended" not in log, log
     logs = {w: (project.folder / "logs" / f"ray_worker_bloom_bohb-{w}.out").read_text() for w in project.workers(job)}
@@ -1060,7 +1155,7 @@ def test_wrong_arguments(project, tiny):
     refused(
         project,
         project.submit(*tiny, "--gpus_per_trial", 9),
-        r"--gpus_per_trial 9: a worker node \(cluster.env\) has 2",
+        r"--gpus_per_trial 9: a node for trials \(see cluster.env, or the options of sbatch\) has 1",
     )
 
 

@@ -21,6 +21,40 @@ from hpo import files
 from hpo.results import trackers
 from slurm_cluster import wait_for
 
+OF_A_TRIAL = """
+from hpo.squad import group
+
+group.join()
+assert "deepspeed" in sys.modules and not sys.modules.keys() & {"mlflow", "wandb"}
+import wandb
+with hpo.hidden("mlflow", "wandb"):
+    import wandb
+    assert importlib.util.find_spec("mlflow") is None
+assert importlib.util.find_spec("mlflow") and sys.modules["wandb"]
+"""
+OF_THE_SEARCH = """
+import ray.air._internal.usage
+from hpo.cluster import launch
+
+with launch.ray_folders() as folders:
+    launch.start_ray(0.0, *folders)
+    ray.air._internal.usage.tag_callbacks([])  # as Tune does
+    commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    ray.shutdown()
+assert not sys.modules.keys() & {"mlflow", "wandb"}
+assert any("raylet" in command for command in commands)
+of_workers = [command for command in commands if "ray::IDLE" in command or "default_worker.py" in command]
+assert not [command for command in of_workers if "/raylet" not in command.split(" ")[0]]
+"""
+
+
+@pytest.mark.parametrize("code", [OF_A_TRIAL, OF_THE_SEARCH], ids=["trial", "search"])
+def test_no_tracker_is_imported_and_no_process_started_that_is_not_used(code):
+    """DeepSpeed and Tune would import trackers. What hides them hides nothing that is imported already."""
+    command = [sys.executable, "-c", f"import importlib.util, sys\nimport psutil\nimport hpo\n{code}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
 
 def in_mlflow(folder: Path) -> list[tuple]:
     """(experiment, trial, parameters, status, [(step, eval_loss)]) of each MLflow run in a run folder."""
@@ -248,7 +282,7 @@ def test_resumed_trial_stays_one_run_in_mlflow(tmp_path):
         "trial_c": ("FINISHED", [(1, 4.0)]),
     }
     hyperparameters = {"lr": "0.0001", "per_device_bs": "1", "wd": "0.0"}
-    expected = {f"train_loop_config/{name}": value for name, value in hyperparameters.items()} | {"rungs": "[1, 4]"}
+    expected = {f"train_loop_config/{name}": value for name, value in hyperparameters.items()}
     assert all(parameters == expected for _, _, parameters, *_ in runs)
 
 

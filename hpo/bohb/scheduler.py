@@ -26,6 +26,18 @@ def from_plain(data: dict[str, Any]) -> Bracket:
     return Bracket(**data | {"rungs": [tuple(rung) for rung in data["rungs"]], "promoted": set(data["promoted"])})
 
 
+def going_on(state: dict[str, Any], trial_ids: list[str], max_t: int) -> None:
+    """Changes a state of `get_state` of a search that has ended: trials that were stopped go on to max_t, each alone.
+
+    Args:
+        state: its "alone" gains a race for each trial.
+        trial_ids: the trials. They must be added again as paused.
+        max_t: the largest budget. There are no rungs before it.
+    """
+    races = {trial_id: plain(Bracket([(1, max_t)], added=1, members=[trial_id])) for trial_id in trial_ids}
+    state["alone"] = state["alone"] | races
+
+
 class HyperBandForBOHB(TrialScheduler):
     """Hyperband with synchronous rungs. A trial is paused at its rung, and resumed if it is promoted.
 
@@ -50,6 +62,8 @@ class HyperBandForBOHB(TrialScheduler):
     Attributes:
         brackets: all brackets, the oldest first.
         baseline: the id of the trial that is trained to max_t in any case; None if there is none.
+        alone: by trial id, the races of trials that go on without others: the baseline, after its bracket has not
+            promoted it, and trials of `going_on`.
         settings: the arguments that it was made with, without metric and mode.
         pause_all: set it before a planned stop. Each trial is paused at its next checkpoint, and none is started.
         node_fault: set it while on_trial_error handles a failure that says nothing about the hyperparameters, such as a
@@ -73,7 +87,7 @@ class HyperBandForBOHB(TrialScheduler):
             raise ValueError(f'mode {mode!r} is neither "min" nor "max"')
         self.brackets: list[Bracket] = []
         self.baseline: str | None = None
-        self._alone: Bracket | None = None  # that of the baseline alone, after its own has not promoted it
+        self.alone: dict[str, Bracket] = {}
         self._has_baseline = baseline
         self.pause_all = False
         self.node_fault = False
@@ -107,7 +121,7 @@ class HyperBandForBOHB(TrialScheduler):
             "brackets": list(map(plain, self.brackets)),
             "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()},
             "baseline": self.baseline,
-            "alone": self._alone and plain(self._alone),
+            "alone": {trial_id: plain(race) for trial_id, race in self.alone.items()},
         }
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
@@ -119,9 +133,11 @@ class HyperBandForBOHB(TrialScheduler):
         """
         self.brackets = list(map(from_plain, state["brackets"]))
         self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
-        self.baseline, alone = state.get("baseline"), state.get("alone")  # older states have neither
-        self._alone = alone and from_plain(alone)
-        self._active = [b for b in [*self.brackets, *filter(None, [self._alone])] if b.members or b.open]
+        self.baseline, alone = state.get("baseline"), state.get("alone") or {}  # older states have neither
+        if "rungs" in alone:  # older states have at most that of the baseline
+            alone = {self.baseline: alone}
+        self.alone = {trial_id: from_plain(race) for trial_id, race in alone.items()}
+        self._active = [b for b in [*self.brackets, *self.alone.values()] if b.members or b.open]
         for bracket in self._active:
             for trial_id in bracket.members:
                 if trial_id not in bracket.scores and trial_id not in waiting:
@@ -146,12 +162,12 @@ class HyperBandForBOHB(TrialScheduler):
             self.brackets[-1].closed = True
 
     def in_race(self, trial_id: str) -> bool:
-        """Whether a trial has a rung to reach, in its bracket or as the baseline alone."""
+        """Whether a trial has a rung to reach, in its bracket or alone."""
         return trial_id in self._bracket_of and trial_id in self._race(trial_id).members
 
     def _race(self, trial_id: str) -> Bracket:
-        """The bracket that decides on a trial: its own, or that of the baseline alone."""
-        return self._alone if self._alone and trial_id == self.baseline else self._bracket_of[trial_id]
+        """The bracket that decides on a trial: its own, or that in which it goes on alone."""
+        return self.alone.get(trial_id) or self._bracket_of[trial_id]
 
     # -- called by Tune -----------------------------------------------------------------------------------------------
 
@@ -223,7 +239,7 @@ class HyperBandForBOHB(TrialScheduler):
         self._promote_if_complete(tune_controller, bracket, current=trial.trial_id)
         bracket = self._race(trial.trial_id)
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
-            if bracket is not self._alone or not any(b.promoted for b in self._active):
+            if trial.trial_id not in self.alone or not any(b.promoted for b in self._active):
                 return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
             bracket.promoted.add(trial.trial_id)  # the baseline alone leaves its slot to a trial that was promoted
         if trial.trial_id in bracket.members:
@@ -258,7 +274,7 @@ class HyperBandForBOHB(TrialScheduler):
         """Chooses the trial for a free slot.
 
         Returns:
-            A promoted trial, of the oldest bracket that has one; else the baseline, if it goes on alone; else a pending
+            A promoted trial, of the oldest bracket that has one; else a trial that goes on alone; else a pending
             trial. None if there is none, or if the searcher's max_concurrent trials are running.
         """
         if self.pause_all:
@@ -270,7 +286,7 @@ class HyperBandForBOHB(TrialScheduler):
         limit = searcher.max_concurrent if searcher.max_concurrent > 0 else math.inf
         promoted = [(b, t) for b in self._active for t in b.members if t in b.promoted and t in self._trials]
         # Trials that ran before a restart come first.
-        promoted.sort(key=lambda pair: (pair[1] not in searcher.running, pair[0] is self._alone))
+        promoted.sort(key=lambda pair: (pair[1] not in searcher.running, pair[1] in self.alone))
         for bracket, trial_id in promoted:
             room = len(searcher.running) < limit or trial_id in searcher.running
             if room and self._trials[trial_id].status == Trial.PAUSED:
@@ -339,8 +355,9 @@ class HyperBandForBOHB(TrialScheduler):
         if self.baseline in finite and self.baseline in others:  # it goes on to the rungs that are left, as one of one
             others.remove(self.baseline)
             left = [(1, budget) for _, budget in bracket.rungs[bracket.rung :]]
-            self._alone = Bracket(left, added=1, members=[self.baseline], promoted={self.baseline} - {current})
-            self._active.append(self._alone)
+            race = Bracket(left, added=1, members=[self.baseline], promoted={self.baseline} - {current})
+            self.alone[self.baseline] = race
+            self._active.append(race)
         bracket.scores = {}
         bracket.members = [t for t in bracket.members if t in best]
         bracket.promoted = {t for t in best if t != current}

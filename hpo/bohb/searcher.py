@@ -169,7 +169,7 @@ class TuneBOHB(Searcher):
         A trial that was running counts as running, because the scheduler resumes it first.
 
         Args:
-            state: from get_state.
+            state: from get_state. Its "live" may have further trials, with their configurations, with flat names.
             live: ids of the trials that have not ended. A trial that the state has and that is not among them was saved
                 after its final report and before Tune removed it. It no longer holds a slot.
         """
@@ -182,7 +182,12 @@ class TuneBOHB(Searcher):
             return
         self.bohber.set_state(state["model"])
         self.trial_to_params = {
-            trial_id: dict(self._configuration(vector=np.array(vector))) for trial_id, vector in state["live"].items()
+            trial_id: dict(
+                self._configuration(values=self._with_indices(config))
+                if isinstance(config, dict)
+                else self._configuration(vector=np.array(config))
+            )
+            for trial_id, config in state["live"].items()
         }
         self.running, self.paused = set(state["running"]), set(state["paused"])
         for trial_id in (self.running | self.paused) - live:

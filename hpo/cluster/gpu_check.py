@@ -1,6 +1,9 @@
 """Whether the GPUs of this process are there and compute.
 
-    python -m hpo.cluster.gpu_check     # prints the GPUs, exit code 0; or one line on what is wrong, exit code 1
+    python -m hpo.cluster.gpu_check [number]    # prints the GPUs, exit code 0; or one line on what is wrong
+
+The number is that of the GPUs that there should be. Exit code 1: the same would be wrong on each node, such as a torch
+that does not fit; 3: something is wrong on this node.
 
 worker_node.slurm runs it before the node joins. A GPU that cannot compute would fail one trial after another.
 """
@@ -33,11 +36,16 @@ def visible(precision: str = "fp16") -> None:
     raise RuntimeError(f"CUDA error: a GPU of {node} was given to this process, and CUDA sees none: {reason}")
 
 
-def check() -> str:
-    """Multiplies two matrices in fp16 on each GPU. Returns the names of the GPUs; raises RuntimeError if one fails."""
+def check(number: int | None = None) -> str:
+    """Multiplies two matrices in fp16 on each GPU. Returns the names of the GPUs.
+
+    Raises RuntimeError if one fails, or if there are fewer than `number`.
+    """
     visible()
     import torch
 
+    if torch.cuda.device_count() < (number or 0):
+        raise RuntimeError(f"CUDA error: there should be {number} GPUs, and CUDA sees {torch.cuda.device_count()}")
     a = (torch.arange(SIZE * SIZE) % 7 - 3).reshape(SIZE, SIZE).float()
     for i in range(torch.cuda.device_count()):
         on_gpu = a.half().to(f"cuda:{i}")
@@ -49,10 +57,10 @@ def check() -> str:
 def main() -> int:
     """The command: prints one line and returns the exit code."""
     try:
-        print(check())
+        print(check(*map(int, sys.argv[1:])))
     except Exception as error:
         print("; ".join(filter(None, [errors.one_line(error), errors.what_to_install(error)])))
-        return 1
+        return 1 if errors.kind_of(error) in (errors.Kind.SETUP, errors.Kind.TRIAL) else 3
     return 0
 
 

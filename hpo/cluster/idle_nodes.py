@@ -17,18 +17,19 @@ class IdleNodeRelease(Callback):
     """Ends worker jobs whose node has been idle for a while, once all trials were suggested.
 
     Asks a worker by a file in the rendezvous folder. A node that runs a trial stays. As many slots stay as there are
-    trials that have not ended, paused ones included.
+    trials that have not ended, paused ones included, or as trainings that follow the search.
 
     Args:
         slot_time: is told of what was given back; its log and resources are used.
         minutes: how long a node must be idle; 0: nothing is given back.
         folder: the rendezvous folder of head and workers; None without head_node.slurm.
+        following: the number of trainings that follow the search, side by side.
     """
 
     EVERY = 5.0  # seconds between two looks
 
-    def __init__(self, slot_time: SlotTime, minutes: float, folder: Path | None):
-        self.slot_time, self.minutes, self.folder = slot_time, minutes, folder
+    def __init__(self, slot_time: SlotTime, minutes: float, folder: Path | None, following: int = 0):
+        self.slot_time, self.minutes, self.folder, self.following = slot_time, minutes, folder, following
         self.idle_since: dict[str, float] = {}  # by job
         self.given_back: dict[str, int] = {}  # slots, by job
         self.node_of: dict[str, str | None] = {}  # by trial: the node's address; None until it reports after a start
@@ -68,7 +69,7 @@ class IdleNodeRelease(Callback):
                 continue
             idle = self.looked_at - self.idle_since.setdefault(job, self.looked_at)
             rest = slots.total() - slots[address]
-            if idle >= 60 * self.minutes and rest >= len(live):
+            if idle >= 60 * self.minutes and rest >= max(len(live), self.following):
                 (self.folder / f"release-{job}").touch()
                 self.given_back[job] = slots.pop(address)
                 left = f"{len(live)} trials are left, and {rest} slots without it"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import ray
 
+import hpo
 from hpo import arguments, code_copy, errors
 from hpo.cluster import preemption, session  # noqa: F401  session: loaded before a search begins, see code_copy
 from hpo.cluster.run import Run
@@ -56,7 +57,13 @@ def start_ray(gpus_per_trial: float, temp_dir: str, trials_dir: str, code: Path 
             os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
         environment["TMPDIR"] = trials_dir
         options |= {"_temp_dir": temp_dir, "include_dashboard": False, "num_cpus": len(os.sched_getaffinity(0))}
+        # Otherwise Ray starts a process for each CPU at once. No trial can use them: they lack the variables below.
+        os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.update(environment)
+    with hpo.hidden("mlflow", "wandb"):  # Tune and save_pretrained would import these three later, with the trackers
+        import deepspeed  # noqa: F401
+        import ray.air.integrations.mlflow
+        import ray.air.integrations.wandb  # noqa: F401
     with contextlib.chdir(code):  # worker processes look for modules in this process's current folder first
         ray.init(**options, runtime_env={"env_vars": environment | MALLOC})
     preemption.stop_on_signals()  # after Ray has set its own handlers

@@ -66,8 +66,8 @@ def announce(run: Run) -> None:
 
 def print_done(run: Run) -> None:
     """Prints that there is nothing to do."""
-    print(f"{run.folder} is done already; a larger --num_samples or budget adds trials")
-    print(f"python -m hpo.results {run.folder} shows it")
+    print(f"{run.folder} is done already; a larger --num_samples or budget adds trials, and a larger --finish or")
+    print(f"--repeats adds trainings; python -m hpo.results {run.folder} shows it")
 
 
 def print_model_outlook(model_based: int, args) -> None:
@@ -110,6 +110,8 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
     facts, iterations = run.facts, len(log.iterations)
     print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, len(log.trials), facts["grid"]))
+    if repeated := facts.get("repeats"):
+        print(f"slot time of the repeats: {slot_time.in_parts(repeated['slot_minutes'])}")
     print("model-based suggestions: {k} of {n}".format(**facts["model_based_suggestions"]))
     number = tested["questions"]
     of = "questions of the validation set"
@@ -125,7 +127,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
-    print("The best trial was selected by them, so its own are a little too good. With 95 % intervals:")
+    print("The best trial was selected by them, so its own are too good on average. With 95 % intervals:")
     print(f"  {intervals.best_in_words(run.folder, log.best_trial())}\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     trials = list(log.trials.values())

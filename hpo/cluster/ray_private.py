@@ -141,13 +141,14 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     """
 
     START = 120.0  # seconds that a process may take to start before a warm one takes its trial over
-    HANGS = 1200.0  # seconds until a process that starts is ended, and its trial is started in another one
+    HANGS = 1200.0  # seconds until a process that starts is ended; the trial's next one has twice as long
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, as it joined: there may be earlier ones
         self._oom_kills_known: Counter = Counter()  # kills since then that were assigned to a lost process, by node
         self._looked_at = 0.0
+        self._ended_starts: Counter = Counter()  # processes that did not start in time, by trial
         self._start_seen: dict[int, float] = {}  # when each process began to start, by the hash of its actor
         self._actor_cache._max_num_objects = defaultdict(lambda: math.inf)  # _cleanup_cached_actors has the limit
         task_failed = self._actor_manager._actor_task_failed
@@ -181,13 +182,13 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
             for trial in self._pending_trials:
                 if not self._has_slot(trial) or trial in self._resetting_trials:
                     continue
+                patience = self.HANGS * 2 ** self._ended_starts[trial.trial_id]
                 if since > 15:  # the search itself stood still, so it does not know yet what has started meanwhile
                     self._start_seen.pop(hash(self._trial_to_actor[trial]), None)
-                elif self._seconds_starting(trial) > self.HANGS:
-                    print(
-                        f"trial {trial.trial_id}: its process has not started for {self.HANGS:.0f} s and is ended",
-                        flush=True,
-                    )
+                elif self._seconds_starting(trial) > patience:
+                    text = f"trial {trial.trial_id}: its process has not started for {patience:.0f} s and is ended"
+                    print(text, flush=True)
+                    self._ended_starts[trial.trial_id] += 1
                     ray.kill(self._ray_actor(self._trial_to_actor[trial]))
         super().step()
 

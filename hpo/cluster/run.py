@@ -18,7 +18,7 @@ from hpo.bohb.brackets import band_size
 from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
 from hpo.files import write_json
-from hpo.plan.plan import forecast
+from hpo.plan.plan import forecast, further_trainings, most_checkpoints
 from hpo.results import intervals
 from hpo.results.checkpoints import checkpoints_of
 from hpo.results.provenance import folder_hash, git_commit, hashes, other_versions, versions
@@ -34,7 +34,8 @@ class Run:
 
     `space` is the search space, `facts` the content of run.json, `state` the saved state of an earlier search or None,
     `slots` the number of trials that can run at a time, `needed` the bytes that the run needs at its peak. `done` says
-    that there is nothing to do: the search has all its trials.
+    that there is nothing to do: the search has all its trials. `ended` says that it takes no more: with a budget it
+    could. `may_fail`: whether all trials may fail.
 
     Args:
         args: the arguments of the run.
@@ -49,7 +50,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, space: dict, setup: Setup, test_size: int):
         self.args, self.space, self.setup, self.folder, self.state = args, space, setup, setup.run_dir, None
-        self.slots, self.done = arguments.slots(args), False
+        self.slots, self.done, self.ended, self.may_fail = arguments.slots(args), False, False, False
         self.facts = {
             "status": "running",
             "arguments": arguments.kept(args),
@@ -83,10 +84,14 @@ class Run:
         # With a budget it is a forecast of two bands: what a search of several needs on disk.
         trials = args.num_samples or 2 * band_size(args.max_t, args.reduction_factor)
         size = trials, args.max_t, args.reduction_factor, self.slots
-        self.forecast = forecast(space, *size, short_ends(self.state), args.known, args.baseline)
+        further = further_trainings(args)
+        finish = {"finish": further["finish"]}  # repeats have a forecast of their own
+        self.forecast = forecast(space, *size, short_ends(self.state), args.known, args.baseline, further=finish)
         r = search_space.largest_trial(space, args)["lora_r"]
         self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
         checkpoint, best_model = loading.disk_bytes(setup.model, self.adapters)
+        of_repeats = most_checkpoints(further["repeats"], self.slots)
+        self.forecast.checkpoints = max(self.forecast.checkpoints, of_repeats)
         self.needed = self.forecast.disk(checkpoint, best_model)
         if (self.folder / "best_model").exists():
             self.needed += best_model  # a better one is written beside it
@@ -139,6 +144,8 @@ class Run:
         self.facts["files"] |= files
         if self.has_copy() and not self.args.new_code:
             self.facts |= {name: earlier[name] for name in ("git_commit", "script") if name in earlier}
+        ended = earlier.get("ended", earlier.get("status") == "done")
+        self.ended = self.facts["ended"] = ended and not arguments.grows(self.args, earlier)
         self.facts = earlier | self.facts  # slot time, baseline and the like stay until the search writes new ones
 
     def has_copy(self) -> bool:
@@ -171,7 +178,7 @@ class Run:
             metrics: their means.
             of_questions: their losses and (exact match, F1), see intervals.scores_of.
         """
-        scores = intervals.questions_of(test_set) | intervals.scores_of(*of_questions, self.setup.max_t)
+        scores = intervals.questions_of(test_set) | intervals.scores_of(*of_questions)
         intervals.save(self.folder / "scores" / "test.npz", scores)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         test = {"date": date, "trial_id": trial_id, "questions": len(test_set), **metrics}

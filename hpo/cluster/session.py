@@ -7,7 +7,7 @@ from pathlib import Path
 from ray import tune
 from ray.tune.experiment import Trial
 
-from hpo import arguments
+from hpo import arguments, search_space
 from hpo.bohb.brackets import rungs
 from hpo.cluster import preemption, trial
 from hpo.cluster.idle_nodes import IdleNodeRelease
@@ -16,6 +16,7 @@ from hpo.cluster.run import Run
 from hpo.cluster.state import save_state
 from hpo.cluster.watchdogs import FaultyNodes, SharedGpus, Watchdog
 from hpo.plan.budget import Budget, MeasuredPace
+from hpo.plan.plan import further_trainings
 from hpo.results import checkpoints, intervals, tables, trackers
 from hpo.results.progress import ProgressPrinter
 from hpo.results.slot_time import SlotTime
@@ -40,9 +41,10 @@ class SearchSession:
         args, self.setup = run.args, run.setup
         self.run, self.searcher, self.scheduler = run, searcher, scheduler
         self.observed = 0  # results at rungs when run.json was written last
-        # If the whole first rung has failed, the search ends. One trial alone does not end it.
+        # If the whole first rung has failed, the search ends. One trial alone does not end it, and no repeat.
         num_samples = args.num_samples or math.inf
         first_rung = min(num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
+        first_rung = MANY if run.may_fail else first_rung
         self.log = TrialLog(
             run_dir=run.folder,
             searcher=searcher,
@@ -64,11 +66,11 @@ class SearchSession:
         checkpoints.delete_except(run.folder, needed, self.log.best)
         rendezvous = os.environ.get("RENDEZVOUS_DIR")  # where head_node.slurm and its worker jobs meet
         folder, idle_minutes = rendezvous and Path(rendezvous), float(os.environ.get("IDLE_RELEASE_MINUTES", 0))
-        has_budget = arguments.has_budget(args)
+        has_budget = arguments.has_budget(args) and not run.ended
         self.callbacks = [
             self.log,
             self.slot_time,
-            IdleNodeRelease(self.slot_time, idle_minutes, folder),
+            IdleNodeRelease(self.slot_time, idle_minutes, folder, max(further_trainings(args).values())),
             ProgressPrinter(
                 self.log,
                 scheduler,
@@ -89,6 +91,9 @@ class SearchSession:
             self.budget = Budget(scheduler, self.usable_slots, self.seconds_left, pace, pace.started)
             searcher.allows_trial = self.allows_trial
             self.callbacks.append(pace)
+        if run.ended:
+            searcher.allows_trial = lambda: False
+            self.log.num_samples = len(searcher.suggested)
         # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
         # searcher suggests one trial more than there are slots.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or MANY)
@@ -147,11 +152,14 @@ class SearchSession:
                 "gpu_minutes": {"allocated": allocated, "busy": busy, "idle": allocated - busy},
                 "model_based_suggestions": {"k": self.searcher.model_based, "n": len(self.searcher.suggested)},
                 "densities": self.searcher.densities(),
+                "alone": self.alone(),
             }
             self.log.write_tables()
         if self.log.unfinished():  # after SIGINT, Tuner.fit returns as if the search had ended
             raise KeyboardInterrupt
+        self.run.ended = self.run.facts["ended"] = True
         self.log.save([])  # what follows can be interrupted too
+        self.run.write("running")
         if self.scheduler.baseline:
             baseline = self.log.trials[self.scheduler.baseline]
             gain = tables.gain(self.log.best_trial(), baseline)
@@ -174,11 +182,27 @@ class SearchSession:
         save_state(self.run.folder, parts | {"live": live, "slot_time": self.slot_time.get_state()})
         if self.observed < len(self.searcher.observations):  # the report shows the model, also during the search
             self.observed = len(self.searcher.observations)
-            self.run.facts["densities"] = self.searcher.densities()
+            self.run.facts |= {"densities": self.searcher.densities(), "alone": self.alone()}
             self.run.write("running")
 
+    def alone(self) -> dict:
+        """The trials that went on without a promotion, for run.json."""
+        baseline = self.scheduler.baseline if self.scheduler.baseline in self.scheduler.alone else None
+        return {"baseline": baseline, "finish": sorted(self.scheduler.alone.keys() - {baseline})}
+
     def restore(self, state: dict) -> None:
-        """Takes over a saved state. The searcher first: the others and Tune ask it."""
+        """Takes over a saved state. The searcher first: the others and Tune ask it.
+
+        The values of hyperparameters are those of the search space again: JSON has lists for tuples.
+        """
+        found = [trial["config"] for trial in state["live"]]
+        found += [suggested["config"] for suggested in state["searcher"]["suggested"].values()]
+        for config in found:
+            config["train_loop_config"] = search_space.as_searched(self.run.space, config["train_loop_config"])
+        for trial_id, config in state["log"]["configs"].items():
+            searched = state["log"]["configs"][trial_id] = search_space.as_searched(self.run.space, config)
+            row = state["log"]["trials"][trial_id]
+            row.update({tables.COLUMNS.get(name, name): value for name, value in searched.items()})
         live = {trial["trial_id"] for trial in state["live"]}
         self.slot_time.set_state(state["slot_time"])
         self.searcher.set_state(state["searcher"], live)

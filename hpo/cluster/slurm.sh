@@ -43,10 +43,11 @@ ray_version() { # [exit code] [advice]: sets $answer to Ray's version, or ends t
 	[[ $answer ]] || die "$1" "${CONTAINER:-$(command -v python || echo python)} cannot import ray: $2"
 }
 
-count_gpus() { # sets $gpus to the number of GPUs that this job has on this node
+count_gpus() { # sets $gpus to the number of GPUs that this job has on this node; GPU_REQUEST=none: Slurm does not know
 	local ids
 	IFS=, read -ra ids <<< "${SLURM_STEP_GPUS:-${SLURM_JOB_GPUS-}}"
 	gpus=${SLURM_GPUS_ON_NODE:-${#ids[@]}}
+	[[ ${GPU_REQUEST-} != none ]] || gpus=$GPUS_PER_NODE
 }
 
 my_jobs() { # prints the ids of this user's jobs, a line each; fails if Slurm does not answer, or leaves this job out
@@ -93,7 +94,13 @@ stop_sessions() { # [session id ...]: ends all their processes, in a second
 	ids=$(IFS=, && echo "$*")
 	pkill -TERM --session "$ids" || return 0
 	for i in {1..10}; do pkill -0 --session "$ids" || return 0; sleep 0.1; done
-	pkill -KILL --session "$ids" || true
+	kill_sessions "$@"
+}
+
+kill_sessions() { # [session id ...]: kills all their processes, and again: one may have started another meanwhile
+	local ids i
+	ids=$(IFS=, && echo "$*")
+	for i in {1..20}; do pkill -KILL --session "$ids" || return 0; sleep 0.05; done
 }
 
 try_to_start_ray() { # [name in the log]: three times, with more patience each time; `start_ray [seconds]` starts it

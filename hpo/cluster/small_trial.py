@@ -45,7 +45,7 @@ class MeasuringContext(TrialContext):
     """
 
     def __init__(self, group: Group, folder: str, checkpoint: str | None, last: int):
-        super().__init__(group, folder, checkpoint, stop_file=None, scores_file=Path(folder) / "scores.npz")
+        super().__init__(group, folder, checkpoint, stop_file=None, scores=Path(folder) / "scores")
         self.last, self.reports, self.saved = last, [], None
 
     def start_iteration(self) -> None:

@@ -30,12 +30,13 @@ class TrialContext:
         folder: where to write checkpoints.
         checkpoint: the checkpoint to go on from; None for a new trial.
         stop_file: see Setup.
-        scores_file: for the scores of each question, see hpo/results/intervals.py.
+        scores: path of the files for the scores of each question, without their iteration, see
+            hpo/results/intervals.py.
     """
 
-    def __init__(self, group, folder: str, checkpoint: str | None, stop_file: Path, scores_file: Path):
+    def __init__(self, group, folder: str, checkpoint: str | None, stop_file: Path, scores: Path):
         self.group, self.folder, self.checkpoint, self._stop_file = group, folder, checkpoint, stop_file
-        self._scores_file = scores_file
+        self._scores = scores
         self._asked_at = 0.0
         self.start_iteration()
 
@@ -62,14 +63,15 @@ class TrialContext:
         return self.group.broadcast_flag(stop)
 
     def keep_scores(self, losses, pairs: list[tuple[float, float]], iteration: int) -> None:
-        """Writes the scores of each question, in place of those of an earlier rung. All ranks call it, rank 0 writes.
+        """Writes the scores of each question at a rung. All ranks call it, and rank 0 writes.
 
         For the arguments see intervals.scores_of.
         """
         if self.group.rank == 0:
             from hpo.results import intervals
 
-            intervals.save(self._scores_file, intervals.scores_of(losses, pairs, iteration))
+            file = self._scores.with_name(f"{self._scores.name}-{iteration}.npz")
+            intervals.save(file, intervals.scores_of(losses, pairs))
 
     def report(self, metrics: dict, checkpoint: Path | None = None) -> None:
         """Reports metrics to Tune. Does not return where Tune pauses or ends the trial.
@@ -164,8 +166,8 @@ def run_rank(config: dict, group, train, setup) -> None:
         ended = group.broadcast(bool(checkpoint) and group.rank == 0 and models.is_of_full_training(Path(checkpoint)))
         try:
             if not ended:
-                scores_file = setup.run_dir / "scores" / f"{Path(folder).parent.name}.npz"
-                train(config, setup, TrialContext(group, folder, checkpoint, setup.stop_file, scores_file))
+                scores = setup.run_dir / "scores" / Path(folder).parent.name
+                train(config, setup, TrialContext(group, folder, checkpoint, setup.stop_file, scores))
         finally:
             gc.collect()
             if setup.shares_gpu:  # torch keeps freed memory, which the other trials on this GPU may need

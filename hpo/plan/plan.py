@@ -30,7 +30,8 @@ class Forecast:
     """What to expect of a search whose iterations all take the same time."""
 
     trials: int  # of the search
-    rungs: list[tuple[int, int, int, int]]  # (bracket, iteration of the rung, trials that reach it, iterations for it)
+    # (bracket, iteration of the rung, trials that reach it, iterations for it); then those of further_trainings
+    rungs: list[tuple[int | str, int, int, int]]
     suggested: int  # suggestions before there is a model
     model_based: int  # suggestions after that; BOHB draws a third of these at random
     checkpoints: int  # the largest number on disk at a time
@@ -58,6 +59,7 @@ def forecast(
     first: list[dict] = (),
     baseline: bool = False,
     length: float = math.inf,
+    further: dict[str, int] | None = None,
 ) -> Forecast:
     """Runs the searcher and the scheduler of a search on random losses, in simulated time.
 
@@ -74,6 +76,7 @@ def forecast(
         first: the known settings, see known.settings.
         baseline: whether the first of them is trained to the end. Here it loses at its first rung.
         length: the search takes no longer, in durations of one iteration.
+        further: numbers of full trainings that follow the search, see further_trainings.
     """
     num_samples = num_samples or math.inf
     rng = random.Random(0)
@@ -105,12 +108,20 @@ def forecast(
             )
             rungs.append((number, budget, trials, trials * (budget - below)))
             below = budget
-    created = simulation.search_alg.created
-    tenth = simulation.now / 10 or 1.0  # no trial fits into the length
+    created, time = simulation.search_alg.created, simulation.now
+    checkpoints = [most_checkpoints(created, slots, most)]
+    iterations = [(start, end) for start, end, *_ in simulation.reports]
+    completed = sum(trials for _, budget, trials, _ in rungs if budget == max_t)
+    for name, trainings in (further or {}).items():
+        trainings = min(trainings, created - completed) if name == "finish" else trainings
+        checkpoints.append(most_checkpoints(trainings, slots))
+        rungs += [(name, max_t, trainings, trainings * max_t)] * (trainings > 0)
+        starts = [time + i // slots * max_t + t for i in range(trainings) for t in range(max_t)]
+        iterations += [(start, start + 1) for start in starts]
+        time += math.ceil(trainings / slots) * max_t
+    tenth = time / 10 or 1.0  # no trial fits into the length
     busy = [
-        sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end, *_ in simulation.reports)
-        / tenth
-        / slots
+        sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end in iterations) / tenth / slots
         for i in range(10)
     ]
     return Forecast(
@@ -118,19 +129,32 @@ def forecast(
         rungs,
         next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), created),
         searcher.model_based,
-        # Besides these: the best trial's. And a trial that writes a checkpoint keeps the one before it until two more
-        # states of the search are saved.
-        most + 1 + 2 * min(slots, created),
-        len(simulation.reports),
-        simulation.now,
+        max(checkpoints),
+        len(iterations),
+        time,
         busy,
     )
+
+
+def most_checkpoints(trainings: int, slots: int, paused: int = 0) -> int:
+    """The most checkpoints on disk, of trials that are trained on some slots while others are paused.
+
+    One is the best trial's. A trial that writes a checkpoint keeps the one before it until two more states of the
+    search are saved.
+    """
+    return paused + 1 + 2 * min(slots, trainings)
+
+
+def further_trainings(args) -> dict[str, int]:
+    """Full trainings that follow the search, at most: --finish, then --repeats of the best trial and the baseline."""
+    return {"finish": args.finish, "repeats": args.repeats * (1 + args.baseline)}
 
 
 def band_forecast(args, space: dict, setting: dict) -> Forecast:
     """The forecast of a search of num_samples trials, or of one band where only a budget ends it."""
     trials = setting["num_samples"] or band_size(setting["max_t"], setting["reduction_factor"])
-    return forecast(space, **setting | {"num_samples": trials}, first=args.known, baseline=args.baseline)
+    setting = setting | {"num_samples": trials}
+    return forecast(space, **setting, first=args.known, baseline=args.baseline, further=further_trainings(args))
 
 
 def within_budget(args, space: dict, setting: dict, seconds: float) -> Forecast:
@@ -151,7 +175,8 @@ def within_budget(args, space: dict, setting: dict, seconds: float) -> Forecast:
     length, budget = min(hours) * 3600 / seconds, " and ".join(arguments.budget_in_words(args))
     if length * setting["slots"] > MANY:
         raise BadInput(f"{budget}: on {setting['slots']} slots more than {MANY:,} iterations, too many for a plan")
-    found = forecast(space, **setting, first=args.known, baseline=args.baseline, length=length)
+    known = {"first": args.known, "baseline": args.baseline}
+    found = forecast(space, **setting, **known, length=length, further=further_trainings(args))
     if not found.trials:
         raise BadInput(
             f"{budget}: on {setting['slots']} slots no trial ends within it: a full training takes "
@@ -257,8 +282,8 @@ def brackets_alike(rungs: list[tuple[int, int, int, int]]) -> list[tuple[list[in
         brackets[number].append(tuple(rung))
     alike = defaultdict(list)
     for number, rows in brackets.items():
-        alike[tuple(rows)].append(number)
-    return [(numbers, list(rows)) for rows, numbers in alike.items()]
+        alike[tuple(rows), number if isinstance(number, str) else None].append(number)
+    return [(numbers, list(rows)) for (rows, _), numbers in alike.items()]
 
 
 def compare(
@@ -312,14 +337,17 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
         settings = [s | {"num_samples": f.trials} for s, f in zip(settings, forecasts, strict=True)]
     for line in [*ranges.changes(space, args.ranges), *known.in_words(args.known, args.baseline)]:
         print(line)
-    where = "the worker nodes of cluster.env have" if args.cluster else "this machine has"
+    where = "the nodes for trials have" if args.cluster else "this machine has"
     if args.from_check is not None:
         where = "the nodes that were ok in the check have"
     print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
     if budget and len(settings) == 1:
-        ended = sum(trials for _, iteration, trials, _ in forecasts[0].rungs if iteration == args.max_t)
+        further = further_trainings(args)
+        rungs = [rung for rung in forecasts[0].rungs if rung[0] not in further]
+        ended = sum(trials for _, iteration, trials, _ in rungs if iteration == args.max_t)
         bands = in_bands(forecasts[0].trials, args.max_t, settings[0]["reduction_factor"])
-        print(f"within {' and '.join(budget)}: {bands}; {ended} trials are trained to the end\n")
+        more = ", and --finish and --repeats come on top" * any(further.values())
+        print(f"within {' and '.join(budget)}: {bands}; {ended} trials are trained to the end{more}\n")
     print(plan(space, settings, forecasts, seconds, disk_bytes, limit, args.gpus_per_trial), flush=True)
     if model is None:
         print("memory of a GPU: known once the model is there (--prefetch)", flush=True)

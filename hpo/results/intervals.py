@@ -8,23 +8,27 @@ The intervals say what other passages would change, and not what another seed of
 
 The folder scores/ of a run has these files, with one row a question:
 
-    selection.npz      id, passage, answer_tokens of the questions that trials are compared on
-    <trial id>.npz     eval_loss (nats, the sum over the answer tokens), exact_match and f1 at its last rung; iteration
-    test.npz           all of these for best_model, on the test questions
+    selection.npz               id, passage, answer_tokens of the questions that trials are compared on
+    <trial id>-<iteration>.npz  eval_loss (nats, the sum over the answer tokens), exact_match and f1 at a rung
+    test.npz                    all of these for best_model, on the test questions
 """
 
 import io
+import itertools
+import math
 import zipfile
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
 from hpo.files import write_atomically
-from hpo.results.tables import METRICS, in_words, ranked
+from hpo.results.tables import METRICS, MODES, badness, in_words, ranked
 
 LEVEL = 0.95
 RESAMPLES = 9999
+SHOWN = 8  # trials in a sentence
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
@@ -36,17 +40,15 @@ def questions_of(data) -> dict[str, np.ndarray]:
     return {"id": ids, "passage": data.passages.astype(np.int32), "answer_tokens": data.answer_lengths.astype(np.int32)}
 
 
-def scores_of(losses: np.ndarray, pairs: list[tuple[float, float]], iteration: int) -> dict[str, np.ndarray]:
-    """What <trial id>.npz has: 9 bytes a question before compression.
+def scores_of(losses: np.ndarray, pairs: list[tuple[float, float]]) -> dict[str, np.ndarray]:
+    """What <trial id>-<iteration>.npz has: 9 bytes a question before compression.
 
     Args:
         losses: (n,), the summed cross entropy of each question (nats).
         pairs: n times (exact match, F1).
-        iteration: of the trial.
     """
     exact_match, f1 = np.array(pairs, np.float32).T
-    scores = {"eval_loss": losses.astype(np.float32), "exact_match": exact_match.astype(bool), "f1": f1}
-    return scores | {"iteration": np.int32(iteration)}
+    return {"eval_loss": losses.astype(np.float32), "exact_match": exact_match.astype(bool), "f1": f1}
 
 
 def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -57,17 +59,24 @@ def save(file: Path, arrays: dict[str, np.ndarray]) -> None:
     write_atomically(file, content.getvalue())
 
 
-def load(run_dir: Path, trial: dict) -> dict[str, np.ndarray] | None:
-    """The scores of a trial and its questions. None where they are not those of its row in trials.csv, or damaged.
+def load(run_dir: Path, trial: dict, iteration: int | None = None) -> dict[str, np.ndarray] | None:
+    """The scores of a trial at a rung, and its questions. None where they are missing, or damaged.
 
-    Runs of older versions have none. A trial that is running may be at its next rung already.
+    Older runs have none, or for a short time had those of the last rung only, as <trial id>.npz.
+
+    Args:
+        run_dir: the run folder.
+        trial: its row in trials.csv.
+        iteration: of the rung; None: the last one that the trial has reached.
     """
+    folder, iteration = run_dir / "scores", trial["training_iteration"] if iteration is None else iteration
+    file, of_older = folder / f"{trial['trial_id']}-{iteration}.npz", folder / f"{trial['trial_id']}.npz"
     try:
-        arrays = dict(np.load(run_dir / "scores" / f"{trial['trial_id']}.npz"))
-        questions = dict(np.load(run_dir / "scores" / "selection.npz"))
+        arrays = dict(np.load(file if file.exists() else of_older))
+        found = arrays | dict(np.load(folder / "selection.npz"))
     except (OSError, ValueError, zipfile.BadZipFile):
         return None
-    return arrays | questions if arrays["iteration"] == trial["training_iteration"] else None
+    return found if arrays.get("iteration", iteration) == iteration else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,6 +128,12 @@ def score_intervals(scores: dict | None) -> dict[str, tuple[float, float]]:
         return {}
     found = {name: interval(*of_passages(scores[name], scores, name), name != "eval_loss") for name in METRICS}
     return {name: ends for name, ends in found.items() if ends}
+
+
+def mean(scores: dict, metric: str) -> float:
+    """A metric, over all questions."""
+    sums, sizes = of_passages(scores[metric], scores, metric)
+    return float(sums.sum() / sizes.sum())
 
 
 def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) -> tuple[float, float, float] | None:
@@ -187,12 +202,66 @@ def best_in_words(run_dir: Path, best: dict) -> str:
     return ", ".join(f"{name} {in_words(best[name], ends.get(name))}" for name in METRICS)
 
 
+def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Container[str]) -> list[dict]:
+    """Trials that were stopped at a rung although they are not clearly worse than one that went on from there.
+
+    A stopped trial is compared with the worst of all trials, of any bracket, that have reached a later rung, at the
+    rung where it was stopped. It is listed unless it is worse with the whole 95 % interval of their difference. The
+    intervals are those of one comparison: of many stopped trials some are listed, or not, by chance.
+
+    Args:
+        run_dir: the run folder.
+        trials: the rows of trials.csv.
+        metric: trials are compared by it.
+        alone: ids of trials that went on without a promotion, see HyperBandForBOHB. None is compared with them.
+
+    Returns:
+        Their rows of trials.csv: those at the largest rung first, of these the best first. None of a run without
+        scores.
+    """
+    found, worse = [], 1 if MODES[metric] == "min" else -1
+    for rung, stopped in itertools.groupby(ranked(trials, metric), lambda row: row["training_iteration"]):
+        stopped = [row for row in stopped if row["status"] == "stopped" and math.isfinite(badness(row, metric))]
+        promoted = [row for row in trials if row["training_iteration"] > rung and row["trial_id"] not in alone]
+        later = [load(run_dir, row, rung) for row in promoted if stopped]
+        later = [scores for scores in later if scores and math.isfinite(mean(scores, metric))]
+        if not later:
+            continue
+        last = max(later, key=lambda scores: worse * mean(scores, metric))
+        for row in stopped:
+            scores = load(run_dir, row)
+            apart = difference(scores, last, metric) if scores else None
+            if apart and min(worse * apart[1], worse * apart[2]) <= 0:
+                found.append(row)
+    return found
+
+
 def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str) -> list[str]:
     """A sentence on the finalists that may be as good as the best trial. None where there is no other finalist."""
     if not versus:
         return []
     ties = [trial_id for trial_id, (_, low, high) in versus.items() if low <= 0 <= high]
     if not ties:
-        return [f"The best trial differs in {metric} from each of the other {len(versus)} finalists with scores."]
-    of = f"{len(ties)} of the other {len(versus)} finalists cannot be told apart from the best trial in {metric}"
-    return [f"{of}: {', '.join(ties)}."]
+        others = f"each of the other {len(versus)} finalists" if len(versus) > 1 else "the other finalist"
+        return [f"The best trial differs in {metric} from {others} with scores."]
+    of = f"{len(ties)} of the other {len(versus)} finalists" if len(versus) > 1 else "The other finalist"
+    return [f"{of} cannot be told apart from the best trial in {metric}: {', '.join(ties)}."]
+
+
+def doubts_in_words(stopped: list[dict], finished: int) -> list[str]:
+    """A sentence on the trials of `stopped_in_doubt`. No sentence where there are none.
+
+    Args:
+        stopped: the trials.
+        finished: the number of trials that --finish has trained so far.
+    """
+    if not stopped:
+        return []
+    shown = [f"{row['trial_id']} (at {row['training_iteration']})" for row in stopped[:SHOWN]]
+    more = f" and {len(stopped) - SHOWN} more" if len(stopped) > SHOWN else ""
+    number = "1 trial was" if len(stopped) == 1 else f"{len(stopped)} trials were"
+    return [
+        f"{number} stopped and never trained to the end, although not clearly worse than a trial that went on from the "
+        f"same rung: {', '.join(shown)}{more}. --resume --finish {finished + 1} trains the first one to the end, "
+        f"{finished + 2} the first two, and so on."
+    ]

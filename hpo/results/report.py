@@ -15,7 +15,7 @@ from pathlib import Path
 
 from hpo import errors
 from hpo.files import read_csv, write_atomically
-from hpo.results import intervals, slot_time
+from hpo.results import intervals, seeds, slot_time
 from hpo.results.tables import (
     COLUMNS,
     METRICS,
@@ -51,10 +51,17 @@ def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict, lis
     metric = run["arguments"]["metric"]
     drawn = figures.draw(trials, iterations, hyperparameter_columns(trials), metric, run.get("densities"))
     facts = facts_of(run, trials, iterations)
+    best = next((row for row in ranked(trials, metric) if row["status"] == "completed"), None)
+    if best and intervals.load(run_dir, best):  # runs of older versions have no scores
+        facts["Scores of the best trial, too good on average"] = intervals.best_in_words(run_dir, best)
     refresh = refresh if run["status"] == "running" else None
     versus = intervals.versus_best(run_dir, trials, metric)
     claims, correlations = audit.audit(run, trials, iterations)
-    claims = [*intervals.ties_in_words(versus, metric), *claims]
+    alone = run.get("alone", {"baseline": None, "finish": []})  # older runs have none
+    stopped = intervals.stopped_in_doubt(run_dir, trials, metric, [alone["baseline"], *alone["finish"]])
+    doubts = intervals.doubts_in_words(stopped, finished=len(alone["finish"]))
+    repeats = seeds.in_sentences(run_dir, trials, metric, run.get("baseline", {}).get("trial_id"))
+    claims = [*intervals.ties_in_words(versus, metric), *doubts, *claims, *repeats]
     shown = facts, result_rows(trials, metric, versus), drawn, refresh, claims, correlations
     return page.page(f"Search {run_dir.name}", *shown), drawn, claims
 
@@ -105,6 +112,8 @@ def facts_of(run: dict, trials: list[dict], iterations: list[dict]) -> dict[str,
         size = arguments["max_t"], len(trials), run["grid"]
         spent = slot_time.summary(run["slot_minutes"], len(iterations), *size)
         facts["Slot time"] = spent.replace("slot time: ", "").replace("\ncost:", "; cost:")
+    if run.get("repeats"):
+        facts["Slot time of the repeats"] = slot_time.in_parts(run["repeats"]["slot_minutes"])
     given = [f"{name}={value}" for name, value in run.get("environment", {}).items()]  # older runs have none
     for key, value in arguments.items():  # --try has a list
         given += [f"--{key} {one}" for one in (value if isinstance(value, list) else [value]) if one is not None]

@@ -14,7 +14,8 @@ from ray.tune.experiment import Trial
 
 from hpo.results.slots import slots_of
 
-# What a running trial does. "run again": iterations that were reported before, and were lost in an interruption.
+# What a running trial does. "run again": iterations that were reported before; they
+# were lost in an interruption, or the trial was stopped and is finished now.
 WORK = ("training", "evaluation", "checkpoints", "run again")
 # Why a slot is idle, see SlotTime.
 IDLE = ("start-up", "rungs", "tail", "faults", "not asked for")
@@ -153,24 +154,29 @@ class SlotTime(Callback):
         return {"allocated": sum(minutes.values()), **minutes, "given back": spent["given back"] / 60}
 
 
-def summary(minutes: dict[str, float], iterations: int, max_t: int, num_samples: int, grid: int) -> str:
-    """Two lines for the log: the parts of the slot time, and the cost beside random search and grid search.
-
-    Args:
-        minutes: see SlotTime.minutes. Parts below half a percent are left out.
-        iterations: the number of iterations that were run.
-        max_t: the number of iterations of a full training.
-        num_samples: the number of trials.
-        grid: the number of trials of a grid search, with 10 values for each range.
-    """
+def in_parts(minutes: dict[str, float]) -> str:
+    """The parts of the slot time, see SlotTime.minutes, in words. Parts below half a percent are left out."""
     whole = minutes["allocated"] or 1.0
     hidden = ("allocated", "given back")
     shown = {name: value for name, value in minutes.items() if name not in hidden and value / whole >= 0.005}
     parts = ", ".join(f"{name} {value:.1f} ({value / whole:.0%})" for name, value in shown.items())
     saved = f"; given back: {minutes['given back']:.1f} more" if minutes["given back"] else ""
+    return f"{minutes['allocated']:.1f} slot-minutes: {parts}{saved}"
+
+
+def summary(minutes: dict[str, float], iterations: int, max_t: int, num_samples: int, grid: int) -> str:
+    """Two lines for the log: the parts of the slot time, and the cost beside random search and grid search.
+
+    Args:
+        minutes: see SlotTime.minutes.
+        iterations: the number of iterations that were run.
+        max_t: the number of iterations of a full training.
+        num_samples: the number of trials.
+        grid: the number of trials of a grid search, with 10 values for each range.
+    """
     full = iterations / max_t
     return (
-        f"slot time: {minutes['allocated']:.1f} slot-minutes: {parts}{saved}\n"
+        f"slot time: {in_parts(minutes)}\n"
         f"cost: {iterations} iterations, as many as {full:.1f} full trainings; random search of as many trials would "
         f"take {num_samples} full trainings, a grid with 10 values for each range {grid} (computed, not run)"
     )

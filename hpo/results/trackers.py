@@ -51,7 +51,7 @@ class TensorBoard:
         """Opens an event file, unless the trial has one already."""
         if trial_id not in self.writers:
             self.writers[trial_id] = self.make_writer(str(self.run_dir / "ray" / trial_id), flush_secs=30)
-            self.hyperparameters[trial_id] = flatten({"train_loop_config": config["train_loop_config"]})
+            self.hyperparameters[trial_id] = flatten(config)
 
     def log(self, trial_id: str, iteration: int, metrics: dict[str, float]) -> None:
         """Writes each metric under the tag that Ray's own logger gives it."""
@@ -238,7 +238,8 @@ class TrackerCallback(Callback):
 
     def on_trial_start(self, iteration, trials, trial, **info):
         """A trial starts or goes on."""
-        self._call("start", trial.trial_id, trial.config)
+        config = trial.config["train_loop_config"]  # not the rungs, which change with --finish
+        self._call("start", trial.trial_id, {"train_loop_config": config})
 
     def on_trial_result(self, iteration, trials, trial, result, **info):
         """A trial has reported. The report has no metrics if the trial has failed or was saved amid an iteration."""

@@ -212,15 +212,22 @@ class TrialLog(Callback):
             self.log(f"{self._describe(row)} at {done}/{rungs[-1]}")
 
     def _compare_with_best(self, row: dict) -> None:
-        """Updates the best trial. If the other one has ended, its checkpoints are obsolete."""
+        """Updates the best trial. If the other one has ended, its checkpoints are obsolete.
+
+        Of equal trials the older one is the best, as in the table of results.
+        """
         best = self.trials.get(self.best)
-        better = best is None or rank(row, self.metric) < rank(best, self.metric)
+        better = best is None or self._place(row) < self._place(best)
         if better and math.isfinite(badness(row, self.metric)):
             if best and best["status"] in ENDED:
                 self.obsolete.add(self.best)
             self.best = row["trial_id"]
         if row["status"] == "completed" and self.best != row["trial_id"]:
             self.obsolete.add(row["trial_id"])
+
+    def _place(self, row: dict) -> tuple:
+        """A sort key: the place of a trial in the table of results."""
+        return *rank(row, self.metric), list(self.trials).index(row["trial_id"])
 
     def _fail(self, row: dict, reason: str) -> None:
         """Notes that a trial has failed. If all trials of the first rung have, the search ends."""

@@ -6,6 +6,8 @@ import os
 
 import torch
 
+import hpo
+
 if not torch.cuda.is_available():
     os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed, when it is imported, looks for others and warns
 START = 600  # seconds that the ranks may take to meet
@@ -82,7 +84,8 @@ def join(rank: int = 0, size: int = 1, folder: str | None = None) -> Group:
     Raises:
         torch.distributed.DistError: the ranks have not met within START seconds.
     """
-    import deepspeed.ops
+    with hpo.hidden("mlflow"):  # of DeepSpeed's autotuner
+        import deepspeed.ops
 
     # Each process sees one GPU, its own, as number 0. No port is named that another trial could take.
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))

@@ -48,7 +48,7 @@ class Finder(importlib.abc.MetaPathFinder):
 
 sys.meta_path.insert(0, Finder())
 
-if sys.orig_argv[1:] == ["-m", "hpo.cluster.gpu_check"]:  # Python would load it without the Finder
+if sys.orig_argv[1:3] == ["-m", "hpo.cluster.gpu_check"]:  # Python would load it without the Finder
     sys.path.insert(0, os.getcwd())
     from hpo.cluster import gpu_check
 
