@@ -62,12 +62,13 @@ def slow_down(trial):
 """
 
 
-def reporting(names: str, slow: bool = False) -> str:
+def reporting(names: str, slow: bool = False, hold: Path | None = None) -> str:
     """A `train` whose reports have other names of nodes.
 
     Args:
         names: an expression for the name; `trial` is the context of the trial.
         slow: each optimizer step waits, see SLOW.
+        hold: no trial reports its second iteration before this file is there: a search that cannot end before it.
     """
     return (
         SLOW.replace("def train(", "def slow_train(")
@@ -75,7 +76,13 @@ def reporting(names: str, slow: bool = False) -> str:
 
 def train(config, setup, trial):
     report = trial.report
-    trial.report = lambda metrics, checkpoint=None: report(metrics | {{"node": {names}}}, checkpoint)
+
+    def report_with_name(metrics, checkpoint=None):
+        while {bool(hold)} and metrics["training_iteration"] == 2 and not os.path.exists("{hold}"):
+            time.sleep(0.2)
+        report(metrics | {{"node": {names}}}, checkpoint)
+
+    trial.report = report_with_name
     {"slow_train" if slow else "experiment.train"}(config, setup, trial)
 """
     )

@@ -303,7 +303,8 @@ PATH={sys.prefix}/bin:$PATH exec "${{@:2}}"
 
 def test_one_job_on_several_nodes(project, tiny):
     """Ray ends on one of them, and is started again there. Another one is lost: its trials go on on the others."""
-    project.hand(reporting(WITH_GPU, slow=True))
+    go_on = project.folder / "go_on"
+    project.hand(reporting(WITH_GPU, slow=True, hold=go_on))
     arguments = ["--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16]
     job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=["--nodes=3", *OWN])
     try:
@@ -322,6 +323,7 @@ def test_one_job_on_several_nodes(project, tiny):
                 os.kill(pid, signal.SIGKILL)
         project.cluster.run("node1", "scontrol", "update", "node=node3", "state=down", "reason=lost")
         project.wait_for("the loss", lambda: "the worker on node3 has ended" in project.log(job))
+        go_on.touch()
         assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     finally:
         project.cluster.start_node("node3")
@@ -829,7 +831,7 @@ def test_the_workers_leave_when_the_head_s_node_is_gone(project, tiny):
 def test_the_head_s_node_is_lost_in_a_job_on_several_nodes(project, tiny):
     """Its network is gone. When Slurm takes it for lost, the other node has the job queued again."""
     project.hand(SLOW)
-    job = project.submit(*tiny, *SHORT, node="node[1-2]", options=["--nodes=2", *OWN])
+    job = project.submit(*tiny, *LONG, node="node[1-2]", options=["--nodes=2", *OWN])
     project.wait_for_search(job)
     show = ["scontrol", "show", "job", job]
     try:
@@ -972,18 +974,7 @@ def test_idle_nodes_are_given_back(project, tiny):
     The trial waits for that after its first iteration, however slow the second node is to join.
     """
     go_on = project.folder / "go_on"
-    project.hand(f"""
-def train(config, setup, trial):
-    report = trial.report
-
-    def report_when_told(metrics, checkpoint=None):
-        while metrics["training_iteration"] == 2 and not os.path.exists("{go_on}"):
-            time.sleep(0.2)
-        report(metrics, checkpoint)
-
-    trial.report = report_when_told
-    experiment.train(config, setup, trial)
-""")
+    project.hand(reporting("socket.gethostname()", hold=go_on))
     arguments = ["--max_t", 4, "--num_train_epochs", 1, "--max_eval_samples", 10, "--num_samples", 1, "--run_name", "x"]
     job = project.submit(*tiny, *arguments, **TWO_NODES, IDLE_RELEASE_MINUTES="0.1")
     project.wait_for("a release", lambda: "is given back" in project.log(job))
