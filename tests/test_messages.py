@@ -21,10 +21,10 @@ NEWS = (
 PASSED_ON = {
     "head_node.slurm: error: $2": None,  # `die` itself, and below `log` in `die`
     "$2": None,
-    "worker $what $word $rest": "worker job … refused <node>: …",
+    "worker $what ${word/broken/has a broken GPU on} $rest": "worker job … refused <node>: …",
     "$why": None,  # the sentences that it stands for are found where it is set
     "$checked": "worker job … refused <node>: …",  # by hpo.cluster.gpu_check
-    '$(< "$rendezvous/bad-$id")': "worker job … broken <node>: …",  # by hpo.cluster.watchdogs
+    '$(< "$rendezvous/bad-$id")': "worker job … has a broken GPU on <node>: …",  # by hpo.cluster.watchdogs
     'waiting in the queue:${waiting[$reason]} ($reason: $(in_words "$reason"))': "waiting in the queue: … (Resources)",
     "${problem%%$'\\n'*}": "./cluster.env: line …: syntax error",  # by bash
 }

@@ -521,7 +521,7 @@ def test_scancel_is_clean(project, tiny, phase):
         assert "worker jobs" not in project.log(job)
     elif phase == "waiting":
         project.wait_for("the wait for workers", lambda: "waiting in the queue" in project.log(job))
-        said = r"broken node2: CUDA error: uncorrectable ECC error\n(?:.*\n)*.*worker job (\d+) replaces it \(1 of at"
+        said = r"has a broken GPU on node2: CUDA error: .*\n(?:.*\n)*.*worker job (\d+) replaces it \(1 of at"
         replaces = re.search(said, project.log(job))
         assert replaces and project.cluster.job(replaces[1])["ExcNodeList"] == "node[1-2]", project.log(job)
     else:

@@ -24,7 +24,9 @@ from slurm_cluster import wait_for
 OF_A_TRIAL = """
 from hpo.squad import group
 
+gc.disable()  # as worker processes start
 group.join()
+assert gc.isenabled() and gc.get_freeze_count() > 100_000
 assert "deepspeed" in sys.modules and not sys.modules.keys() & {"mlflow", "wandb"}
 import wandb
 with hpo.hidden("mlflow", "wandb"):
@@ -40,6 +42,7 @@ with launch.ray_folders() as folders:
     launch.start_ray(0.0, *folders)
     ray.air._internal.usage.tag_callbacks([])  # as Tune does
     commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert not ray.get(ray.remote(lambda: gc.isenabled()).remote())
     ray.shutdown()
 assert not sys.modules.keys() & {"mlflow", "wandb"}
 assert any("raylet" in command for command in commands)
@@ -50,8 +53,11 @@ assert not [command for command in of_workers if "/raylet" not in command.split(
 
 @pytest.mark.parametrize("code", [OF_A_TRIAL, OF_THE_SEARCH], ids=["trial", "search"])
 def test_no_tracker_is_imported_and_no_process_started_that_is_not_used(code):
-    """DeepSpeed and Tune would import trackers. What hides them hides nothing that is imported already."""
-    command = [sys.executable, "-c", f"import importlib.util, sys\nimport psutil\nimport hpo\n{code}"]
+    """DeepSpeed and Tune would import trackers. What hides them hides nothing that is imported already.
+
+    And the garbage collector of a worker process rests during its imports.
+    """
+    command = [sys.executable, "-c", f"import gc, importlib.util, sys\nimport psutil\nimport hpo\n{code}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 

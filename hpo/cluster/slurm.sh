@@ -38,6 +38,15 @@ ask() { # [command ...]: sets $answer to its first line, or to nothing. A signal
 	asked=''
 }
 
+run_and_wait() { # [command ...]: runs it. A signal is handled while it runs, not after it.
+	local code=0
+	"$@" &
+	asked=$!
+	wait "$asked" || code=$?
+	asked=''
+	return "$code"
+}
+
 ray_version() { # [exit code] [advice]: sets $answer to Ray's version, or ends the job
 	ask "${container[@]}" python -c 'import ray; print(ray.__version__)'
 	[[ $answer ]] || die "$1" "${CONTAINER:-$(command -v python || echo python)} cannot import ray: $2"

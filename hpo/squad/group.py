@@ -99,7 +99,15 @@ def join(rank: int = 0, size: int = 1, folder: str | None = None) -> Group:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     messages = torch.distributed.new_group(backend="gloo", timeout=PATIENCE) if size > 1 else None
-    # The half million objects of the imports stay for good. Frozen, they are not visited by each garbage collection.
+    imports_are_done()
+    return Group(rank, size, messages)
+
+
+def imports_are_done() -> None:
+    """Enables the garbage collector, which worker processes start without, see launch.start_ray.
+
+    The half million objects of the imports stay for good. Frozen, they are not visited by each collection.
+    """
     gc.collect()
     gc.freeze()
-    return Group(rank, size, messages)
+    gc.enable()

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -80,6 +81,7 @@ def max_positions(folder: str | Path) -> int | None:
 def load_for_test(folder: str | Path, device: str) -> torch.nn.Module:
     """A model in the precision of its files, on a device."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    gc.enable()  # worker processes start without it, see group.imports_are_done
     return evaluation.fuse_gelu(model).to(device)
 
 
