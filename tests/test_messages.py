@@ -24,6 +24,7 @@ PASSED_ON = {
     "worker $what ${word/broken/has a broken GPU on} $rest": "worker job … refused <node>: …",
     "$why": None,  # the sentences that it stands for are found where it is set
     "$checked": "worker job … refused <node>: …",  # by hpo.cluster.gpu_check
+    "the check of the GPUs has not ended within 600 s": "worker job … has a broken GPU on <node>: …",
     '$(< "$rendezvous/bad-$id")': "worker job … has a broken GPU on <node>: …",  # by hpo.cluster.watchdogs
     'waiting in the queue:${waiting[$reason]} ($reason: $(in_words "$reason"))': "waiting in the queue: … (Resources)",
     "${problem%%$'\\n'*}": "./cluster.env: line …: syntax error",  # by bash

@@ -72,17 +72,18 @@ def tiny(tiny_model, tiny_squad):
 
 def test_search_on_two_nodes(project, tiny):
     """Four trials at a time on two nodes of two GPUs, never two on one, in one process each; the log ends with the
-    result; nothing is left.
+    result; nothing is left. It is submitted from an interactive step that has a GPU.
     """
     with_gpu = 'socket.gethostname() + " GPU " + os.environ["CUDA_VISIBLE_DEVICES"] + " " + str(os.getpid())'
     project.hand(reporting(with_gpu, slow=True))
     job = project.submit(
         *tiny, "--max_t", 16, "--num_train_epochs", 0.4, "--max_eval_samples", 20, "--run_name", "whole",
-        NUM_WORKERS="2", **BOTH_GPUS,
+        NUM_WORKERS="2", SLURM_STEP_GPUS="0", **BOTH_GPUS,
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     assert project.left_over() == {}
     log = project.log(job)
+    assert "trials run in worker jobs, as NUM_WORKERS is 2; worker jobs" in log
     result, rows = closing_block(log)
     assert len(rows) == 2 + 25 and len(log.splitlines()) < 400
     folder = project.folder / "results" / "whole"
@@ -139,7 +140,7 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
     """And the log says why a worker waits, in Slurm's word and in plain words."""
     run = project.cluster.run
     with open(project.folder / "cluster.env", "a") as file:
-        file.write("WORKER_OPTIONS=(--comment='of cluster.env' --nice=7)\n")
+        file.write("WORKER_OPTIONS=(--comment='of cluster.env' --nice=7)\nexport SBATCH_JOB_NAME=mine\n")
     run("node1", "scontrol", "update", "NodeName=node2", "State=DRAIN", "Reason=test")
     try:
         job = project.submit(
@@ -158,6 +159,7 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
     found = project.cluster.job(worker)
     assert found["Reservation"] == reservation and found["Features"] == "fast" and found["Licenses"] == "squad:1"
     assert found["TimeLimit"] == "00:50:00" and found["Nice"] == "7" and found["NodeList"] == "node2"
+    assert found["JobName"] == "ray_worker_bloom_bohb"
     assert found["TresPerNode"].endswith("gpu:v100:1")
     assert project.left_over() == {}
 
@@ -636,7 +638,8 @@ echo "${{workers[*]}}" """
 def test_the_first_worker_jobs_are_submitted_again_while_slurm_is_busy(tmp_path):
     """Of Slurm the answers alone. Another error ends the job at once."""
     text = (ROOT / "head_node.slurm").read_text()
-    loop = text[text.index("slurm_is_busy() {") : text.index("for each in")]
+    loop = text[text.index("slurm_is_busy() {") : text.index("in_queue() {")]
+    loop += text[text.index("end=$((SECONDS + 60))") : text.index("for each in")]
     command = f"""set -Eeuo pipefail
 die() {{ echo "$2"; exit "$1"; }}; sleep() {{ echo sleep; }}
 add_worker() {{ answer=$1; ((++calls % 3 == 0)); }}
@@ -660,6 +663,34 @@ def test_nodes_that_worker_options_exclude_are_added_to_the_heads(options):
     command = f'set -Eeuo pipefail\nnode=node1 excluded=node9 WORKER_OPTIONS=({options})\n{lines}echo "$exclude"'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout == "node1,node9,bad,worse\n", done
+
+
+def test_nodes_may_have_any_name(tmp_path):
+    """A worker of the head's own job tells the head that it has joined, in a file with the name of its node."""
+    (tmp_path / "worker-gpu-worker-3").write_text("joined gpu-worker-3, 2 CPUs\n")
+    text = (ROOT / "head_node.slurm").read_text()
+    loop = text[text.index('\tfor file in "$rendezvous"/worker-*') : text.index("\tif ((SECONDS >= next_tell))")]
+    command = f"""set -Eeuo pipefail; log() {{ echo "$*"; }}; joined=0 rendezvous={tmp_path} own_nodes=(gpu-worker-3)
+declare -A has_told=()
+{loop}echo "${{!has_told[*]}}" """
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "worker on gpu-worker-3 joined gpu-worker-3, 2 CPUs\ngpu-worker-3\n", done
+
+
+@pytest.mark.parametrize("answers, tries", [("", 3), ("error: Socket timed out on send", 3), ("Access denied", 1)])
+def test_a_requeue_is_tried_again_while_slurm_is_busy(answers, tries):
+    """Until a minute before the time limit. Of Slurm the answers alone."""
+    text = (ROOT / "head_node.slurm").read_text()
+    loop = text[text.index("\t\t\tuntil answer=$(timeout 30 scontrol requeue") :]
+    busy = text[text.index("slurm_is_busy() {") : text.index("in_queue() {")]
+    command = f"""set -u; SLURM_JOB_ID=1 time_limit=80 how_to_resume=Resume. SECONDS=0
+timeout() {{ echo "$answers"; return 1; }}; log() {{ echo "$*"; }}
+sleep() {{ echo sleep; SECONDS=$((SECONDS + 10)); }}
+answers=$1
+{busy}{loop[: loop.index("done") + 4]}"""
+    done = subprocess.run(["bash", "-c", command, "-", answers], capture_output=True, text=True, timeout=60)
+    said = f"Slurm has not requeued the job: {answers or 'no answer'}. Resume.\n"
+    assert done.stdout == "sleep\n" * (tries - 1) + said, done
 
 
 @pytest.mark.parametrize(
@@ -1113,7 +1144,11 @@ def test_preflight_gpu_that_torch_cannot_use(project, tiny):
 
 def test_preflight_check_of_the_gpus_that_does_not_run(project, tiny):
     job = project.submit(*tiny, GPU_CHECK_EXITS="7")
-    refused(project, job, r"refused node\d: the check of the GPUs: exit code 7, and 124 means")
+    refused(project, job, r"refused node\d: the check of the GPUs has printed nothing, exit code 7")
+
+
+def test_preflight_a_job_array(project, tiny):
+    refused(project, project.submit(*tiny, options=["--array=1"]), "this is a job array: submit each search by itself")
 
 
 def test_preflight_sbatch_not_allowed(project, tiny):
@@ -1123,9 +1158,8 @@ def test_preflight_sbatch_not_allowed(project, tiny):
 
 def test_preflight_results_not_shared(project, tiny):
     private = project.cluster.folder / "private" / "results"
-    refused(
-        project, project.submit(*tiny, "--output_dir", private), f"{private} is not shared: that node does not see it"
-    )
+    job = project.submit(*tiny, "--output_dir", private)
+    refused(project, job, f"{private} is not shared: the node of that job does not see it")
 
 
 def test_preflight_logs_missing(project, tiny):
