@@ -145,9 +145,10 @@ def test_audit_of_a_search():
     said, table = audit.audit(RUN, trials, rows)
     text = "\n".join(said)
     for name in ("batch size", "weight decay", "dropout"):
-        assert f"No effect of {name} could be measured at iteration 3 (Kruskal-Wallis test, p = " in text
+        assert f"No effect of {name} could be measured at iteration 3 (Kruskal-Wallis test, corrected p = " in text
     assert "upper edge of learning rate" in text and "20 random trials" in text and "share of the importance" in text
-    assert "At iteration 3 the model-based suggestions were not measurably better than the random ones: in " in text
+    assert "At iteration 3 a model-based suggestion was better than a random one in " in text
+    assert "of 100 pairs, not measurably more than by chance (90 % interval " in text
     assert "WARNING: eval_loss at 3 and exact_match at 3 rank the trials differently (Kendall's tau -1.00" in text
     assert "f1 at 3" not in text and ["eval_loss at 3", "f1 at 3", "34", "1.00", "1.00 to 1.00"] in table
     assert [row[:3] for row in table[-1:]] == [["eval_loss at 3", "eval_loss at 12", "9"]]
@@ -157,7 +158,7 @@ def test_model_that_is_better_than_chance_and_best_trial_that_is_not_its_own():
     rng = np.random.default_rng(5)
     trials, rows = make_search(rng, lambda row: rng.normal() - 3 * row["model_based"], n=24, model_based=10)
     text = "\n".join(audit.audit(RUN, trials, rows)[0])
-    assert "the model-based suggestions were better than the random ones" in text and "The best trial" not in text
+    assert "of 100 pairs, more than by chance (" in text and "The best trial" not in text
     for row in [trials[0], next(r for r in rows if r["trial_id"] == "t0")]:
         row["eval_loss"] = -9.0
     assert "The best trial, t0, is a random suggestion" in "\n".join(audit.audit(RUN, trials, rows)[0])

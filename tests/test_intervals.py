@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo import files
+from hpo.bohb import brackets
 from hpo.results import intervals, tables
 
 PER_PASSAGE = 5
@@ -55,16 +56,41 @@ def test_true_exact_match_is_in_95_of_100_intervals(few_resamples, passages, p, 
     assert least <= coverage(passages, p, draws=200) <= 0.99
 
 
-def test_true_loss_is_in_95_of_100_intervals(few_resamples):
-    """Losses of tokens are far from normal, and those of a passage are alike."""
-    rng, inside, draws = np.random.default_rng(2), 0, 200
+def draw_questions(rng, passages: int) -> dict[str, np.ndarray]:
+    """Of each question: its passage, its tokens, how easy it is, and its loss, which has a long tail."""
+    passage = np.repeat(np.arange(passages), PER_PASSAGE)
+    tokens = rng.poisson(3, len(passage)) + 2
+    easy, hard = rng.beta(3, 1, passages)[passage], rng.lognormal(0, 0.7, passages)[passage]
+    return {
+        "passage": passage, "answer_tokens": tokens, "easy": easy,
+        "hard": hard * rng.lognormal(0, 0.7, len(passage)) * tokens,
+    }  # fmt: skip
+
+
+def draw_trials(rng, questions: dict, n: int) -> list[dict[str, np.ndarray]]:
+    """The scores of n equally good trials."""
+    shape = n, len(questions["easy"])
+    right = (rng.random(shape) < questions["easy"]).astype(float)
+    losses = questions["hard"] * rng.lognormal(0, 0.5, shape)
+    return [questions | {"exact_match": em, "eval_loss": loss} for em, loss in zip(right, losses, strict=True)]
+
+
+TRUTH = {"exact_match": 0.75, "eval_loss": math.exp((0.7**2 + 0.7**2 + 0.5**2) / 2)}
+
+
+def coverage_of_loss(passages: int, draws: int) -> float:
+    """The share of intervals with the true loss in them."""
+    rng, inside = np.random.default_rng(2), 0
     for _ in range(draws):
-        tokens = rng.poisson(14, 60) + 1
-        hard = rng.lognormal(0, 0.5, 60)
-        losses = np.array([rng.exponential(h, n).sum() for h, n in zip(hard, tokens, strict=True)])
-        low, high = intervals.interval(losses, tokens.astype(float), proportion=False)
-        inside += low <= np.exp(0.125) <= high
-    assert 0.90 <= inside / draws <= 0.99
+        (scores,) = draw_trials(rng, draw_questions(rng, passages), 1)
+        low, high = intervals.score_intervals(scores | {"f1": scores["exact_match"]})["eval_loss"]
+        inside += low <= TRUTH["eval_loss"] <= high
+    return inside / draws
+
+
+def test_true_loss_is_in_nearly_95_of_100_intervals(few_resamples):
+    """Losses have long tails: of few passages the intervals are too short. docs/results.md has the numbers."""
+    assert 0.86 <= coverage_of_loss(54, draws=200) <= 0.98
 
 
 def test_questions_alone_would_give_too_short_intervals(few_resamples):
@@ -79,31 +105,55 @@ def test_questions_alone_would_give_too_short_intervals(few_resamples):
     assert inside["passages"] >= 88 and inside["questions"] <= 80
 
 
-def excluded(passages: int, finalists: int, metric: str, draws: int) -> float:
-    """How often the comparison excludes the truly best finalist. All are equally good, and the first one is meant."""
+def selected(rng, passages: int, metric: str, max_t: int, reduction_factor: int) -> tuple[dict, dict, int]:
+    """A band of equally good trials whose luck is the same at all rungs, the worst case.
+
+    Returns:
+        The scores of the finalist that is meant as the truly best, those of the best trial, and the number of trials.
+    """
+    questions, finalists, number, sign = draw_questions(rng, passages), [], 0, 1 if metric == "eval_loss" else -1
+    for bracket in brackets.rungs(max_t, reduction_factor):
+        trials = draw_trials(rng, questions, bracket[0][0])
+        number += len(trials)
+        for promoted, _ in bracket:
+            trials = sorted(trials, key=lambda scores: sign * scores[metric].sum())[:promoted]
+        finalists.append(trials)
+    meant = finalists[-1][rng.integers(len(finalists[-1]))]  # of the bracket without promotions
+    return meant, min(sum(finalists, []), key=lambda scores: sign * scores[metric].sum()), number
+
+
+def excluded(passages: int, metric: str, draws: int, band=(50, 4)) -> float:
+    """How often the comparison excludes the truly best finalist."""
     rng, count = np.random.default_rng(4), 0
-    passage = np.repeat(np.arange(passages), PER_PASSAGE)
-    tokens = rng.poisson(3, len(passage)) + 2
     for _ in range(draws):
-        easy = np.repeat(rng.beta(3, 1, passages), PER_PASSAGE)
-        hard = np.repeat(rng.lognormal(0, 0.7, passages), PER_PASSAGE) * rng.lognormal(0, 0.7, len(passage)) * tokens
-        right = (rng.random((finalists, len(passage))) < easy).astype(float)
-        losses = hard * rng.lognormal(0, 0.5, right.shape)
-        best = right.sum(1).argmax() if metric == "exact_match" else losses.sum(1).argmin()
-        first, winner = (
-            {"passage": passage, "answer_tokens": tokens, "exact_match": right[i], "eval_loss": losses[i]}
-            for i in (0, best)
-        )
-        _, low, high = intervals.difference(first, winner, metric, intervals.level_of(finalists - 1))
+        meant, best, number = selected(rng, passages, metric, *band)
+        level = intervals.level_of([{"training_iteration": 1}] * number)
+        _, low, high = intervals.difference(meant, best, metric, level)
         count += not low <= 0 <= high
     return count / draws
 
 
 @pytest.mark.parametrize("metric", ["exact_match", "eval_loss"])
-@pytest.mark.parametrize("passages, finalists", [(10, 5), (54, 5), (100, 10)])
-def test_the_truly_best_finalist_is_hardly_ever_excluded(metric, passages, finalists):
-    """Also of few passages, and of losses with long tails."""
-    assert excluded(passages, finalists, metric, draws=400) <= 0.05
+@pytest.mark.parametrize("passages, band", [(10, (50, 4)), (54, (50, 4)), (54, (81, 3))])
+def test_the_truly_best_finalist_is_hardly_ever_excluded(metric, passages, band):
+    """Also of few passages, of losses with long tails, and though finalists were promoted on the same questions."""
+    assert excluded(passages, metric, 200, band) <= 0.05
+
+
+def coverage_of_the_best(passages: int, metric: str, draws: int) -> float:
+    """How often the interval of the best trial has the truth in it."""
+    rng, inside = np.random.default_rng(7), 0
+    for _ in range(draws):
+        _, best, _ = selected(rng, passages, metric, 50, 4)
+        low, high = intervals.interval(*intervals.of_passages(best[metric], best, metric), metric != "eval_loss")
+        inside += low <= TRUTH[metric] <= high
+    return inside / draws
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "eval_loss"])
+def test_the_interval_of_the_best_trial_misses_the_truth_more_often(few_resamples, metric):
+    """Log and docs/results.md say so: it was selected by its score."""
+    assert 0.5 <= coverage_of_the_best(54, metric, draws=100) <= 0.9
 
 
 def test_two_trials_that_differ_are_told_apart():
@@ -127,11 +177,31 @@ def test_a_score_that_is_no_number_has_no_interval(tmp_path):
     assert set(found) == {"exact_match", "f1"}
     assert intervals.difference(scores, others, "eval_loss") is None
     assert intervals.versus_best(tmp_path, rows, "eval_loss") == {}
-    (tmp_path / "scores" / "a-9.npz").write_bytes(b"damaged")
-    assert intervals.load(tmp_path, rows[0]) is None
     tested = {"eval_loss": math.nan, "exact_match": 2 / 3, "f1": 2 / 3, "intervals": found}
     tested = json.loads(files.to_json({"tests": [tested], "pair": (math.nan, 1)}))["tests"][0]
     assert tables.tested_in_words(tested).startswith("eval_loss nan, exact_match 0.6667 [")
+
+
+def test_damaged_scores_are_missing_scores(tmp_path):
+    keep_questions(tmp_path, [0, 0, 1], [2, 3, 1])
+    keep(tmp_path, "a", [0.25, 1.0, 2.0], [True, False, True])
+    file = tmp_path / "scores" / "a-9.npz"
+    whole = file.read_bytes()
+    assert intervals.load(tmp_path, trial("a"))
+    for damaged in (b"", b"damaged", whole[:-40], *(whole[:i] + b"\xff" + whole[i + 1 :] for i in range(len(whole)))):
+        file.write_bytes(damaged)
+        intervals.load(tmp_path, trial("a"))  # some bytes may differ without harm
+    file.write_bytes(b"")
+    assert intervals.load(tmp_path, trial("a")) is None
+
+
+def test_a_difference_that_is_the_same_in_all_passages_has_no_interval():
+    """It would have no width. Two trials with the same answers are the same."""
+    passage, four, three = np.repeat([0, 1], 5), np.array([1, 1, 1, 1, 0.0] * 2), np.array([1, 1, 1, 0, 0.0] * 2)
+    best, other = ({"passage": passage, "exact_match": right} for right in (four, three))
+    assert intervals.difference(other, best, "exact_match") is None
+    assert intervals.difference(best, best, "exact_match") == (0, 0, 0)
+    assert intervals.interval(*intervals.of_passages(four, best, "exact_match"), proportion=True) is None
 
 
 def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
@@ -172,7 +242,8 @@ def test_an_interval_is_around_the_mean_and_within_the_scores(data, passages):
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=passages, max_size=passages))
     right = [data.draw(st.integers(0, n)) for n in sizes]
     found = intervals.interval(np.array(right, float), np.array(sizes, float), proportion=True)
-    if passages == 1:
+    shares = {k / n for k, n in zip(right, sizes, strict=True)}
+    if passages == 1 or (len(shares) == 1 and not shares & {0, 1}):  # nothing shows how much passages differ
         assert found is None
         return
     low, high = found
@@ -258,15 +329,23 @@ def test_scores_of_a_run_that_has_those_of_the_last_rung_only(tmp_path):
     assert (intervals.load(tmp_path, trial("a", 27))["eval_loss"] == [0.5, 0.5]).all()
 
 
+def in_doubt(folder, metric: str, number: int, promoted: int, draws: int) -> float:
+    """The share of the stopped trials that are in doubt, of equally good ones, of which the best few were promoted."""
+    rng, found = np.random.default_rng(9), 0
+    for _ in range(draws):
+        questions, rows = draw_questions(rng, 30), []
+        keep_questions(folder, questions["passage"], questions["answer_tokens"])
+        sign = 1 if metric == "eval_loss" else -1
+        for i, scores in enumerate(
+            sorted(draw_trials(rng, questions, number), key=lambda scores: sign * scores[metric].sum())
+        ):
+            keep(folder, str(i), scores["eval_loss"], scores["exact_match"], 3)
+            rows.append(trial(str(i), 9) if i < promoted else trial(str(i), 3) | {"status": "stopped"})
+        found += len(intervals.stopped_in_doubt(folder, rows, metric, []))
+    return found / draws / (number - promoted)
+
+
 @pytest.mark.parametrize("metric", ["exact_match", "eval_loss"])
 def test_a_trial_that_is_as_good_as_a_promoted_one_is_mostly_in_doubt(tmp_path, metric):
-    """The false alarm is the other way round: one in 40 is thought to be worse (one side of a 95 % interval)."""
-    rng, passage, found = np.random.default_rng(9), np.repeat(np.arange(30), PER_PASSAGE), 0
-    keep_questions(tmp_path, passage, [2] * len(passage))
-    for _ in range(200):
-        easy = np.repeat(rng.beta(3, 1, 30), PER_PASSAGE)
-        for trial_id in "ab":
-            keep(tmp_path, trial_id, rng.lognormal(1 - easy, 0.5), rng.random(len(passage)) < easy, 3)
-        rows = [trial("a", 3) | {"status": "stopped"}, trial("b", 9)]
-        found += bool(intervals.stopped_in_doubt(tmp_path, rows, metric, []))
-    assert 0.94 <= found / 200 <= 1
+    """Those that were stopped had bad luck, and the promoted one good luck."""
+    assert 0.86 <= in_doubt(tmp_path, metric, 4, 1, draws=60) <= 0.99

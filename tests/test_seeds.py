@@ -54,7 +54,7 @@ def test_what_is_said(tmp_path):
     )
     assert "0.5000, is the best of 2 finalists. It is 0.2000 better than the mean of its 3 repeats." in curse
     half = 4.3027 * 0.1 * math.sqrt(4 / 3)  # of Student's t with 2 degrees of freedom
-    inside = f"from {0.7 - half:.4f} to {0.7 + half:.4f} (95 % prediction interval): the best trial is inside, so the"
+    inside = f"from {0.7 - half:.4f} to {0.7 + half:.4f} (95 % prediction interval): the best trial is inside, so no"
     assert inside in curse
     others = [row(str(i), 43 + i, base_id, eval_loss=value) for i, value in enumerate([0.9, 1.0, 1.1])]
     *_, base, curse, gain = said(tmp_path, trials, repeats + others, baseline=base_id)

@@ -91,7 +91,8 @@ def edges(domains: dict, drawn: list[dict], losses: np.ndarray, best: dict, rung
     """A sentence for each edge that the best trials crowd at.
 
     The rule: the best quarter of the random trials lies nearer to the edge than the others (one-sided Mann-Whitney
-    test, Holm's correction over all edges), and the best trial of the search lies in the outer tenth of the range.
+    test, Holm's correction over all edges), and the best trial of the search lies in the outer tenth of the range, or
+    has the outermost choice.
     Where hyperparameters have no effect, a search says so at any edge with a chance of at most LEVEL.
 
     Args:
@@ -118,7 +119,7 @@ def edges(domains: dict, drawn: list[dict], losses: np.ndarray, best: dict, rung
                 found.append((column, edge, end, at, p))
     said = []
     for (column, edge, end, at, _), p in zip(found, holm([f[-1] for f in found]), strict=True):
-        if p < LEVEL and at >= 0.9:
+        if p < LEVEL and at >= (1 if "choices" in edge else 0.9):
             values = list(edge.get("choices", [edge.get("lower"), edge.get("upper")]))
             if "choices" in edge:
                 wider = "the choices " + ", ".join(f"{v:g}" for v in sorted([*values, edge["next"][end]]))
@@ -126,8 +127,9 @@ def edges(domains: dict, drawn: list[dict], losses: np.ndarray, best: dict, rung
                 values[end] = edge["next"][end]
                 wider = f"{values[0]:g} to {values[1]:g}"
             said.append(
-                f"The best trials crowd at the {['lower', 'upper'][end]} edge of {words(column)} (p = {p:.2g}, "
-                f"{len(losses)} random trials at iteration {rung}). Try {wider} next."
+                f"The best trials crowd at the {['lower', 'upper'][end]} edge of {words(column)} (corrected p = "
+                f"{p:.2g}, {len(losses)} random trials at iteration {rung}; at most 5 % of searches without any effect "
+                f"say this). Try {wider} next."
             )
     return said
 
@@ -205,8 +207,8 @@ def no_effect(trials, iterations, metric: str, drawn: list[dict], losses: np.nda
         shown = "; its share of the importance is {:.2f}, 95 % interval {:.2f} to {:.2f}"
         more = shown.format(*share[name]) if name in share else ""
         said.append(
-            f"No effect of {words(name)} could be measured at iteration {rung} (Kruskal-Wallis test, p = {p:.2g}, "
-            f"{len(losses)} random trials{more})."
+            f"No effect of {words(name)} could be measured at iteration {rung} (Kruskal-Wallis test, corrected p = "
+            f"{p:.2g}, {len(losses)} random trials{more})."
         )
     return said
 
@@ -240,14 +242,14 @@ def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int]
         p = scipy.stats.mannwhitneyu(model, random, alternative="greater").pvalue
         with np.errstate(divide="ignore", invalid="ignore"):
             compared = rank_compare_2indep(model, random)
-            low, high = np.clip(compared.conf_int(), 0, 1)
+            low, high = np.clip(compared.conf_int(alpha=2 * LEVEL), 0, 1)  # of two sides, as the test has one
         known = math.isfinite(low)  # not if all are better
-        interval = f"95 % interval {100 * low:.0f} to {100 * high:.0f}, " if known else ""
-        how = "better" if p < LEVEL else "not measurably better"
+        interval = f"90 % interval {100 * low:.0f} to {100 * high:.0f}, " if known else ""
+        how = "more" if p < LEVEL else "not measurably more"
         said.append(
-            f"At iteration {rung} the model-based suggestions were {how} than the random ones: in "
-            f"{100 * compared.prob1:.0f} of 100 pairs ({interval}p = {p:.2g}, {len(model)} model-based, {len(random)} "
-            "random)."
+            f"At iteration {rung} a model-based suggestion was better than a random one in "
+            f"{100 * compared.prob1:.0f} of 100 pairs, {how} than by chance ({interval}one-sided p = {p:.2g}, "
+            f"{len(model)} model-based, {len(random)} random)."
         )
     return said
 

@@ -17,6 +17,7 @@ import io
 import itertools
 import math
 import zipfile
+import zlib
 from collections.abc import Container
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def load(run_dir: Path, trial: dict, iteration: int | None = None) -> dict[str, 
     try:
         arrays = dict(np.load(file if file.exists() else of_older))
         found = arrays | dict(np.load(folder / "selection.npz"))
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         return None
     return found if arrays.get("iteration", iteration) == iteration else None
 
@@ -92,14 +93,15 @@ def interval(sums: np.ndarray, sizes: np.ndarray, proportion: bool) -> tuple[flo
         proportion: a score from 0 to 1, such as EM.
 
     Returns:
-        (low, high). None for a single passage, and where a score is NaN or infinite.
+        (low, high). None for a single passage, where a score is NaN or infinite, and where all passages have the same
+        score other than 0 or 1: nothing shows how much passages differ.
     """
     if len(sums) < 2 or not np.isfinite(sums).all():
         return None
     ratios = sums / sizes
     if np.ptp(ratios) == 0:  # the bootstrap would give an interval without width
         if not proportion or ratios[0] not in (0, 1):
-            return float(ratios[0]), float(ratios[0])
+            return None
         exact = stats.binomtest(int(ratios[0]) * len(sums), len(sums)).proportion_ci(LEVEL)  # Clopper and Pearson
         return float(exact.low), float(exact.high)
     found = stats.bootstrap(
@@ -139,7 +141,7 @@ def mean(scores: dict, metric: str) -> float:
 def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) -> tuple[float, float, float] | None:
     """A metric of one trial minus that of another on the same questions, and its interval: (difference, low, high).
 
-    None for a single passage, and where a score is NaN or infinite.
+    None for a single passage, where a score is NaN or infinite, and where all passages differ by the same.
     """
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         sums, sizes = of_passages(scores[metric].astype(float) - others[metric], scores, metric)
@@ -148,6 +150,8 @@ def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) ->
         return None
     ratio = sums.sum() / sizes.sum()
     error = np.sqrt(m / (m - 1) * ((sums - ratio * sizes) ** 2).sum()) / sizes.sum()
+    if ratio != 0 and error <= 1e-9 * abs(ratio):
+        return None
     half = stats.t.ppf((1 + level) / 2, m - 1) * error
     return float(ratio), float(ratio - half), float(ratio + half)
 
@@ -163,32 +167,36 @@ def of_gain(
 ) -> dict[str, tuple[float, float]]:
     """The interval of each metric of the best trial minus the baseline's. Both are rows of `trials`.
 
-    The best trial was chosen among the finalists, so the interval has the level of `versus_best`.
+    The best trial was chosen among all trials, so the interval has the level of `versus_best`.
     """
-    scores, level = [load(run_dir, row) for row in (best, baseline)], level_of(len(finalists(trials, metric)) - 1)
+    scores, level = [load(run_dir, row) for row in (best, baseline)], level_of(trials)
     found = {name: difference(*scores, name, level) for name in METRICS} if all(scores) else {}
     return {name: ends[1:] for name, ends in found.items() if ends}
 
 
-def level_of(others: int) -> float:
-    """The level of each comparison with the best trial: Bonferroni's, for as many other finalists."""
+def level_of(trials: list[dict]) -> float:
+    """The level of each comparison with the best trial: Bonferroni's, for all other trials that came to a rung.
+
+    Not for the finalists alone: they were promoted for their scores on the same questions.
+    """
+    others = sum(row["training_iteration"] > 0 for row in trials) - 1
     return 1 - (1 - LEVEL) / max(1, others)
 
 
 def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tuple[float, float, float]]:
     """The finalists minus the best trial in a metric, with intervals: {trial id: (difference, low, high)}.
 
-    Finalists have the same iteration as the best trial. Each of the k other finalists has an interval of the level
+    Finalists have the same iteration as the best trial. With k other trials in the search, each interval has the level
     1 - 0.05 / k (Bonferroni). So the finalist that is truly best is the best trial, or one whose interval has 0 in it,
     in 95 % of searches (Gupta's subset selection; Hsu, "Multiple Comparisons", 1996, chapter 4). docs/results.md has
     what was measured.
     """
-    rows = finalists(trials, metric)
+    rows, level = finalists(trials, metric), level_of(trials)
     scores = {row["trial_id"]: load(run_dir, row) for row in rows}
     if not rows or scores[rows[0]["trial_id"]] is None:
         return {}
     best = scores.pop(rows[0]["trial_id"])
-    found = {trial_id: difference(own, best, metric, level_of(len(scores))) for trial_id, own in scores.items() if own}
+    found = {trial_id: difference(own, best, metric, level) for trial_id, own in scores.items() if own}
     return {trial_id: ends for trial_id, ends in found.items() if ends}
 
 

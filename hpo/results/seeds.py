@@ -122,5 +122,8 @@ def curse_in_words(best: dict, values: list[float], compared: int, metric: str) 
     low, high = max(low, 0.0), min(high, 1.0) if MODES[metric] == "max" else high  # no loss is negative
     text += f" One more training is expected from {low:.4f} to {high:.4f} (95 % prediction interval)"
     if low <= best[metric] <= high:
-        return text + ": the best trial is inside, so the repeats show no winner's curse."
+        return text + (
+            ": the best trial is inside, so no luck of its seed is seen. The luck of the questions is in all of these "
+            "scores; only the test shows it."
+        )
     return text + f": the best trial is {'worse' if gap < 0 else 'better'} than that."
