@@ -124,6 +124,15 @@ def test_choices_have_edges_too():
     assert "upper edge of batch size" in text and "Try the choices 1, 2, 4, 8 next." in text
 
 
+def test_the_best_trial_must_have_the_outermost_choice():
+    """The last but one of eleven lies at 0.9 of the range."""
+    domains = {"x": {"choices": list(range(11)), "next": [None, 12]}}
+    trials = [{"trial_id": str(i), "x": i % 11} for i in range(44)]
+    losses = np.array([-float(t["x"]) for t in trials])
+    assert len(audit.edges(domains, trials, losses, {"x": 10}, 1)) == 1
+    assert audit.edges(domains, trials, losses, {"x": 9}, 1) == []
+
+
 def test_effects_are_measured_and_their_absence_is_not_claimed_too_often():
     """A learning rate with its best value inside its range has an effect. Others have a false effect in 5 % at most."""
     rng, p_values = np.random.default_rng(3), []
