@@ -1148,7 +1148,9 @@ def test_preflight_check_of_the_gpus_that_does_not_run(project, tiny):
 
 
 def test_preflight_a_job_array(project, tiny):
-    refused(project, project.submit(*tiny, options=["--array=1"]), "this is a job array: submit each search by itself")
+    job = project.submit(*tiny, options=["--array=1"])
+    project.wait_for("the end of its task", lambda: project.cluster.job(job)["JobState"] == "FAILED")
+    refused(project, job, "this is a job array: submit each search by itself")
 
 
 def test_preflight_sbatch_not_allowed(project, tiny):
