@@ -309,11 +309,14 @@ StorageLoc=slurm
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def processes(self, node: str) -> dict[int, str]:
-        """Processes of jobs on a node: {pid: command line}. The node's slurmd is none."""
+        """Processes of jobs on a node: {pid: command line}. The node's slurmd is none.
+
+        Nor is a process that is ending: it has no command line any more, and ps shows its name in brackets.
+        """
         pids = sh(f"ip netns pids {node}", check=False).split()
         lines = sh(f"ps -o pid=,args= -p {','.join(pids)}", check=False).splitlines() if pids else []
         found = {int(line.split()[0]): line.split(None, 1)[1] for line in lines}
-        return {pid: args for pid, args in found.items() if "slurmd" not in args and "<defunct>" not in args}
+        return {pid: args for pid, args in found.items() if "slurmd" not in args and not args.startswith("[")}
 
 
 class Project:
