@@ -1,15 +1,14 @@
 """A real Slurm cluster of three nodes on one machine: slurmctld, slurmd and munged of Debian, as root.
 
 Each node, and the controller, is a network namespace with an address of its own on a bridge, and a host name of its
-own;
-all share the file system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs as
-far as Slurm is
-concerned: the GPUs are device files with nothing behind them, and tests/no_gpu stands in for CUDA.
+own; all share the file system, but for `private`, which is another folder on each node. A node has 16 CPUs and 2 GPUs
+as far as Slurm is concerned: the GPUs are device files with nothing behind them, and tests/no_gpu stands in for CUDA.
 
     with SlurmCluster(folder) as cluster:
         cluster.run("node1", "sbatch", "job.sh")
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 from faulty import write_script
 
 ROOT = Path(__file__).parent.parent
@@ -311,12 +311,20 @@ StorageLoc=slurm
     def processes(self, node: str) -> dict[int, str]:
         """Processes of jobs on a node: {pid: command line}. The node's slurmd is none.
 
-        Nor is a process that is ending: it has no command line any more, and ps shows its name in brackets.
+        Nor is a process that is ending: it has no command line any more.
         """
-        pids = sh(f"ip netns pids {node}", check=False).split()
-        lines = sh(f"ps -o pid=,args= -p {','.join(pids)}", check=False).splitlines() if pids else []
-        found = {int(line.split()[0]): line.split(None, 1)[1] for line in lines}
-        return {pid: args for pid, args in found.items() if "slurmd" not in args and not args.startswith("[")}
+        network = os.stat(f"/var/run/netns/{node}").st_ino
+        found = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):  # it ends meanwhile
+                if os.stat(f"/proc/{process.pid}/ns/net").st_ino == network and (command := process.cmdline()):
+                    found[process.pid] = " ".join(command)
+        return {pid: command for pid, command in found.items() if "slurmd" not in command}
+
+    def kill_raylet(self, node: str) -> None:
+        """Kills Ray's main process on a node."""
+        (pid,) = (p for p, command in self.processes(node).items() if "/raylet" in command.split(" ")[0])
+        os.kill(pid, signal.SIGKILL)
 
 
 class Project:

@@ -314,9 +314,7 @@ def test_one_job_on_several_nodes(project, tiny):
         project.wait_for("trials on all nodes", lambda: len(gpus_used(project)) == 3)
         (token,) = project.folder.glob("results/.ray-*/token")
         assert token.stat().st_mode & 0o777 == 0o600
-        for pid, command in project.cluster.processes("node2").items():
-            if "/raylet" in command.split(" ")[0]:
-                os.kill(pid, signal.SIGKILL)
+        project.cluster.kill_raylet("node2")
         project.wait_for("the restart", lambda: project.log(job).count("worker on node2 joined") == 2)
         assert "the worker on node2 has ended\n[head] another one is started there (1 of" in project.log(job)
         project.cluster.stop("node3", signal.SIGKILL)
