@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
+
 from faulty import write_script
 
 ROOT = Path(__file__).parent.parent
