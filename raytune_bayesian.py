@@ -17,9 +17,9 @@ import gc
 from hpo import arguments, checks, errors
 
 if __name__ == "__main__":  # first of all: bad input is refused before the slow imports below
+    gc.disable()  # saves a second: the imports leave no garbage. exit_codes, at the end, enables it again
     with errors.exit_on_bad_input():
         ARGS = checks.check(arguments.parse(__doc__.split("\n")[0]))
-    gc.disable()  # saves a second: the imports leave no garbage. exit_codes, at the end, enables it again
 
 import math
 from pathlib import Path

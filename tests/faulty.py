@@ -8,9 +8,9 @@ import gc
 from hpo import arguments, checks, errors
 
 if __name__ == "__main__":
+    gc.disable()
     with errors.exit_on_bad_input():
         ARGS = checks.check(arguments.parse("a test"))
-    gc.disable()
 
 import contextlib
 import dataclasses

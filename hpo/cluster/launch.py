@@ -150,7 +150,8 @@ def exit_codes(args: argparse.Namespace):
     If there is a run, tells how to resume it.
     """
     script, folder = Path(sys.argv[0]).name, arguments.run_dir(args)
-    gc.enable()  # the imports are done
+    gc.freeze()  # no garbage collection looks at what was imported
+    gc.enable()
     if args.check:
         preemption.stop_on_signals()  # until it marks them: it loads the model and the data first
     try:
