@@ -16,6 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -602,6 +603,25 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     limit, *rest = done.stdout.split()
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
+
+
+@pytest.mark.parametrize("end", ["stop_sessions", "kill_sessions"])
+def test_the_end_does_not_wait_for_init(end):
+    """The dead processes of a session are there until their parent, on a node mostly init, takes notice."""
+    text = (ROOT / "hpo/cluster/slurm.sh").read_text()
+    functions = text[text.index("are_alive() {") : text.index("try_to_start_ray() {")]
+    calls = 'pkill() { echo "$1"; command pkill "$@"; }'
+    processes = [subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(2)]
+    try:
+        command = ["bash", "-c", f"{functions}\n{calls}\n{end} $1 $2", "-", *(str(p.pid) for p in processes)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        dead = [psutil.Process(p.pid).status() for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert dead == [psutil.STATUS_ZOMBIE] * 2, done
+    assert set(done.stdout.split()) <= {"-TERM", "-KILL"} and done.stdout.count("-") <= 3, done
 
 
 def test_a_worker_job_that_slurm_does_not_take_is_submitted_again(tmp_path):

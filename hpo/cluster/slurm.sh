@@ -98,18 +98,26 @@ wait_for_end() { # [tenths of a second] [process id ...]: fails if one of them i
 	return 1
 }
 
+are_alive() { # [session ids, with commas]: whether one of their processes is. Init may be slow to remove the dead.
+	[[ $(ps -o stat= --sid "$1") =~ (^|$'\n')[^Z] ]]
+}
+
 stop_sessions() { # [session id ...]: ends all their processes, in a second
 	local ids i
 	ids=$(IFS=, && echo "$*")
 	pkill -TERM --session "$ids" || return 0
-	for i in {1..10}; do pkill -0 --session "$ids" || return 0; sleep 0.1; done
+	for i in {1..10}; do are_alive "$ids" || return 0; sleep 0.1; done
 	kill_sessions "$@"
 }
 
 kill_sessions() { # [session id ...]: kills all their processes, and again: one may have started another meanwhile
 	local ids i
 	ids=$(IFS=, && echo "$*")
-	for i in {1..20}; do pkill -KILL --session "$ids" || return 0; sleep 0.05; done
+	for i in {1..20}; do
+		pkill -KILL --session "$ids" || return 0
+		sleep 0.05
+		are_alive "$ids" || return 0
+	done
 }
 
 try_to_start_ray() { # [name in the log]: three times, with more patience each time; `start_ray [seconds]` starts it
