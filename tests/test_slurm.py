@@ -344,12 +344,13 @@ def test_one_job_on_several_nodes(project, tiny):
 def test_the_head_s_own_gpus_take_part(project, tiny):
     """And the worker's is of the same type."""
     project.hand(reporting(WITH_GPU, slow=True))
-    options = ["--gpus-per-node=v100:2", *OWN[1:]]
+    options = ["--gpus-per-node=v100:2", "--cpus-per-task=2"]
     job = project.submit(*tiny, *LONG, "--run_name", "x", options=options)
     project.wait_for_search(job)
     project.wait_for("trials on all GPUs", lambda: len(gpus_used(project)) == 3)
     log = project.log(job)
     assert "as NUM_WORKERS is 1, and in this job, as it has GPUs; worker jobs" in log and "on 3 slots" in log
+    assert "WARNING: trials on 2 GPUs have 8 GB of memory, the default of head_node.slurm: sbatch --mem" in log
     assert gpus_used(project) == ["node1 GPU 0", "node1 GPU 1", "node2 GPU 0"]
     assert project.cluster.job(project.workers(job)[0])["TresPerNode"].endswith("gpu:v100:1")
     project.cluster.run("node1", "scancel", job)
