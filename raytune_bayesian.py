@@ -42,7 +42,8 @@ from hpo.squad.setup import Setup, prepare
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and constants
 
-# To add a hyperparameter: a line here, and mostly its use in make_trainer. docs/bohb.md has examples.
+# To add a hyperparameter: a line here. Many arguments of TrainingArguments need no more, others a use in make_trainer:
+# docs/bohb.md lists them, with examples.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),
@@ -90,7 +91,7 @@ class SquadMetric(evaluate.Metric):
         """Returns {"exact_match", "f1"}. Raises ValueError where there is no reference, or one without an answer."""
         if not references:
             raise ValueError("no references")
-        by_id = {p["id"]: p for p in predictions}  # a missing one becomes a prediction with another id, which scores 0
+        by_id = {p["id"]: p for p in predictions}  # a missing one is replaced by one with another id, which scores 0
         aligned = [by_id.get(r["id"], {"id": f"none for {r['id']}", "prediction_text": ""}) for r in references]
         return super().compute(predictions=aligned, references=references)
 
@@ -107,7 +108,7 @@ class SquadMetric(evaluate.Metric):
 
 
 def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup, group=ONE_RANK) -> tuple[dict, list]:
-    """EM and F1 of the model's greedy answers, of all and of each, as in SQuAD v1.1 or 2.0 (setup.unanswerable)."""
+    """EM and F1 of the model's greedy answers, over all questions and of each; of SQuAD 2.0 if setup.unanswerable."""
     answers = evaluation.predict(model, tokenizer, questions, EVAL_TOKENS, setup.max_new_tokens, group)
     each = scores.of_questions(answers, questions.references, setup.metric_language, setup.unanswerable)
     if setup.unanswerable:
@@ -156,7 +157,7 @@ def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
 
 def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, folder: str, pad_token_id: int):
     """The Trainer of one trial. It makes a DeepSpeed engine, and writes its checkpoints to `folder`."""
-    clip = setup.ds_config.get("gradient_clipping", "auto")
+    stage, clip = precision.zero_stage(setup.ds_config), setup.ds_config.get("gradient_clipping", "auto")
     defaults = {"lr_scheduler_type": LR_SCHEDULE, "max_grad_norm": MAX_GRAD_NORM if clip == "auto" else clip}
     training_arguments = transformers.TrainingArguments(
         output_dir=folder,
@@ -166,7 +167,9 @@ def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, f
         **defaults | search_space.training_arguments(hyperparameters),
         num_train_epochs=1,  # `questions` has all epochs, in their order
         train_sampling_strategy="sequential",
-        **precision.training_arguments(setup.ds_config, setup.precision),  # DeepSpeed, fp16 or bf16
+        deepspeed=precision.engine_config(setup.ds_config, setup.precision),
+        fp16=stage > 0 and setup.precision == "fp16",  # at stage 0 by torch.autocast, see engine_config
+        bf16=stage > 0 and setup.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=hyperparameters["seed"],
         save_strategy="no",
@@ -205,14 +208,14 @@ class Trainer(transformers.Trainer):
         return total / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Forward and backward of the DeepSpeed engine `model`, and its optimizer step after the last batch of one.
+        """Forward and backward of one batch. After the last batch of an optimizer step, DeepSpeed updates the weights.
 
-        The Trainer's own step also sets every module to training mode, each time.
+        `model` is the DeepSpeed engine. The Trainer's own method also sets every module to training mode, each time.
         """
         loss = self.compute_loss(model, evaluation.to_device(inputs, model.device), False, num_items_in_batch)
         model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)  # the last step may be shorter
         model.backward(loss)  # scales the loss
-        model.step()  # if it is one: unscales the gradients, clips them, and skips the step where they overflow
+        model.step()  # after the last batch: unscales and clips the gradients; no update where they overflow
         return loss.detach()
 
     def floating_point_ops(self, inputs):
@@ -402,7 +405,7 @@ def main(args, train=train) -> None:
             log = search(run, train)
         result = run.write_best_result(log)
         best_model = run.folder / "best_model"
-        if not run.has_tested(log.best):  # otherwise it is best_model already, and no later trial is better
+        if not run.has_tested(log.best):  # otherwise it is best_model already
             if not run.has_untested(log.best):
                 adapters = lora.of_trial(setup, log.configs[log.best])
                 models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)

@@ -7,8 +7,8 @@ reading its passage: several facts of the same kind stand in it (two people, two
 in some a second building with the same relation.
 
 demo/model is "pretrained a little", on passages of its own with notes about them ("keeper: Mira Toven noted."). It
-can look
-a fact up and copy it, but it has never seen a question or the prompt of the fine-tuning: that is left to learn.
+can look a fact up and copy it, but it has never seen a question or the prompt of the fine-tuning: that is left to
+learn.
 """
 
 import json

@@ -1,12 +1,13 @@
 """The machinery of the search. The script raytune_bayesian.py is the experiment and imports from here.
 
-    errors, files           what an error means; files that are never seen incomplete
+    errors, files, disk     what an error means; files that are never seen incomplete; room on the disk
     code_copy               the copy of the code in a run folder, which trials and --resume use
     bohb/                   the algorithm: brackets, kernel densities (kde), searcher, scheduler
     squad/                  data, evaluation, scores, models, lora, precision, ranks: what a trial trains with
     results/                the run folder: tables, log lines, slot time, trackers, figures, report
     arguments, checks,      what the user hands in, and its checks
-      ranges, search_space
+      ranges, known,
+      search_space
     plan/                   what a search would run and need: simulator, plan, budget, memory
     cluster/                Ray and Slurm: launch, session, trial, saved state, signals, watchdogs, ray_private
 

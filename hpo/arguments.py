@@ -346,8 +346,8 @@ def load_from_run(args: argparse.Namespace) -> None:
     """Takes over the arguments of the run that --run_name and --output_dir name.
 
     Arguments that are given again must be the same, except --trial_timeout, which may have been too short, --finish and
-    --repeats, and those that say when the search ends: number of trials, GPU-hours, hours. If one of these is another
-    one, those that are not given end the search no more. The number may be smaller only before the run is done (see
+    --repeats, and those that say when the search ends: number of trials, GPU-hours, hours. If you change one of these,
+    those that you do not give again no longer apply. The number may be smaller only before the run is done (see
     Run.take_over). The variables of the environment that change the search space must be the same, too.
 
     Raises:

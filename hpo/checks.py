@@ -19,7 +19,7 @@ from hpo.squad import loading
 def check(args: argparse.Namespace) -> argparse.Namespace:
     """Checks model, data, ds_config, output folder and tracker; fills in the defaults that depend on the machine.
 
-    First of all, --resume goes on with the code of the run, if that is another: then this does not return.
+    With --resume, if the run has other code, this first restarts the program with that code and does not return.
 
     Returns:
         The arguments.

@@ -46,7 +46,7 @@ def keep(run_dir: Path, ds_config: str) -> None:
 
 
 def changed(run_dir: Path) -> list[str]:
-    """The files in the copy that this process's code has not, or not like that. None in older runs, without a copy."""
+    """The files of the copy that are missing from this process's code, or differ. None in runs without a copy."""
     script, now, then = Path(sys.argv[0]), files_of(ROOT), files_of(run_dir / NAME)
     if script.name in then:
         now[script.name] = script.read_bytes()

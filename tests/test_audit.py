@@ -163,6 +163,18 @@ def test_audit_of_a_search():
     assert [row[:3] for row in table[-1:]] == [["eval_loss at 3", "eval_loss at 12", "9"]]
 
 
+def test_rankings_of_few_trials_that_differ():
+    """It is not a warning, as the interval is wide."""
+    orders = {"eval_loss": [0, 1, 2, 3, 4, 5, 6], "exact_match": [2, 4, 0, 6, 1, 3, 5], "f1": [0, 1, 2, 3, 4, 6, 5]}
+    values = {name: {3: {f"t{i}": float(x) for i, x in enumerate(order)}} for name, order in orders.items()}
+    (said,), rows = audit.correlations(values, "eval_loss", [3])
+    assert said == (
+        "Too few trials to know whether these rank them in the same way: eval_loss at 3 and exact_match at 3 "
+        "(Kendall's tau 0.24, 95 % interval -0.47 to 0.76, 7 trials)."
+    )
+    assert rows[1][2:] == ["7", "0.24", "-0.47 to 0.76"]
+
+
 def test_model_that_is_better_than_chance_and_best_trial_that_is_not_its_own():
     rng = np.random.default_rng(5)
     trials, rows = make_search(rng, lambda row: rng.normal() - 3 * row["model_based"], n=24, model_based=10)

@@ -144,9 +144,10 @@ def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, setup):
 
     def fp16_weights_at_stage_0(config, setup):
         import raytune_bayesian
-        from hpo.squad import precision
 
-        precision.training_arguments = lambda ds_config, name: {"fp16": True, "deepspeed": ds_config}
+        arguments = raytune_bayesian.transformers.TrainingArguments
+        at_stage_0 = {"fp16": True, "deepspeed": setup.ds_config}
+        raytune_bayesian.transformers.TrainingArguments = lambda **given: arguments(**given | at_stage_0)
         run_in_ranks(config, raytune_bayesian.train, setup)
 
     (result,) = run_ranks(tmp_path, fp16_weights_at_stage_0, in_fp16(setup, 0), [with_loss(1)], size=1)
@@ -205,12 +206,9 @@ def test_norms_of_skipped_steps_go_where_the_others_are():
 ])  # fmt: skip
 def test_engine_config(stage, name, expected):
     ds_config = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
-    made = precision.training_arguments(ds_config, name)
-    assert {
-        key: made["deepspeed"].get(key) if key == "torch_autocast" else made["deepspeed"][key]["enabled"]
-        for key in expected
-    } == expected
-    assert (made["fp16"], made["bf16"]) == (stage == 1 and name == "fp16", False)
+    made = precision.engine_config(ds_config, name)
+    found = {key: made.get(key) if key == "torch_autocast" else made[key]["enabled"] for key in expected}
+    assert found == expected
     assert "torch_autocast" not in ds_config and ds_config["fp16"]["enabled"] == "auto"  # the user's own stays as it is
 
 

@@ -80,7 +80,3 @@ def test_imports_have_no_circle():
     while leaves := {name for name, needs in below.items() if not needs}:
         below = {name: needs - leaves for name, needs in below.items() if name not in leaves}
     assert not below
-
-
-def test_the_script_is_read_in_one_sitting():
-    assert len((ROOT / "raytune_bayesian.py").read_text().splitlines()) <= 420

@@ -166,7 +166,7 @@ def test_paused_trial_equals_one_that_ran_through(tmp_path, dropout_model, tiny_
     configs = [config(), config(), config(lr=2e-3)]
     scheduler = PauseAtRungs(
         [1, 3, 8]
-    )  # the first, at 8 as where a search is cut before it has heard that the trial is through
+    )  # the first, at 8 as where a search is cut before it knows that the trial is through
     paused, through, other = run_trials(tmp_path, trial_that_looks_at_its_files, setup, configs, scheduler)
     assert scheduler.pauses == 3
     assert (tmp_path / "same").read_text().split() == ["True"] * 2  # what is through does not train again
@@ -340,10 +340,10 @@ def test_a_process_that_hangs_while_it_starts_is_ended(tmp_path, monkeypatch):
 class PausesAllForAWhile(FIFOScheduler):
     """As at a planned stop, from the first report until 20 steps of Tune after its trial's end."""
 
-    pause_all = heard = False
+    pause_all = asked = False
 
     def on_trial_result(self, tune_controller, trial, result):
-        self.pause_all, self.heard = self.pause_all or not self.heard, True
+        self.pause_all, self.asked = self.pause_all or not self.asked, True
         return TrialScheduler.CONTINUE
 
 
@@ -393,7 +393,7 @@ class Pids(tune.Callback):
 @pytest.mark.parametrize("at_a_time", [1, 2])
 def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
     """Though there are slots for more: of searcher, scheduler and control loop together."""
-    heard = Pids()
+    processes = Pids()
 
     def iterations(config):
         checkpoint = tune.get_checkpoint()
@@ -415,10 +415,10 @@ def test_no_more_processes_than_trials_at_a_time(tmp_path, at_a_time):
             scheduler=HyperBandForBOHB(time_attr="training_iteration", max_t=4, reduction_factor=4,
             stop_last_trials=False),
         ),
-        run_config=tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[heard]),
+        run_config=tune.RunConfig(name="ray", storage_path=str(tmp_path), verbose=0, callbacks=[processes]),
     ).fit()  # fmt: skip
     assert results.num_errors == 0
-    assert 1 <= len(heard.pids) <= at_a_time
+    assert 1 <= len(processes.pids) <= at_a_time
 
 
 def test_a_stale_lock_of_a_killed_build_does_not_hang(tmp_path, tiny_model, tiny_squad, monkeypatch):
@@ -449,7 +449,7 @@ def trial_after_a_lost_process(config, setup):
     trial(config, setup)
 
 
-def test_what_a_lost_process_has_left_is_in_nobody_s_way(tmp_path, tiny_model, tiny_squad):
+def test_what_a_lost_process_has_left_hinders_no_trial(tmp_path, tiny_model, tiny_squad):
     setup = prepare(tiny_model, tiny_squad, "--max_t", 1, "--num_train_epochs", 0.1, "--max_eval_samples", 10)
     (result,) = run_trials(tmp_path, trial_after_a_lost_process, setup, [config(rungs=[1])])
     names = {path.name for path in (tmp_path / "ray").glob("*/*")}

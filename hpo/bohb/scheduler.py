@@ -42,9 +42,9 @@ class HyperBandForBOHB(TrialScheduler):
     """Hyperband with synchronous rungs. A trial is paused at its rung, and resumed if it is promoted.
 
     It replaces ray.tune.schedulers.HyperBandForBOHB and takes the same arguments. A new trial joins the current bracket
-    until this is full, or was decided when the search had no more trials. When all trials of a bracket have a result at
-    the current rung, the best are promoted and the others are stopped. See Li et al., "Hyperband", JMLR 2018, and
-    Falkner, Klein & Hutter, "BOHB", ICML 2018.
+    until it is full, or until its first rung was decided because the search had no more trials. When all trials of a
+    bracket have a result at the current rung, the best are promoted and the others are stopped. See Li et al.,
+    "Hyperband", JMLR 2018, and Falkner, Klein & Hutter, "BOHB", ICML 2018.
 
     The scheduler adds the key "rungs" to the config of a trial: the budgets at which the trial may be paused or ends. A
     function trainable must report a checkpoint at each of them. It needs no checkpoint at other times.
@@ -134,7 +134,7 @@ class HyperBandForBOHB(TrialScheduler):
         self.brackets = list(map(from_plain, state["brackets"]))
         self._bracket_of = {trial_id: self.brackets[i] for trial_id, i in state["bracket_of"].items()}
         self.baseline, alone = state.get("baseline"), state.get("alone") or {}  # older states have neither
-        if "rungs" in alone:  # older states have at most that of the baseline
+        if "rungs" in alone:  # a state of version 2 has at most that of the baseline
             alone = {self.baseline: alone}
         self.alone = {trial_id: from_plain(race) for trial_id, race in alone.items()}
         self._active = [b for b in [*self.brackets, *self.alone.values()] if b.members or b.open]

@@ -8,6 +8,7 @@ nodes that are ok.
 
 import math
 import os
+import shlex
 import shutil
 import socket
 import statistics
@@ -97,7 +98,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))
     if measured:
         print(memory_in_words(args.gpus_per_trial, measured))
-        print(f"for other settings: --plan --from_check {args.output_dir}/{args.run_name}")
+        print(f"for other settings: --plan --from_check {shlex.quote(f'{args.output_dir}/{args.run_name}')}")
     if bad:
         raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
 

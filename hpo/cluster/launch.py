@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import traceback
@@ -170,6 +171,6 @@ def exit_codes(args: argparse.Namespace):
             traceback.print_exc()
         if (storage and not args.check) or (folder / "run.json").exists():
             where = f"{args.output_dir}/{args.run_name}"
-            how = f"--resume --run_name {args.run_name} --output_dir {args.output_dir}"
+            how = shlex.join(["--resume", "--run_name", args.run_name, "--output_dir", str(args.output_dir)])
             print(f"{script}: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)
         sys.exit(error.code if isinstance(error, preemption.Terminated) else 1)

@@ -1,6 +1,7 @@
 """What the log says before the search, and at its end."""
 
 import math
+import shlex
 import sys
 
 import ray
@@ -67,7 +68,7 @@ def announce(run: Run) -> None:
 def print_done(run: Run) -> None:
     """Prints that there is nothing to do."""
     print(f"{run.folder} is done already; a larger --num_samples or budget adds trials, and a larger --finish or")
-    print(f"--repeats adds trainings; python -m hpo.results {run.folder} shows it")
+    print(f"--repeats adds trainings; python -m hpo.results {shlex.quote(str(run.folder))} shows it")
 
 
 def print_model_outlook(model_based: int, args) -> None:
@@ -106,7 +107,7 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         if claims:
             print("what the search may claim (docs/results.md):", *claims, sep="\n")
     except Exception as error:  # everything else is done
-        again = f"{sys.executable} -m hpo.results {run.folder}"
+        again = shlex.join([sys.executable, "-m", "hpo.results", str(run.folder)])
         print(f"WARNING: no report.html ({error!r}); {again} tries again")
     facts, iterations = run.facts, len(log.iterations)
     print(slot_time.summary(facts["slot_minutes"], iterations, setup.max_t, len(log.trials), facts["grid"]))

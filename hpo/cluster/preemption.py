@@ -31,7 +31,7 @@ def stop_on_signals() -> None:
     signal.signal(signal.SIGTERM, terminate)
 
 
-came = set()  # signals, since mark_signals
+received = set()  # signals since mark_signals
 
 
 def mark_signals() -> None:
@@ -39,16 +39,16 @@ def mark_signals() -> None:
 
     An exception that a handler raises while Ray waits in C code can be swallowed there.
     """
-    came.clear()
+    received.clear()
     for each in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(each, lambda number, _: came.add(number))
+        signal.signal(each, lambda number, _: received.add(number))
 
 
 def time_is_up() -> bool:
     """Whether SIGUSR1 has come since mark_signals. Raises Terminated if SIGTERM has come."""
-    if signal.SIGTERM in came:
+    if signal.SIGTERM in received:
         raise Terminated
-    return signal.SIGUSR1 in came
+    return signal.SIGUSR1 in received
 
 
 class PauseOnSignal(Callback):

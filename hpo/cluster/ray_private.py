@@ -145,7 +145,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._oom_kills: dict[str, ray.ObjectRef] = {}  # by node, as it joined: there may be earlier ones
+        self._oom_kills: dict[str, ray.ObjectRef] = {}  # number on each node when it joined
         self._oom_kills_known: Counter = Counter()  # kills since then that were assigned to a lost process, by node
         self._looked_at = 0.0
         self._ended_starts: Counter = Counter()  # processes that did not start in time, by trial
@@ -251,7 +251,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
         return self._trial_to_actor.get(trial) in self._actor_manager._live_actors_to_ray_actors_resources
 
     def _is_starting(self, trial: Trial) -> bool:
-        """Whether a process is starting for a trial in a slot. False where it takes too long, or is one too many."""
+        """Whether a process is starting for a trial in a slot. False if it takes too long, or is more than allowed."""
         if not self._has_slot(trial) or trial in self._resetting_trials:
             return False
         at_a_time = getattr(getattr(self._search_alg, "searcher", None), "max_concurrent", 0)

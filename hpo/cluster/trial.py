@@ -202,7 +202,7 @@ def first_time_out_of_memory(setup) -> bool:
 
 
 def report_failure(error: Exception, setup) -> None:
-    """Reports a failed trial to Tune as a result, or raises where another try in another process is of use.
+    """Reports a failed trial to Tune as a result, or raises it if Tune should start the trial again.
 
     An error that would come again with the same hyperparameters is a result. Storage and installation errors say
     nothing about the hyperparameters: the search stops.

@@ -283,7 +283,8 @@ def correlations(values: dict, metric: str, rungs: list[int]) -> tuple[list[str]
         rungs: their iterations.
 
     Returns:
-        A warning for each tau whose whole interval is below LOW, and the rows of the table.
+        A warning for each tau whose whole interval is below LOW, a sentence on all others below LOW, and the rows of
+        the table.
     """
     compared = []
     for rung in rungs:
@@ -292,9 +293,9 @@ def correlations(values: dict, metric: str, rungs: list[int]) -> tuple[list[str]
             compared.append((f"eval_loss at {rung}", f"{name} at {rung}", kendall(*pair), ""))
     for rung, later in itertools.combinations(rungs, 2):
         pair = values[metric].get(rung, {}), values[metric].get(later, {})
-        selected = "; many of them were promoted, which lowers it"
+        selected = ", many of them promoted, which lowers it"
         compared.append((f"{metric} at {rung}", f"{metric} at {later}", kendall(*pair), selected))
-    rows, said = [["Ranking by", "Ranking by", "Trials", "Kendall's tau", "95 % interval"]], []
+    rows, said, unclear = [["Ranking by", "Ranking by", "Trials", "Kendall's tau", "95 % interval"]], [], []
     for one, other, (n, tau, low, high), note in compared:
         if n >= MIN_PAIRS:
             cells = [f"{tau:.2f}", f"{low:.2f} to {high:.2f}"] if math.isfinite(tau) else ["all are the same", ""]
@@ -304,4 +305,9 @@ def correlations(values: dict, metric: str, rungs: list[int]) -> tuple[list[str]
                     f"WARNING: {one} and {other} rank the trials differently (Kendall's tau {tau:.2f}, 95 % interval "
                     f"{low:.2f} to {high:.2f}, {n} trials{note})."
                 )
+            elif tau < LOW:
+                where = f"Kendall's tau {tau:.2f}, 95 % interval {low:.2f} to {high:.2f}, {n} trials{note}"
+                unclear.append(f"{one} and {other} ({where})")
+    if unclear:
+        said.append(f"Too few trials to know whether these rank them in the same way: {'; '.join(unclear)}.")
     return said, rows if len(rows) > 1 else []

@@ -52,7 +52,7 @@ def hashes(folder: Path, files: list[Path]) -> dict:
 
 
 def changed_files(sha256s: dict[str, str], folder: Path) -> list[str]:
-    """The files of `hashes` that are not, or not like that, in a folder."""
+    """The files of `sha256s` that are missing from a folder, or differ."""
     return [name for name, before in sha256s.items() if hash_or_none(folder / name) != before]
 
 

@@ -62,13 +62,6 @@ def engine_config(ds_config: dict, precision: str) -> dict:
     return config
 
 
-def training_arguments(ds_config: dict, precision: str) -> dict:
-    """Arguments of `transformers.TrainingArguments` for a DeepSpeed configuration of `engine_config`."""
-    by_deepspeed = zero_stage(ds_config) > 0
-    flags = {name: by_deepspeed and precision == name for name in ("fp16", "bf16")}
-    return flags | {"deepspeed": engine_config(ds_config, precision)}
-
-
 def in_words(ds_config: dict, precision: str) -> str:
     """One line for the log."""
     stage = zero_stage(ds_config)
