@@ -399,7 +399,7 @@ def cluster_of_job() -> dict[str, int] | None:
     None if the trials run on this machine.
     """
     if "HPO_NODES" in os.environ or "RAY_ADDRESS" in os.environ:
-        of_head = {name: int(os.environ.get(name, 0)) for name in ("HEAD_GPUS", "HEAD_CPUS")}
+        of_head = {name: int(os.environ.get(name, 0)) for name in ("HEAD_GPUS", "HEAD_CPUS", "HEAD_NODES")}
         return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV} | of_head
     return None
 
@@ -464,7 +464,7 @@ def read_cluster_env() -> dict[str, int] | None:
     found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
     # as in head_node.slurm: --gpus-per-node=[type:]number, or --gres=gpu[:type][:number], among others
     request = found.get("GPU_REQUEST") or f"--gpus-per-node={found.get('GPUS_PER_NODE')}"
-    if match := re.search(r"gpu[a-z-]*[:=](?:[^:,=]*[^\d:,=][^:,=]*:)?(\d+)", request):
+    if match := re.search(r"gpu[a-z-]*[:=](?:[^:,=]+:)?(\d+)(?![\d:])", request):
         found["GPUS_PER_NODE"] = match.group(1)
     elif re.search(r"gres=(.*,)?gpu(:[^:,]*[^\d:,][^:,]*)?(,|$)", request):
         found["GPUS_PER_NODE"] = "1"

@@ -15,6 +15,8 @@ from hpo import arguments, code_copy
 from hpo.errors import BadInput
 from hpo.squad import loading
 
+OFFLOAD = ("offload", "cpu_offload")  # how the names of DeepSpeed's settings for it begin
+
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
     """Checks model, data, ds_config, output folder and tracker; fills in the defaults that depend on the machine.
@@ -122,10 +124,10 @@ def replace_settings(config: dict) -> list[str]:
         replace(config.setdefault(key, {}), f"{key}: enabled", "enabled", "--precision")
         config[key]["enabled"] = "auto"
     zero = config.get("zero_optimization", {})
-    for key in ("offload_optimizer", "offload_param", "cpu_offload"):  # in many files, as a place to switch it on
-        value = zero.get(key)
-        if not value or (isinstance(value, dict) and value.get("device", "none") == "none"):
-            zero.pop(key, None)
+    for key in [key for key in zero if key.startswith(OFFLOAD)]:  # in many files, as a place to switch it on
+        off = not zero[key] or (isinstance(zero[key], dict) and zero[key].get("device", "none") == "none")
+        if off or key == "cpu_offload_use_pin_memory":
+            del zero[key]
     return lines
 
 
@@ -163,7 +165,7 @@ def read_ds_config(args: argparse.Namespace) -> dict:
         value = config.get("fp16", {}).get(key, least)
         if type(value) not in (int, float) or not least <= value < 2**32:
             refuse(f"fp16: {key} {value!r}: must be a number from {least} on")
-    if any(key.startswith(("offload", "cpu_offload")) for key in config.get("zero_optimization", {})):
+    if any(key.startswith(OFFLOAD) for key in config.get("zero_optimization", {})):
         refuse("offload is not supported: it needs an optimizer that DeepSpeed compiles")
     stage = config.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage not in (0, 1, 2, 3):

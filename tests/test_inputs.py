@@ -1049,8 +1049,11 @@ def test_a_ds_config_for_one_training_is_taken(tmp_path, capsys):
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "fp16": {"enabled": True, "initial_scale_power": 12},
-        "zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"}},
-    }
+        "zero_optimization": {
+            "stage": 0, "offload_optimizer": {"device": "none"}, "offload_param": {"device": "none"},
+            "cpu_offload": False, "cpu_offload_param": False, "cpu_offload_use_pin_memory": True,
+        },
+    }  # fmt: skip
     (tmp_path / "ds.json").write_text(json.dumps(of_one_training))
     assert checks.read_ds_config(arguments.parse("", ["--deepspeed", str(tmp_path / "ds.json")])) == {
         "train_batch_size": "auto",

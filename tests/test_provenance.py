@@ -165,6 +165,16 @@ def test_run_on_a_cluster_is_repeated_with_sbatch(made):
     assert [line for line in lines if line.startswith(other)]
 
 
+@pytest.mark.parametrize("gpus, asks", [(4, "--gpus-per-node=4 "), (0, "")])
+def test_run_in_one_job_is_repeated_in_one_job(made, gpus, asks):
+    folder, write = made
+    sizes = {"NUM_WORKERS": 2, "GPUS_PER_NODE": gpus, "CPUS_PER_NODE": 8}
+    write(cluster=sizes | {"HEAD_GPUS": 0, "HEAD_CPUS": 0, "HEAD_NODES": 2})
+    command = repeat.lines(folder)[0].partition(" && ")[2]
+    options = f"--nodes=2 --cpus-per-task=8 {asks}"
+    assert command.startswith(f"env NUM_WORKERS=0 BS_CHOICES=1,2 sbatch {options}head_node.slurm --model=some")
+
+
 def test_commit_of_a_copy_is_that_of_its_run(made):
     """The copy may lie in a checkout of another commit."""
     folder, _ = made

@@ -181,14 +181,14 @@ def test_request_of_the_workers(project, tiny, settings, asked):
     options = "--exclude=node2 --qos=normal " + ("--exclusive" if exclusive else "--mem-per-cpu=1G")
     with open(project.folder / "cluster.env", "a") as file:
         file.write(f"WORKER_OPTIONS=({options})\nscratch=/nowhere workers=(77)\n")
-    settings = BOTH_GPUS | settings
+    settings = BOTH_GPUS | settings | ({"MEM_PER_NODE": ""} if exclusive else {})
     job = project.submit(*tiny, "--max_t", 1, "--num_samples", 1, "--num_train_epochs", 0.1, **settings)
     project.wait_for("the worker", lambda: " joined " in project.log(job))
     (worker,) = project.workers(job)
     found = project.cluster.job(worker)
     assert found.get("TresPerNode", "0").endswith(asked) and found["NodeList"] == "node3"
     assert (found["QOS"], found["OverSubscribe"]) == ("normal", "NO" if exclusive else "OK")
-    assert found.get("MinMemoryCPU", found.get("MinMemoryNode")) in (("3G", "3072M") if exclusive else ("1G", "1024M"))
+    assert found["MinMemoryCPU"] == ("1000M" if exclusive else "1G")  # the cluster's default, where none is asked for
     if "WORKER_TIME" in settings:
         assert (found["Account"], found["Features"], found["TimeLimit"]) == ("lab", "fast", "00:45:00")
     assert f"{asked[-1]} GPUs" in project.log(job)
@@ -604,6 +604,32 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     limit, *rest = done.stdout.split()
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
+
+
+@pytest.mark.parametrize(
+    "request_, found",
+    [
+        ("--gpus-per-node=4", " 4"),
+        ("--gpus-per-node=a100:4", "a100 4"),
+        ("--gpus-per-node=3090:4", "3090 4"),
+        ("--gres=gpu:3090:2", "3090 2"),
+        ("--gres=gpu:2,license:3", " 2"),
+        ("--gres=mps:100,gpu:a100:10", "a100 10"),
+        ("--gres=gpu:a100", " 1"),
+        ("--gres=gpu", " 1"),
+    ],
+)
+def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
+    """In the head job, and in the plan on a login node."""
+    text = (ROOT / "head_node.slurm").read_text()
+    lines = text[text.index("[[ ! $request =~ gpu[a-z-]*") : text.index("for name in NUM_WORKERS")]
+    command = f"request=$1 gpu_type='' GPUS_PER_NODE=7\n{lines}\necho \"$gpu_type $GPUS_PER_NODE\""
+    done = subprocess.run(["bash", "-c", command, "-", request_], capture_output=True, text=True, timeout=60)
+    assert done.stdout == f"{found}\n", done
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPU_REQUEST", request_)
+    assert arguments.read_cluster_env()["GPUS_PER_NODE"] == int(found.split(" ")[1])
 
 
 @pytest.mark.parametrize("end", ["stop_sessions", "kill_sessions"])

@@ -173,4 +173,5 @@ def exit_codes(args: argparse.Namespace):
             where = f"{args.output_dir}/{args.run_name}"
             how = shlex.join(["--resume", "--run_name", args.run_name, "--output_dir", str(args.output_dir)])
             print(f"{script}: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)
-        sys.exit(error.code if isinstance(error, preemption.Terminated) else 1)
+        other = 2 if args.check else 1
+        sys.exit(error.code if isinstance(error, preemption.Terminated) else other)

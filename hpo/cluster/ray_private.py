@@ -1,4 +1,4 @@
-"""Every use of a private name of Ray, in one file. Tested with the Ray in TESTED_WITH; another Ray may differ.
+"""Private parts of Ray's classes, in one file. Tested with the Ray in TESTED_WITH; another Ray may differ.
 
 - StorageContext.persist_current_checkpoint copies a checkpoint. rename_checkpoints replaces it in a worker process.
   Tested in tests/test_trial.py::test_paused_trial_equals_one_that_ran_through.
@@ -7,7 +7,8 @@
   tests/test_faults.py.
 - SearchGenerator cannot hand out trials of an earlier search. Tested in tests/test_run.py, tests/test_faults.py.
 
-docs/ray-bugs.md describes the faults for Ray's developers.
+docs/ray-bugs.md describes the faults for Ray's developers, and lists each name. Four settings of Ray that are not in its
+documentation are used elsewhere; they are in that list too.
 """
 
 import copy

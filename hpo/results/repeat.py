@@ -52,11 +52,16 @@ def command(run: dict, folder: Path) -> str:
     # Paths may be relative to another folder. The hub's name of a data set must stay: its snapshot is no such folder.
     own |= {name: files[name]["folder"] for name in ("model", "dataset") if files[name]["revision"] is None}
     flags = [text for name, value in (run["arguments"] | own).items() for text in flag(name, value)]
-    sizes = {name: value for name, value in (run["cluster"] or {}).items() if not name.startswith("HEAD_")}
+    cluster, options = run["cluster"] or {}, []
+    sizes = {name: value for name, value in cluster.items() if not name.startswith("HEAD_")}
+    if cluster.get("HEAD_NODES"):  # all trials ran in the head job; older runs do not say so
+        options = [f"--nodes={cluster['HEAD_NODES']}", f"--cpus-per-task={cluster['CPUS_PER_NODE']}"]
+        options += [f"--gpus-per-node={cluster['GPUS_PER_NODE']}"] * (cluster["GPUS_PER_NODE"] > 0)
+        sizes = {"NUM_WORKERS": 0}
     variables = [f"{name}={value}" for name, value in (sizes | run["environment"]).items()]
-    start = ["sbatch", "head_node.slurm"] if run["cluster"] else [sys.executable, str(code / run["script"])]
+    start = ["sbatch", *options, "head_node.slurm"] if cluster else [sys.executable, str(code / run["script"])]
     text = shlex.join([*["env"] * bool(variables), *variables, *start, *flags])
-    return f"cd {shlex.quote(str(code_copy.ROOT))} && {text}" if run["cluster"] else text
+    return f"cd {shlex.quote(str(code_copy.ROOT))} && {text}" if cluster else text
 
 
 def flag(name: str, value) -> list[str]:
