@@ -7,8 +7,8 @@
   tests/test_faults.py.
 - SearchGenerator cannot hand out trials of an earlier search. Tested in tests/test_run.py, tests/test_faults.py.
 
-docs/ray-bugs.md describes the faults for Ray's developers, and lists each name. Four settings of Ray that are not in its
-documentation are used elsewhere; they are in that list too.
+docs/ray-bugs.md describes the faults for Ray's developers, and lists each name. It also lists four settings of Ray that
+are used elsewhere.
 """
 
 import copy
