@@ -144,10 +144,11 @@ def test_unscaled_gradients_are_found_before_the_first_trial(tmp_path, setup):
 
     def fp16_weights_at_stage_0(config, setup):
         import raytune_bayesian
+        from hpo.squad import precision
 
         arguments = raytune_bayesian.transformers.TrainingArguments
-        at_stage_0 = {"fp16": True, "deepspeed": setup.ds_config}
-        raytune_bayesian.transformers.TrainingArguments = lambda **given: arguments(**given | at_stage_0)
+        raytune_bayesian.transformers.TrainingArguments = lambda **given: arguments(**given | {"fp16": True})
+        precision.engine_config = lambda ds_config, name: ds_config
         run_in_ranks(config, raytune_bayesian.train, setup)
 
     (result,) = run_ranks(tmp_path, fp16_weights_at_stage_0, in_fp16(setup, 0), [with_loss(1)], size=1)
