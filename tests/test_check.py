@@ -431,7 +431,7 @@ def handlers():
     """Puts the handlers of signals back after the test."""
     before = {how: signal.getsignal(how) for how in (signal.SIGTERM, signal.SIGUSR1)}
     yield
-    preemption.came.clear()
+    preemption.received.clear()
     for how, handler in before.items():
         signal.signal(how, handler)
 
