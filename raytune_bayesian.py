@@ -42,8 +42,8 @@ from hpo.squad.setup import Setup, prepare
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and constants
 
-# To add a hyperparameter: a line here. Many arguments of TrainingArguments need no more, others a use in make_trainer:
-# docs/bohb.md lists them, with examples.
+# To add a hyperparameter: a line here. Some arguments of TrainingArguments need nothing else; read any other one in
+# make_trainer. docs/bohb.md says which, with examples.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),

@@ -464,7 +464,7 @@ def read_cluster_env() -> dict[str, int] | None:
     found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
     # as in head_node.slurm: --gpus-per-node=[type:]number, or --gres=gpu[:type][:number], among others
     request = found.get("GPU_REQUEST") or f"--gpus-per-node={found.get('GPUS_PER_NODE')}"
-    if match := re.search(r"gpu[a-z-]*[:=](?:[^:,=]+:)?(\d+)(?![\d:])", request):
+    if match := re.search(r"gpu[a-z-]*[:=](?:[^:,=]+:)?(\d+)([,(]|$)", request):
         found["GPUS_PER_NODE"] = match.group(1)
     elif re.search(r"gres=(.*,)?gpu(:[^:,]*[^\d:,][^:,]*)?(,|$)", request):
         found["GPUS_PER_NODE"] = "1"

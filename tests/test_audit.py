@@ -169,8 +169,8 @@ def test_rankings_of_few_trials_that_differ():
     values = {name: {3: {f"t{i}": float(x) for i, x in enumerate(order)}} for name, order in orders.items()}
     (said,), rows = audit.correlations(values, "eval_loss", [3])
     assert said == (
-        "Too few trials to know whether these rank them in the same way: eval_loss at 3 and exact_match at 3 "
-        "(Kendall's tau 0.24, 95 % interval -0.47 to 0.76, 7 trials)."
+        "Too few trials to know whether these pairs rank the trials in the same way: eval_loss at 3 and exact_match "
+        "at 3 (Kendall's tau 0.24, 95 % interval -0.47 to 0.76, 7 trials)."
     )
     assert rows[1][2:] == ["7", "0.24", "-0.47 to 0.76"]
 

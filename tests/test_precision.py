@@ -6,7 +6,9 @@ import dataclasses
 import functools
 import json
 import math
+import unittest.mock
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from conftest import ROOT
 from hpo import errors
 from hpo.results import trial_log
 from hpo.squad import evaluation, models, precision
+from hpo.squad.group import ONE_RANK
 from test_trial import PauseAtRungs, config, losses, prepare, run_in_ranks, run_ranks
 
 pytestmark = pytest.mark.usefixtures("ray_without_gpu")
@@ -205,12 +208,19 @@ def test_norms_of_skipped_steps_go_where_the_others_are():
     (0, "fp32", {"fp16": False, "bf16": False, "torch_autocast": None}),
     (1, "fp16", {"fp16": "auto", "bf16": "auto", "torch_autocast": None}),
 ])  # fmt: skip
-def test_engine_config(stage, name, expected):
+def test_engine_config(monkeypatch, stage, name, expected):
     ds_config = json.loads((ROOT / "ds_config.json").read_text()) | {"zero_optimization": {"stage": stage}}
     made = precision.engine_config(ds_config, name)
     found = {key: made.get(key) if key == "torch_autocast" else made[key]["enabled"] for key in expected}
     assert found == expected
     assert "torch_autocast" not in ds_config and ds_config["fp16"]["enabled"] == "auto"  # the user's own stays as it is
+    monkeypatch.setattr(raytune_bayesian, "Trainer", unittest.mock.Mock(side_effect=InterruptedError))
+    setup = SimpleNamespace(ds_config=ds_config, precision=name)
+    hyperparameters = {"lr": 1e-5, "wd": 0.0, "per_device_bs": 1, "gradient_accumulation_steps": 1, "seed": 1}
+    with pytest.raises(InterruptedError):
+        raytune_bayesian.make_trainer(None, [], hyperparameters, setup, ONE_RANK, "", 0)
+    given = raytune_bayesian.Trainer.call_args.kwargs["args"]
+    assert given.deepspeed == made and (given.fp16, given.bf16) == (stage == 1 and name == "fp16", False)
 
 
 def with_low_scores(family: str) -> torch.nn.Module:

@@ -160,7 +160,7 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
     found = project.cluster.job(worker)
     assert found["Reservation"] == reservation and found["Features"] == "fast" and found["Licenses"] == "squad:1"
     assert found["TimeLimit"] == "00:50:00" and found["Nice"] == "7" and found["NodeList"] == "node2"
-    assert found["JobName"] == "ray_worker_bloom_bohb"
+    assert found["JobName"] == "ray_worker_bloom_bohb" and found["MinMemoryNode"] in ("3G", "3072M")
     assert found["TresPerNode"].endswith("gpu:v100:1")
     assert project.left_over() == {}
 
@@ -616,6 +616,7 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
         ("--gres=gpu:2,license:3", " 2"),
         ("--gres=mps:100,gpu:a100:10", "a100 10"),
         ("--gres=gpu:a100", " 1"),
+        ("--gres=gpu:3g.20gb", " 1"),
         ("--gres=gpu", " 1"),
     ],
 )

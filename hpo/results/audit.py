@@ -309,5 +309,6 @@ def correlations(values: dict, metric: str, rungs: list[int]) -> tuple[list[str]
                 where = f"Kendall's tau {tau:.2f}, 95 % interval {low:.2f} to {high:.2f}, {n} trials{note}"
                 unclear.append(f"{one} and {other} ({where})")
     if unclear:
-        said.append(f"Too few trials to know whether these rank them in the same way: {'; '.join(unclear)}.")
+        pairs = "; ".join(unclear)
+        said.append(f"Too few trials to know whether these pairs rank the trials in the same way: {pairs}.")
     return said, rows if len(rows) > 1 else []
