@@ -12,23 +12,22 @@ A trial trains with one choice of hyperparameters. A full training is cut into m
 rungs: there the trials of a bracket are compared, the best are promoted to the next rung, and the others end.
 """
 
-import gc
-
-from hpo import arguments, checks, errors
+from hpo import checks, hidden
 
 if __name__ == "__main__":  # first of all: bad input is refused before the slow imports below
-    gc.disable()  # saves a second: the imports leave no garbage. exit_codes, at the end, enables it again
-    with errors.exit_on_bad_input():
-        ARGS = checks.check(arguments.parse(__doc__.split("\n")[0]))
+    ARGS = checks.arguments_of_program(__doc__)
 
 import math
 from pathlib import Path
 
 import datasets
-import evaluate
+
+with hidden("scipy", "sklearn"):  # a second of imports, for features that are not used here
+    import evaluate
+    import transformers
+
 import ray
 import torch
-import transformers
 from ray import tune
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -417,7 +416,7 @@ def main(args, train=train) -> None:
 
 
 if __name__ == "__main__":
-    from hpo.cluster.launch import exit_codes
+    from hpo.cluster.exits import exit_codes
 
     with exit_codes(ARGS):
         main(ARGS)

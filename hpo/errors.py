@@ -8,11 +8,9 @@ import enum
 import errno
 import gc
 import importlib.metadata
-import math
 import os
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -21,6 +19,7 @@ class Kind(enum.Enum):
 
     TRIAL = "trial"  # the trial has failed, and would fail again with the same hyperparameters
     MEMORY = "out of memory"  # of the GPU: as TRIAL. Where trials share a GPU, the trial is tried once more
+    NODE_MEMORY = "out of the node's memory"  # Ray or the kernel has killed the process: as TRIAL
     PROCESS = "trial and process"  # the trial has failed, and CUDA cannot be used any more in its process
     NODE = "node"  # the node, its GPU or the connection is at fault: the trial is tried again elsewhere
     STORAGE = "storage"  # the file system of the results is full or gone: the search waits
@@ -69,6 +68,30 @@ TEXTS = [
     (r"\bgloo\b", Kind.NODE, "the connection to another rank is lost"),
     ("CUDA (driver |unknown )?error", Kind.NODE, "any other error of CUDA"),
 ]
+# Classes of errors, by name, because importing torch and Ray is slow.
+OUT_OF_MEMORY = {
+    "torch.OutOfMemoryError": Kind.MEMORY,
+    "ray.exceptions.OutOfMemoryError": Kind.NODE_MEMORY,
+    "hpo.cluster.ray_private.NodeOutOfMemory": Kind.NODE_MEMORY,
+}
+KILLED = "often it was killed for its memory (MEM_PER_NODE), see logs/"
+LEFT = "the node has left the cluster: see the log of its job in logs/"
+OF_RAY = {  # of the kind NODE if no text is found; what to do
+    "ray.exceptions.WorkerCrashedError": KILLED,
+    "ray.exceptions.ActorDiedError": KILLED,
+    "ray.exceptions.NodeDiedError": LEFT,
+    "ray.exceptions.LocalRayletDiedError": LEFT,
+    "ray.exceptions.OutOfDiskError": "make room on the disk of that node (TMPDIR)",
+    "ray.exceptions.RayError": "Ray has failed, not the trial: check again, and report it if it comes again",
+}
+WHAT_TO_DO = {
+    Kind.MEMORY: "a smaller batch, a larger --gpus_per_trial, or what --plan proposes",
+    Kind.NODE_MEMORY: "the node or the job has too little memory: a larger MEM_PER_NODE",
+    Kind.TRIAL: "trials would fail like this, see docs/failures.md",
+    Kind.PROCESS: "trials would fail like this, see docs/failures.md",
+    Kind.NODE: "leave the node out (sbatch --exclude), and report it",
+    Kind.STORAGE: "make room, or take another --output_dir",
+}
 STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 
@@ -96,16 +119,32 @@ def kind_of(error: BaseException | str) -> Kind:
         return Kind.PROCESS
     if isinstance(error, CannotTrain):
         return Kind.SETUP
-    # Classes are compared by name, because importing torch and Ray is slow.
-    classes = {f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__}
-    if "torch.OutOfMemoryError" in classes:
-        return Kind.MEMORY
+    classes = _class_names(error)
+    for name in classes:
+        if name in OUT_OF_MEMORY:
+            return OUT_OF_MEMORY[name]
     for pattern, kind, _ in TEXTS:
         if re.search(pattern, str(error)):
             return kind
-    if isinstance(error, OSError) or classes & {"ray.exceptions.RayActorError", "torch.distributed.DistError"}:
+    if isinstance(error, OSError) or "torch.distributed.DistError" in classes or OF_RAY.keys() & set(classes):
         return Kind.NODE
     return Kind.TRIAL
+
+
+def _class_names(error: BaseException | str) -> list[str]:
+    """The names of the class of an error and of the classes above it, the most special first.
+
+    Of an error that a task of Ray raised: those of the error itself.
+    """
+    names = [f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__]
+    return _class_names(error.cause) if "ray.exceptions.RayTaskError" in names else names
+
+
+def what_to_do(error: BaseException | str) -> str:
+    """What a user can do about an error, in a few words."""
+    kind = kind_of(error)
+    of_ray = next((OF_RAY[name] for name in _class_names(error) if name in OF_RAY), None) if kind is Kind.NODE else None
+    return of_ray or what_to_install(error) or WHAT_TO_DO[kind]
 
 
 def what_to_install(error: BaseException | str) -> str:
@@ -150,37 +189,3 @@ def exit_on_bad_input():
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         gc.freeze()  # skips the last garbage collection of all that was imported: a second
         sys.exit(2)
-
-
-def memory_groups(root: Path) -> Iterator[Path]:
-    """The folders of this process's control group, for example of a Slurm job, and of those that it is in."""
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "" or "memory" in controllers.split(","):  # of version 2, or 1
-            folder = root / "sys/fs/cgroup" / ("memory" if controllers else "") / group.lstrip("/")
-            yield from (folder, *folder.parents)
-
-
-def oom_kills(root: Path = Path("/")) -> int:
-    """How many processes of this one's control group the kernel has killed for memory."""
-    for folder in memory_groups(root):
-        for file in (folder / "memory.events", folder / "memory.oom_control"):  # of version 2, of version 1
-            if file.exists():
-                return sum(map(int, re.findall(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)))
-    return 0
-
-
-def free_in_groups(root: Path = Path("/")) -> float:
-    """Bytes that the limits of this process's control groups leave it; math.inf without a limit."""
-    free = math.inf
-    for folder in memory_groups(root):
-        for limit, used in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):  # of version 2, of version 1
-            try:
-                room = int((folder / f"memory.{limit}").read_text()) - int((folder / f"memory.{used}").read_text())
-                statistics = (folder / "memory.stat").read_text()
-            except (OSError, ValueError):  # no such group, or its limit is "max": none
-                continue
-            # Files that were read count as used, and the kernel gives up those that are inactive.
-            files = re.findall(r"^(?:total_)?inactive_file (\d+)$", statistics, re.MULTILINE)
-            free = min(free, room + max(map(int, files), default=0))
-    return free

@@ -3,14 +3,10 @@
 from pathlib import Path
 
 BEGIN = """
-import gc
-
-from hpo import arguments, checks, errors
+from hpo import checks
 
 if __name__ == "__main__":
-    gc.disable()
-    with errors.exit_on_bad_input():
-        ARGS = checks.check(arguments.parse("a test"))
+    ARGS = checks.arguments_of_program("a test")
 
 import contextlib
 import dataclasses
@@ -30,7 +26,7 @@ from hpo.squad.data import TokenizedSquad
 END = """
 
 if __name__ == "__main__":
-    from hpo.cluster.launch import exit_codes
+    from hpo.cluster.exits import exit_codes
 
     with exit_codes(ARGS):
         experiment.main(ARGS, train)

@@ -18,7 +18,7 @@ import raytune_bayesian
 from conftest import run_here, run_script
 from faulty import write_script
 from hpo import arguments, checks, disk, errors, ranges, search_space
-from hpo.cluster import check_nodes, launch, messages, node_state, preemption, small_trial
+from hpo.cluster import check_nodes, exits, launch, messages, node_state, preemption, small_trial
 from hpo.plan import pace, plan
 from hpo.results import provenance
 from hpo.results.slots import slots_that_passed
@@ -320,7 +320,7 @@ def test_versions_that_differ():
 
 @pytest.mark.parametrize("kind", errors.Kind)
 def test_what_to_do_about_each_kind_of_error(kind):
-    assert kind is errors.Kind.SETUP or node_state.WHAT_TO_DO[kind]
+    assert kind is errors.Kind.SETUP or errors.WHAT_TO_DO[kind]
     out_of_memory = node_state.in_words(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert out_of_memory.endswith("a smaller batch, a larger --gpus_per_trial, or what --plan proposes")
 
@@ -459,7 +459,7 @@ def test_the_time_limit_ends_the_wait_for_nodes_and_trials(tmp_path, monkeypatch
 
 def test_the_time_limit_before_a_check_begins(capsys, handlers):
     """While the model and the data are loaded: exit code 2 and a line."""
-    with pytest.raises(SystemExit) as ended, launch.exit_codes(arguments.parse("", ["--check"])):
+    with pytest.raises(SystemExit) as ended, exits.exit_codes(arguments.parse("", ["--check"])):
         signal.raise_signal(signal.SIGUSR1)
     assert ended.value.code == 2
     assert capsys.readouterr().err.endswith("error: --check: the time limit came before the check of the nodes began\n")

@@ -8,12 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import ray
 import torch
 from ray.exceptions import ActorDiedError
 
 from conftest import ROOT, run_script
 from faulty import write_script
 from hpo import errors, files
+from hpo.cluster import ray_private
 from hpo.errors import Kind
 from slurm_cluster import NO_GPU
 
@@ -119,8 +121,19 @@ def test_what_an_error_means(cls, text, kind):
     )
 
 
-def test_a_lost_rank_is_the_node_s_fault():
-    assert errors.kind_of(ActorDiedError()) is Kind.NODE
+@pytest.mark.parametrize("error, kind", [
+    (ActorDiedError(), Kind.NODE),  # a rank
+    (ray.exceptions.WorkerCrashedError(), Kind.NODE),
+    (ray.exceptions.NodeDiedError("n1"), Kind.NODE),
+    (ray.exceptions.OutOfDiskError("full"), Kind.NODE),
+    (ray.exceptions.OutOfMemoryError("Task was killed"), Kind.NODE_MEMORY),
+    (ray_private.NodeOutOfMemory(error_msg="out of memory: the kernel has killed its process"), Kind.NODE_MEMORY),
+    (ray.exceptions.RayTaskError("f", "text", ValueError("bad")).as_instanceof_cause(), Kind.TRIAL),
+    (ray.exceptions.RayTaskError("f", "text", errors.TrialFailed("bad")).as_instanceof_cause(), Kind.PROCESS),
+    (ray.exceptions.RayTaskError("f", "text", ConnectionError("lost")).as_instanceof_cause(), Kind.NODE),
+])  # fmt: skip
+def test_what_an_error_of_ray_means(error, kind):
+    assert errors.kind_of(error) is kind
 
 
 def test_each_text_decides_alone_and_stands_in_the_documentation():

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import raytune_bayesian
 from bench import common
 from conftest import make_squad, run_here
-from hpo import errors
+from hpo import host_memory
 from hpo.errors import BadInput
 from hpo.squad import data as squad_data
 from hpo.squad import evaluation, models, reading
@@ -454,7 +454,7 @@ def test_a_model_that_is_too_large_is_not_tried(tmp_path, tokenizer, tiny_squad,
     try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
     begins, ends = capsys.readouterr().out.splitlines()
     assert begins.startswith("trying the model") and re.fullmatch(r"the model was tried in \d+\.\d s", ends)
-    monkeypatch.setattr(errors, "free_in_groups", lambda: 2e9 + 1000)
+    monkeypatch.setattr(host_memory, "free_in_groups", lambda: 2e9 + 1000)
     try_model(setup, test, {"per_device_bs": 2, "lora_r": 0})
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("the model is not tried before the search: that needs 0.000")
@@ -484,10 +484,10 @@ def test_the_limit_of_a_control_group_counts(tmp_path, line, group, files):
         (folder / "memory.stat").write_text(f"anon 4700\nfile 300\n{inactive} 200\n")
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{line}\n")
-    assert errors.free_in_groups(tmp_path) == 8000 - 5000 + 200
+    assert host_memory.free_in_groups(tmp_path) == 8000 - 5000 + 200
     (parent / limit).write_text("max\n")
     (own / limit).write_text("max\n")
-    assert errors.free_in_groups(tmp_path) == math.inf
+    assert host_memory.free_in_groups(tmp_path) == math.inf
 
 
 def edited(folder, **values):

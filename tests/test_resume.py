@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import ray
 
-from hpo import errors, files
+from hpo import errors, files, host_memory
 from hpo.cluster import launch, preemption, storage, watchdogs
 from hpo.cluster import state as state_file
 
@@ -144,9 +144,9 @@ def test_kills_by_the_kernel_are_read_from_both_kinds_of_control_groups(tmp_path
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    assert errors.oom_kills(tmp_path) == 3
+    assert host_memory.oom_kills(tmp_path) == 3
     (tmp_path / file).unlink()
-    assert errors.oom_kills(tmp_path) == 0
+    assert host_memory.oom_kills(tmp_path) == 0
 
 
 def test_storage_that_stays_away_or_full_is_not_waited_for_for_ever(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 FLOORS = [  # from the bottom; a module imports from lower floors, and from its own room
-    {"errors", "files", "disk"},
+    {"errors", "files", "disk", "host_memory"},
     {"code_copy"},
     {"bohb", "squad", "results"},
     {"search_space"},

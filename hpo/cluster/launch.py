@@ -1,21 +1,17 @@
-"""Starting and ending Ray, and what the program does when the search ends early."""
+"""Starting and ending Ray, and waiting for storage."""
 
-import argparse
 import contextlib
 import errno
-import gc
 import os
 import platform
-import shlex
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import ray
 
 import hpo
-from hpo import arguments, code_copy, errors
+from hpo import code_copy, errors
 from hpo.cluster import preemption, session  # noqa: F401  session: loaded before a search begins, see code_copy
 from hpo.cluster.run import Run
 from hpo.cluster.state import keep_last_state
@@ -142,36 +138,3 @@ def restart_after_storage(error: Exception, run: Run, environment: dict[str, str
         command = [sys.executable, sys.argv[0], "--resume", *where]
         terminal.leave()
         os.execve(sys.executable, command, environment | {"STORAGE_WAITS": str(waits + 1)})
-
-
-@contextlib.contextmanager
-def exit_codes(args: argparse.Namespace):
-    """Ends the program: with exit code 2 on bad input, 143 after SIGTERM, 1 on any other error.
-
-    If there is a run, tells how to resume it.
-    """
-    script, folder = Path(sys.argv[0]).name, arguments.run_dir(args)
-    gc.freeze()  # no garbage collection looks at what was imported
-    gc.enable()
-    if args.check:
-        preemption.stop_on_signals()  # until it marks them: it loads the model and the data first
-    try:
-        with errors.exit_on_bad_input(), terminal.below_the_log():
-            try:
-                yield
-            except preemption.Preempted:
-                if not args.check:
-                    raise
-                raise errors.BadInput("--check: the time limit came before the check of the nodes began") from None
-    except (Exception, KeyboardInterrupt, preemption.Terminated) as error:
-        storage = errors.is_storage(error)
-        if storage:
-            print(f"{script}: storage: {errors.one_line(error, -500)}", file=sys.stderr)
-        elif isinstance(error, Exception) and not isinstance(error, preemption.Preempted):
-            traceback.print_exc()
-        if (storage and not args.check) or (folder / "run.json").exists():
-            where = f"{args.output_dir}/{args.run_name}"
-            how = shlex.join(["--resume", "--run_name", args.run_name, "--output_dir", str(args.output_dir)])
-            print(f"{script}: the search ended early; what was saved is in {where}; go on with {how}", file=sys.stderr)
-        other = 2 if args.check else 1
-        sys.exit(error.code if isinstance(error, preemption.Terminated) else other)

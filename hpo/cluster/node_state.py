@@ -6,37 +6,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from ray.exceptions import (
-    ActorDiedError,
-    LocalRayletDiedError,
-    NodeDiedError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayError,
-    WorkerCrashedError,
-)
-
 from hpo import arguments, disk, errors
 from hpo.cluster import gpu_check
-from hpo.errors import Kind
 from hpo.results.provenance import nvidia_smi, versions
 
 SHARED_SECONDS = 60  # until a file of another node is seen: NFS keeps what it knows of a folder for up to a minute
 LOCAL_BYTES = 10**9  # free on the node-local disk: Ray's logs and objects, and temporary files of the trials
-WHAT_TO_DO = {
-    Kind.MEMORY: "a smaller batch, a larger --gpus_per_trial, or what --plan proposes",
-    Kind.TRIAL: "trials would fail like this, see docs/failures.md",
-    Kind.PROCESS: "trials would fail like this, see docs/failures.md",
-    Kind.NODE: "leave the node out (sbatch --exclude), and report it",
-    Kind.STORAGE: "make room, or take another --output_dir",
-}
-OF_RAY = {  # the first class that fits
-    OutOfMemoryError: "the node or the job has too little memory: a larger MEM_PER_NODE",
-    (WorkerCrashedError, ActorDiedError): "often it was killed for its memory (MEM_PER_NODE), see logs/",
-    (NodeDiedError, LocalRayletDiedError): "the node has left the cluster: see the log of its job in logs/",
-    OutOfDiskError: "make room on the disk of that node (TMPDIR)",
-    RayError: "Ray has failed, not the trial: check again, and report it if it comes again",
-}
 
 
 def look(shared: Path, node_id: str, gpus: bool, needed: int) -> dict:
@@ -106,5 +81,4 @@ def appears(file: Path) -> bool:
 def in_words(error: Exception) -> str:
     """An error in one line, with what to do about it."""
     reason = errors.one_line(f"{type(error).__name__} {error}")
-    of_ray = next((words for classes, words in OF_RAY.items() if isinstance(error, classes)), None)
-    return f"{reason}: {of_ray or errors.what_to_install(error) or WHAT_TO_DO[errors.kind_of(error)]}"
+    return f"{reason}: {errors.what_to_do(error)}"

@@ -34,7 +34,8 @@ from ray.tune.search import SearchGenerator
 from ray.tune.utils import flatten_dict, merge_dicts
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from hpo import errors
+from hpo import errors, host_memory
+from hpo.errors import Kind
 from hpo.files import sync
 
 TESTED_WITH = "2.60.0"
@@ -200,7 +201,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     @staticmethod
     def _ask_for_oom_kills(node: str) -> ray.ObjectRef:
         here = NodeAffinitySchedulingStrategy(node, soft=False)
-        task = ray.remote(errors.oom_kills).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        task = ray.remote(host_memory.oom_kills).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         return task.remote()
 
     def _killed_for_memory(self, address: str) -> bool:
@@ -239,7 +240,7 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
     def _process_trial_failure(self, trial: Trial, exception: Exception) -> None:
         # Most failures of the trial itself are reported as results, see trial.py. Failures that reach this method are
         # the node's fault, except these two.
-        of_trial = isinstance(exception, (NodeOutOfMemory, errors.TrialFailed))
+        of_trial = errors.kind_of(exception) in (Kind.NODE_MEMORY, Kind.PROCESS)
         if of_trial:
             trial.max_failures = 0
         self._scheduler_alg.node_fault = not of_trial

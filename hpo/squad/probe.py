@@ -10,7 +10,7 @@ import psutil
 import torch
 import transformers
 
-from hpo import errors
+from hpo import errors, host_memory
 from hpo.errors import BadInput
 from hpo.squad import evaluation, loading, lora, models
 from hpo.squad.data import TokenizedSquad
@@ -27,7 +27,7 @@ def free_memory() -> int:
     """Bytes that this process may still use: of the machine, of its control groups, or of the Slurm job."""
     per_node, per_cpu = (int(os.environ.get(f"SLURM_MEM_PER_{unit}", 0)) << 20 for unit in ("NODE", "CPU"))
     of_job = per_node or per_cpu * int(os.environ.get("SLURM_CPUS_ON_NODE", 1))
-    return min(psutil.virtual_memory().available, errors.free_in_groups(), of_job or math.inf) - OTHER
+    return min(psutil.virtual_memory().available, host_memory.free_in_groups(), of_job or math.inf) - OTHER
 
 
 def try_model(setup: Setup, test: TokenizedSquad, largest: dict) -> None:

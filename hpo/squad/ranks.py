@@ -17,7 +17,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from hpo import errors
+from hpo import errors, host_memory
 from hpo.errors import Kind
 from hpo.squad import group as groups
 from hpo.squad.group import Group
@@ -84,7 +84,7 @@ class Ranks:
         if not self.others:
             self.body(config, self.group)
             return
-        kills_before = errors.oom_kills()
+        kills_before = host_memory.oom_kills()
         futures = [actor.run.remote(config) for actor in self.others]
         ended, lost = threading.Event(), []
         watch = threading.Thread(target=self._watch, args=(futures, ended, lost), daemon=True)
@@ -109,7 +109,7 @@ class Ranks:
                     lost.append(of_rank)
             for actor in self.others:
                 ray.kill(actor)
-            cause = cause_of([error, *lost], errors.oom_kills() > kills_before)
+            cause = cause_of([error, *lost], host_memory.oom_kills() > kills_before)
             if cause is error:
                 raise
             raise cause from (lost[0] if lost else error)
