@@ -3,6 +3,8 @@
 They are compared with goldens.json. This command records them again; say in the commit why they change:
 
     .venv/bin/python tests/test_goldens.py
+
+`demo` stays as it is: the trials of a search of the demo's model in one slot, with their losses at rungs.
 """
 
 import contextlib
@@ -100,6 +102,27 @@ def test_searches(goldens, seed):
     assert [row[0] for row in found] == pytest.approx([row[0] for row in expected], rel=1e-9)
 
 
+def test_the_demo_s_search(goldens):
+    """Where each trial trains to the losses of the real one, each suggestion is that of the real search."""
+    from hpo.plan.simulator import Simulation
+    from test_bohb import OURS, pair
+
+    trials = goldens["demo"]
+    losses = {lr: losses for lr, *_, losses in trials}
+
+    def train(config, t):
+        return losses[config["train_loop_config"]["lr"]][str(t)]
+
+    searcher, scheduler = pair(OURS, max_t=16, seed=42, max_concurrent=1)
+    simulation = Simulation(searcher, scheduler, len(trials), train, max_t=16, rungs_only=True)
+    simulation.run()
+    suggested = searcher.suggested.values()
+    found = [[*each["config"]["train_loop_config"].values(), each["model_based"]] for each in suggested]
+    assert found == [trial[:4] for trial in trials]
+    reached = {trial.config["train_loop_config"]["lr"]: str(trial.iteration) for trial in simulation.trials}
+    assert reached == {lr: max(losses, key=int) for lr, *_, losses in trials}
+
+
 @pytest.mark.parametrize("number", range(len(PLANS)))
 def test_plans(goldens, number):
     assert plan(*PLANS[number]).splitlines() == goldens["plans"][number]
@@ -111,6 +134,7 @@ def test_refusals(goldens, tmp_path):
 
 if __name__ == "__main__":
     goldens = {
+        "demo": json.loads(FILE.read_text())["demo"],
         "plans": [plan(*setting).splitlines() for setting in PLANS],
         "searches": [search(seed) for seed in range(SEARCHES)],
     }
