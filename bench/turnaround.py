@@ -4,6 +4,7 @@
     .venv/bin/python bench/turnaround.py --full               # and a random BLOOM-560M: 20 minutes, 20 GB of memory,
                                                               # 30 GB of disk
     .venv/bin/python bench/turnaround.py --starts             # only how soon all slots are at work, seven minutes
+    .venv/bin/python bench/turnaround.py --keeping            # only what keeping worker processes gives, six minutes
 
 One trial at a time, on real Ray with the real DeepSpeed engine. Fresh: a worker process for each trial, which is Tune's
 default. Warm: reuse_actors, as in raytune_bayesian.py. Resumed: in a warm process, after a pause. Measured is the time
@@ -15,19 +16,26 @@ one worker process after the other. A search has them start side by side: by TUN
 that suggests one trial more than there are slots. Searcher and scheduler are those of a search. A trial waits until all
 trials have their imports, as one that trains for minutes. A process starts as fast as it does here, or some seconds
 later, as where Ray's own files come over a network.
+
+--keeping measures whole searches, of 16 trials with up to 16 iterations, with Tune's own handling of idle and starting
+worker processes, and with that of ray_private.TuneController. All the rest is the same: reuse_actors, starts side by
+side, searcher and scheduler. An iteration waits; a process has the imports of a trial.
 """
 
 import dataclasses
 import importlib
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
 import common
+import ray.tune.tune
 import torch
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -35,10 +43,12 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 import raytune_bayesian
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
+from hpo.cluster import ray_private
 
 TRIALS = 6  # the first of the warm ones is cold and does not count
 LIMIT = 10  # a warm process at least so many times faster than a fresh one
 SLOTS, STARTS, LATER = 8, 3, 5  # of --starts; seconds
+KEEPING = [(2, 0.5), (4, 0.5)]  # of --keeping: slots, seconds of an iteration
 
 
 class Choices(FIFOScheduler):
@@ -211,11 +221,89 @@ def starts() -> None:
     print(f"\nratio: {ratios[0]:.2f}")  # of what was measured; what comes later is assumed
 
 
+class TunesOwn(ray_private.TuneController):
+    """The controller of a search, with Tune's own handling of idle and starting processes."""
+
+    _tune = ray_private.TuneController.__mro__[1]
+    _maybe_reuse_cached_actor = _tune._maybe_reuse_cached_actor
+    _maybe_cache_trial_actor = _tune._maybe_cache_trial_actor
+    _cleanup_cached_actors = _tune._cleanup_cached_actors
+    _maybe_add_actors = _tune._maybe_add_actors
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._actor_cache._max_num_objects = Counter()
+
+
+def keep(controller, slots: int, wait: float, seed: int) -> tuple[float, int]:
+    """Runs a search. Returns its seconds, and the number of worker processes that ran trials.
+
+    Args:
+        controller: the class that Tuner.fit() uses.
+        slots: trials at a time.
+        wait: seconds of an iteration.
+        seed: of the search.
+    """
+    searcher = TuneBOHB(seed=seed, max_concurrent=slots)
+    searcher.slots = slots
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(slots)
+
+    def train(config):
+        importlib.import_module("raytune_bayesian")
+        checkpoint = tune.get_checkpoint()
+        done = int((Path(checkpoint.path) / "done").read_text()) if checkpoint else 0
+        for t in range(done + 1, 17):
+            time.sleep(wait)
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / "done").write_text(str(t))
+                loss = abs(math.log(config["train_loop_config"]["lr"] / 5e-5)) + 1 / t
+                report = {"loss": loss, "training_iteration": t, "process": os.getpid()}
+                tune.report(report, checkpoint=tune.Checkpoint.from_directory(folder))
+
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(ray.tune.tune, "TuneController", controller):
+        started = time.time()
+        scheduler = HyperBandForBOHB(time_attr="training_iteration", max_t=16, reduction_factor=4)
+        results = tune.Tuner(
+            tune.with_resources(train, {"cpu": len(os.sched_getaffinity(0)) / slots}),
+            param_space=raytune_bayesian.SEARCH_SPACE,
+            tune_config=tune.TuneConfig(
+                metric="loss", mode="min", num_samples=16, search_alg=searcher, reuse_actors=True, scheduler=scheduler
+            ),
+            run_config=tune.RunConfig(name="ray", storage_path=folder, verbose=0),
+        ).fit()
+        seconds = time.time() - started
+    assert not results.errors
+    return seconds, len({pid for result in results for pid in result.metrics_dataframe["process"]})
+
+
+def keeping() -> None:
+    """Prints the table of --keeping."""
+    print("\na search of 16 trials, one band's largest bracket; limit: ours at least 1.1 times as fast")
+    titles = f"{'seconds':>10}{'least':>8}{'most':>8}{'started':>9}{'times':>8}"
+    print(f"{'slots, an iteration':22}{'processes kept by':20}{titles}")
+    ratios = []
+    for slots, wait in KEEPING:
+        found = {"Tune": [], "ours": []}
+        for seed in range(STARTS):
+            for name, controller in (("Tune", TunesOwn), ("ours", ray_private.TuneController)):
+                found[name].append(keep(controller, slots, wait, seed))
+        medians = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
+        for name, runs in found.items():
+            seconds, times = [run[0] for run in runs], medians["Tune"] / medians[name]
+            started = statistics.median(run[1] for run in runs)
+            numbers = f"{medians[name]:10.1f}{min(seconds):8.1f}{max(seconds):8.1f}{started:9g}{times:8.2f}"
+            print(f"{f'{slots}, {wait:g} s':22}{name:20}{numbers}", flush=True)
+        ratios.append(medians["Tune"] / medians["ours"])
+    print(f"\nratio: {min(ratios):.2f}")
+
+
 def main() -> None:
     """Prints the tables."""
     with common.ray_session(torch.cuda.device_count()):
         if "--starts" in sys.argv:
             return starts()
+        if "--keeping" in sys.argv:
+            return keeping()
         ratio = table("demo's model", common.DEMO / "model", TRIALS)
         if "--full" in sys.argv:
             import full_size

@@ -1,7 +1,7 @@
 """Benchmarks still run, at a size that says nothing.
 
-Not here: recipe, full_size, faults, slurm_overhead and turnaround --starts. They take minutes and run what other tests
-run.
+Not here: recipe, full_size, faults, slurm_overhead, turnaround --starts and --keeping. They take minutes and run what
+other tests run.
 """
 
 import json
