@@ -711,7 +711,7 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
 
 @unchecked
 @given(num_samples=st.integers(1, 60), **SEARCHES, faulty=st.booleans())
-@settings(deadline=None, max_examples=600)
+@settings(deadline=None, max_examples=250)
 def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """The invariants hold if the search is stopped at random moments, planned or not, and resumed by new objects.
 
@@ -899,7 +899,7 @@ def suggested(simulation):
 
 @unchecked
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(1, 250), st.integers(0, 2))
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 def test_search_extended_before_its_last_trial_starts_is_the_longer_search(seed, before, more, stop, max_concurrent):
     """On one slot, suggestions, results and their order are those of a search that asked for all trials at once."""
     options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}

@@ -163,6 +163,7 @@ def test_wrong_input_is_refused(run_dir, tmp_path):
     assert file.read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_live_report_in_a_browser(run_dir, tmp_path):
     """It is drawn again when the search has gone on, nobody without the token sees it, and the run is not changed."""
     folder = tmp_path / "live"

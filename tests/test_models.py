@@ -144,7 +144,9 @@ def test_batched_answers_equal_generate_one_at_a_time(family, tokenizer, questio
         assert [prediction["id"] for prediction in found] == [reference["id"] for reference in questions.references]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["bloom", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES if family != "bloom")]
+)
 def test_paused_trial_and_best_model_equal_one_that_ran_through(family, tmp_path, tokenizer, tiny_squad, trial_here):
     """With the real Trainer and DeepSpeed engine. A best_model is made of both kinds of checkpoint."""
     folder = save(tmp_path / "model", random_model(family, tokenizer), tokenizer)

@@ -91,6 +91,7 @@ def test_slots_of_the_cluster(plan, tmp_path):
     assert done.stdout.startswith("the nodes for trials have 12 slots"), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_plan_in_a_job_is_for_its_time_limit(tmp_path):
     """Of Slurm the answer of squeue alone. It counts more than a variable of the submission."""
     (tmp_path / "squeue").write_text('#!/bin/sh\necho "$@" > "$0.asked"\necho 4:00:00\n')

@@ -180,8 +180,6 @@ def main(argv: list[str]) -> int:
 
 def export(file: Path, folder: Path, parser: Parser) -> int:
     """Writes the journal file of --optuna. Returns the exit code."""
-    from hpo.results import figures  # slow: optuna
-
     try:
         if file.exists() or not file.absolute().parent.is_dir():
             parser.error(f"--optuna {file}: " + ("exists already" if file.exists() else "its folder does not exist"))
@@ -190,6 +188,8 @@ def export(file: Path, folder: Path, parser: Parser) -> int:
     run, trials, iterations = read_run(folder)
     if not any(row["training_iteration"] for row in trials):
         parser.error(f"--optuna {file}: no trial of {folder} has reached a rung")
+    from hpo.results import figures  # slow: optuna
+
     try:
         figures.export(trials, iterations, hyperparameter_columns(trials), run["arguments"]["metric"], file)
     except OSError as error:
