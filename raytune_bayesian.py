@@ -26,7 +26,6 @@ with hidden("scipy", "sklearn"):  # a second of imports, for features that are n
     import evaluate
     import transformers
 
-import ray
 import torch
 from ray import tune
 from transformers.trainer_pt_utils import get_length_grouped_indices
@@ -403,14 +402,7 @@ def main(args, train=train) -> None:
         if finish.add_trials(run, log):  # --finish
             log = search(run, train)
         result = run.write_best_result(log)
-        best_model = run.folder / "best_model"
-        if not run.has_tested(log.best):  # otherwise it is best_model already
-            if not run.has_untested(log.best):
-                adapters = lora.of_trial(setup, log.configs[log.best])
-                models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
-            print(f"best model: {best_model}; testing it", flush=True)
-            test_task = ray.remote(num_cpus=setup.cpus_per_trial, num_gpus=min(1, setup.gpus_per_trial))(test)
-            run.add_test(log.best, test_set, *ray.get(test_task.remote(best_model, test_set, setup)))
+        finish.test_best_model(run, log, test_set, test)
         repeats.run(run, log, lambda more: search(more, train))  # --repeats
     messages.print_results(run, log, result)
 

@@ -670,7 +670,7 @@ def assert_rungs_are_no_larger_than_planned(search_alg, scheduler):
 
 @unchecked
 @given(num_samples=st.integers(1, 50), **SEARCHES, stop_last_trials=st.booleans())
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=250)
 def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, stop_last_trials):
     """The search ends, each trial ends, no observation is repeated, and no rung has more trials than its size."""
     chance = random.Random(seed)
@@ -749,7 +749,7 @@ FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)
 
 @unchecked
 @given(num_samples=st.integers(1, 60), **SEARCHES, faulty=st.booleans())
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=150)
 def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """Known settings are the first trials, also if the search is stopped, and resumed for more trials or fewer. The
     first one, the baseline, is trained to max_t unless it fails, and its bracket is that of its other trials.
@@ -971,7 +971,7 @@ def test_forecast_of_an_extended_search_counts_its_short_brackets():
 
 @unchecked
 @given(num_samples=st.integers(2, 40), **SEARCHES, baseline=st.booleans(), more=st.integers(0, 12))
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=120)
 def test_stopped_trials_go_on_to_the_end_after_the_search(
     num_samples, max_t, reduction_factor, slots, max_concurrent, seed, baseline, more
 ):

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -217,6 +218,7 @@ def test_nodes_of_a_cluster(tmp_path, tiny_model, tiny_squad, ray_token, monkeyp
     where = ["--model", tiny_model, "--dataset", tiny_squad, "--output_dir", tmp_path / "results", "--run_name", "c"]
     with tempfile.TemporaryDirectory(prefix="bohb-") as short:  # the names of Ray's sockets have at most 107 bytes
         head = {"num_cpus": 0, "include_dashboard": False, "temp_dir": short}
+        Path("/tmp/ray").mkdir(exist_ok=True)  # Cluster writes its address there, and does not make the folder
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
             nodes = {cluster.add_node(num_cpus=1, temp_dir=short).node_id for _ in range(2)}
@@ -477,24 +479,26 @@ def test_node_that_is_lost_or_hangs(monkeypatch):
 def test_disks_and_the_results_folder(tmp_path, monkeypatch):
     """A folder that is not shared, a disk that is too small for the search, and one with few inodes left."""
     monkeypatch.setattr(node_state, "SHARED_SECONDS", 0.1)
-    found = node_state.look(tmp_path, "node", gpus=False, needed=0)
+    found = node_state.look(tmp_path, "node", gpus=False, needed=0, ray_folder=tmp_path)
     assert found["problems"][-1].startswith(f"results: a file of the head in {tmp_path} is not seen within 0.1 s")
     assert not found["can_run"]
     (tmp_path / "head").write_text("x")
-    found = node_state.look(tmp_path, "node", gpus=False, needed=10**18)
+    found = node_state.look(tmp_path, "node", gpus=False, needed=10**18, ray_folder=tmp_path)
     assert found["can_run"] and (tmp_path / "node").read_text()
     assert [p for p in found["problems"] if p.startswith("results")][0].endswith("make room, or take another folder")
     monkeypatch.setattr(disk, "room", lambda folder: disk.Room(10**12, 7, "the file system"))
-    found = node_state.look(tmp_path, "node", gpus=False, needed=0)
+    found = node_state.look(tmp_path, "node", gpus=False, needed=0, ray_folder=tmp_path)
     assert [p.partition("): ")[2] for p in found["problems"]] == ["room for 7 more files: remove some"] * 2
-    found = node_state.look(tmp_path / "none", "node", gpus=False, needed=0)
+    found = node_state.look(tmp_path, "node", gpus=False, needed=0, ray_folder=Path("/proc"))  # another file system
+    assert found["problems"][-1] == "Ray's folder (/proc): room for 7 more files: remove some"
+    found = node_state.look(tmp_path / "none", "node", gpus=False, needed=0, ray_folder=tmp_path)
     assert not found["can_run"]
 
 
 def test_gpus_that_do_not_answer(tmp_path, monkeypatch):
     """The word for an error of CUDA, and the exit code of nvidia-smi."""
     (tmp_path / "head").write_text("x")
-    found = node_state.look(tmp_path, "node", gpus=True, needed=0)  # torch for the CPU
+    found = node_state.look(tmp_path, "node", gpus=True, needed=0, ray_folder=tmp_path)  # torch for the CPU
     assert not found["can_run"] and "CUDA" in found["problems"][0]
     (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho Unable to determine the device handle; exit 9\n")
     (tmp_path / "nvidia-smi").chmod(0o755)

@@ -309,7 +309,9 @@ def test_one_job_on_several_nodes(project, tiny):
     go_on = project.folder / "go_on"
     project.hand(reporting(WITH_GPU, slow=True, hold=go_on))
     arguments = ["--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16]
-    job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=["--nodes=3", *OWN])
+    in_session = {"SLURM_GPUS": "2"}  # submitted from one with --gpus
+    options = ["--nodes=3", *OWN]
+    job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=options, **in_session)
     try:
         project.wait_for_search(job)
         project.wait_for("trials on all nodes", lambda: len(gpus_used(project)) == 3)

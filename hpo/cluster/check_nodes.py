@@ -199,12 +199,13 @@ def look_at_nodes(rows: dict[str, dict], shared: Path, gpus: bool, needed: int) 
     """Adds to the rows, by the id of their node, what `look` returns there. The arguments are those of `look`."""
     print(f"looking at GPUs, versions and disks of each node: at most {LOOK_SECONDS} s", flush=True)
     (shared / "head").write_text(socket.gethostname())
+    folders = {node["NodeID"]: Path(node["ObjectStoreSocketName"]).parent for node in ray.nodes()}
     looks, deadline = {}, time.time() + LOOK_SECONDS
     for node_id, row in rows.items():
         here = NodeAffinitySchedulingStrategy(node_id, soft=False)
         needs = {"num_cpus": 0, "num_gpus": row["number_of_gpus"] if gpus else 0}
         task = once(look).options(scheduling_strategy=here, **needs)
-        looks[node_id] = task.remote(shared, node_id, gpus, needed)
+        looks[node_id] = task.remote(shared, node_id, gpus, needed, folders[node_id])
     for node_id, future in looks.items():
         row, found = rows[node_id], answer(future, node_id, deadline)
         if isinstance(found, str):

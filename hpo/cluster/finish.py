@@ -1,19 +1,22 @@
-"""--finish: after a search, trials that were stopped in doubt are trained to the end, each alone.
+"""After a search: --finish, and the test of the best model."""
 
-They are trained again from their start, since the checkpoints of stopped trials are deleted.
-"""
+from collections.abc import Callable
+
+import ray
 
 from hpo import known, search_space
 from hpo.bohb import scheduler
 from hpo.cluster.run import Run
 from hpo.cluster.state import load_state
 from hpo.results import intervals
+from hpo.squad import lora, models
 
 
 def add_trials(run: Run, log) -> bool:
-    """Changes the state of a search that has ended: the best of the trials in doubt are live again.
+    """--finish: trials that were stopped in doubt are trained to the end, each alone.
 
-    Those that an earlier call has added count towards --finish.
+    Changes the state of a search that has ended: the best of these trials are live again. They are trained from their
+    start, since the checkpoints of stopped trials are deleted. Those that an earlier call has added count too.
 
     Args:
         run: its `state` is changed.
@@ -45,3 +48,23 @@ def add_trials(run: Run, log) -> bool:
     scheduler.going_on(state["scheduler"], chosen, args.max_t)
     run.state = state
     return True
+
+
+def test_best_model(run: Run, log, test_set, test: Callable) -> None:
+    """Makes best_model of the best trial's checkpoint, and tests it where trials run. What was done already stays.
+
+    Args:
+        run: gets the results of the test.
+        log: the tables of the search, a TrialLog.
+        test_set: questions.
+        test: called as test(folder, test_set, setup) in a worker process, see the script.
+    """
+    if run.has_tested(log.best):  # it is best_model already
+        return
+    setup, best_model = run.setup, run.folder / "best_model"
+    if not run.has_untested(log.best):
+        adapters = lora.of_trial(setup, log.configs[log.best])
+        models.save_best_model(log.best_checkpoint(), setup.model, setup.precision, best_model, adapters)
+    print(f"best model: {best_model}; testing it", flush=True)
+    task = ray.remote(num_cpus=setup.cpus_per_trial, num_gpus=min(1, setup.gpus_per_trial))(test)
+    run.add_test(log.best, test_set, *ray.get(task.remote(best_model, test_set, setup)))

@@ -14,7 +14,7 @@ SHARED_SECONDS = 60  # until a file of another node is seen: NFS keeps what it k
 LOCAL_BYTES = 10**9  # free on the node-local disk: Ray's logs and objects, and temporary files of the trials
 
 
-def look(shared: Path, node_id: str, gpus: bool, needed: int) -> dict:
+def look(shared: Path, node_id: str, gpus: bool, needed: int, ray_folder: Path) -> dict:
     """Looks at the node of this process.
 
     Args:
@@ -22,14 +22,18 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int) -> dict:
         node_id: the name of that file.
         gpus: whether trials use GPUs.
         needed: bytes that the whole search needs in the results folder.
+        ray_folder: a folder of Ray on this node. It is in /tmp where the path of TMPDIR is long.
 
     Returns:
         {"gpus": their names, "driver", "versions", "disks": {name: see disk.room}, "problems": one
         line each, "can_run": whether a trial can be tried}.
     """
     gpu_names, driver, at_gpus = look_at_gpus() if gpus else ("", None, [])
-    disks, at_disks = {}, []
-    for name, folder, least in ("TMPDIR", Path(tempfile.gettempdir()), LOCAL_BYTES), ("results", shared, needed):
+    disks, at_disks, temporary = {}, [], Path(tempfile.gettempdir())
+    places = [("TMPDIR", temporary, LOCAL_BYTES), ("results", shared, needed)]
+    if ray_folder.stat().st_dev != temporary.stat().st_dev:
+        places.append(("Ray's folder", ray_folder, LOCAL_BYTES))
+    for name, folder, least in places:
         try:
             disks[name] = disk.room(folder)._asdict()
         except OSError as error:
