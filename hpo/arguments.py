@@ -400,6 +400,7 @@ def cluster_of_job() -> dict[str, int] | None:
     """
     if "HPO_NODES" in os.environ or "RAY_ADDRESS" in os.environ:
         of_head = {name: int(os.environ.get(name, 0)) for name in ("HEAD_GPUS", "HEAD_CPUS", "HEAD_NODES")}
+        of_head["HEAD_MEM"] = int(os.environ.get("SLURM_MEM_PER_NODE", 0))  # MB
         return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV} | of_head
     return None
 

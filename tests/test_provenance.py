@@ -165,11 +165,15 @@ def test_run_on_a_cluster_is_repeated_with_sbatch(made):
     assert [line for line in lines if line.startswith(other)]
 
 
-@pytest.mark.parametrize("gpus, asks", [(4, "--gpus-per-node=4 "), (0, "")])
-def test_run_in_one_job_is_repeated_in_one_job(made, gpus, asks):
+@pytest.mark.parametrize("gpus, memory, asks", [
+    (4, {"HEAD_MEM": 6144}, "--gpus-per-node=4 --mem=6144M "),
+    (0, {"HEAD_MEM": 0}, ""),
+    (0, {}, ""),  # of an older version
+])  # fmt: skip
+def test_run_in_one_job_is_repeated_in_one_job(made, gpus, memory, asks):
     folder, write = made
     sizes = {"NUM_WORKERS": 2, "GPUS_PER_NODE": gpus, "CPUS_PER_NODE": 8}
-    write(cluster=sizes | {"HEAD_GPUS": 0, "HEAD_CPUS": 0, "HEAD_NODES": 2})
+    write(cluster=sizes | memory | {"HEAD_GPUS": 0, "HEAD_CPUS": 0, "HEAD_NODES": 2})
     command = repeat.lines(folder)[0].partition(" && ")[2]
     options = f"--nodes=2 --cpus-per-task=8 {asks}"
     assert command.startswith(f"env NUM_WORKERS=0 BS_CHOICES=1,2 sbatch {options}head_node.slurm --model=some")
