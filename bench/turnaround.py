@@ -279,7 +279,7 @@ def keep(controller, slots: int, wait: float, seed: int) -> tuple[float, int]:
 def keeping() -> None:
     """Prints the table of --keeping."""
     print("\na search of 16 trials, one band's largest bracket; limit: ours at least 1.1 times as fast")
-    titles = f"{'seconds':>10}{'least':>8}{'most':>8}{'started':>9}{'times':>8}"
+    titles = f"{'seconds':>10}{'least':>8}{'most':>8}{'used':>9}{'times':>8}"
     print(f"{'slots, an iteration':22}{'processes kept by':20}{titles}")
     ratios = []
     for slots, wait in KEEPING:

@@ -1,7 +1,7 @@
 """The machinery of the search. The script raytune_bayesian.py is the experiment and imports from here.
 
     errors, files           what an error means; files that are never seen incomplete
-    disk, host_memory       what the limits of disk and main memory leave
+    disk, host_memory       how much disk and main memory is free
     code_copy               the copy of the code in a run folder, which trials and --resume use
     bohb/                   the algorithm: brackets, kernel densities (kde), searcher, scheduler
     squad/                  data, evaluation, scores, models, lora, precision, ranks: what a trial trains with
@@ -36,7 +36,7 @@ def hidden(*packages: str):
     """Imports in this block do not find these packages, as if they were not installed.
 
     Libraries import others where they are installed, for features that are not used here: DeepSpeed and Ray import
-    trackers, evaluate and transformers import scipy. It takes seconds in each process. A package that is imported
+    trackers; evaluate and transformers import scipy. It takes seconds in each process. A package that is imported
     already stays visible.
     """
     new = dict.fromkeys(set(packages) - set(sys.modules))

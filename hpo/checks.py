@@ -22,7 +22,8 @@ OFFLOAD = ("offload", "cpu_offload")  # how the names of DeepSpeed's settings fo
 def arguments_of_program(description: str) -> argparse.Namespace:
     """The arguments of the command line, checked. Bad input ends the program: one line, and exit code 2.
 
-    Switches the garbage collector off, which saves a second: the imports that follow leave no garbage. See exits.py.
+    Switches the garbage collector off, which saves a second: the imports that follow leave no garbage.
+    exits.exit_codes switches it on again.
 
     Args:
         description: its first line is for --help.

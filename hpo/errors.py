@@ -74,9 +74,18 @@ OUT_OF_MEMORY = {
     "ray.exceptions.OutOfMemoryError": Kind.NODE_MEMORY,
     "hpo.cluster.ray_private.NodeOutOfMemory": Kind.NODE_MEMORY,
 }
+LOST = {  # NODE if no text is found
+    "torch.distributed.DistError",
+    *(f"ray.exceptions.{name}" for name in ("RayActorError", "WorkerCrashedError", "NodeDiedError")),
+    *(f"ray.exceptions.{name}" for name in ("LocalRayletDiedError", "OutOfDiskError", "ObjectLostError")),
+}
+TASK = "ray.exceptions.RayTaskError"  # wraps what was raised in another process
+MORE_MEMORY = "the node or the job has too little memory: a larger MEM_PER_NODE"
 KILLED = "often it was killed for its memory (MEM_PER_NODE), see logs/"
 LEFT = "the node has left the cluster: see the log of its job in logs/"
-OF_RAY = {  # of the kind NODE if no text is found; what to do
+OF_RAY = {  # what to do about Ray's own errors
+    "hpo.cluster.ray_private.NodeOutOfMemory": MORE_MEMORY,
+    "ray.exceptions.OutOfMemoryError": MORE_MEMORY,
     "ray.exceptions.WorkerCrashedError": KILLED,
     "ray.exceptions.ActorDiedError": KILLED,
     "ray.exceptions.NodeDiedError": LEFT,
@@ -86,7 +95,7 @@ OF_RAY = {  # of the kind NODE if no text is found; what to do
 }
 WHAT_TO_DO = {
     Kind.MEMORY: "a smaller batch, a larger --gpus_per_trial, or what --plan proposes",
-    Kind.NODE_MEMORY: "the node or the job has too little memory: a larger MEM_PER_NODE",
+    Kind.NODE_MEMORY: MORE_MEMORY,
     Kind.TRIAL: "trials would fail like this, see docs/failures.md",
     Kind.PROCESS: "trials would fail like this, see docs/failures.md",
     Kind.NODE: "leave the node out (sbatch --exclude), and report it",
@@ -113,38 +122,36 @@ def is_storage(error: BaseException | str) -> bool:
 
 def kind_of(error: BaseException | str) -> Kind:
     """What an error, or its text, means. An unknown one is the trial's: NaN, broken data, a mistake in the code."""
-    if is_storage(error):
-        return Kind.STORAGE
+    names = _class_names(error)
+    if TASK in names:
+        return kind_of(error.cause)
     if isinstance(error, TrialFailed):
         return Kind.PROCESS
     if isinstance(error, CannotTrain):
         return Kind.SETUP
-    classes = _class_names(error)
-    for name in classes:
+    if is_storage(error):
+        return Kind.STORAGE
+    for name in names:
         if name in OUT_OF_MEMORY:
             return OUT_OF_MEMORY[name]
     for pattern, kind, _ in TEXTS:
         if re.search(pattern, str(error)):
             return kind
-    if isinstance(error, OSError) or "torch.distributed.DistError" in classes or OF_RAY.keys() & set(classes):
-        return Kind.NODE
-    return Kind.TRIAL
+    return Kind.NODE if isinstance(error, OSError) or LOST.intersection(names) else Kind.TRIAL
 
 
 def _class_names(error: BaseException | str) -> list[str]:
-    """The names of the class of an error and of the classes above it, the most special first.
-
-    Of an error that a task of Ray raised: those of the error itself.
-    """
-    names = [f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__]
-    return _class_names(error.cause) if "ray.exceptions.RayTaskError" in names else names
+    """The names of the class of an error and of the classes above it, the most special first."""
+    return [f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__]
 
 
 def what_to_do(error: BaseException | str) -> str:
     """What a user can do about an error, in a few words."""
-    kind = kind_of(error)
-    of_ray = next((OF_RAY[name] for name in _class_names(error) if name in OF_RAY), None) if kind is Kind.NODE else None
-    return of_ray or what_to_install(error) or WHAT_TO_DO[kind]
+    names = _class_names(error)
+    if TASK in names:
+        return what_to_do(error.cause)
+    of_ray = next((OF_RAY[name] for name in names if name in OF_RAY), None)
+    return of_ray or what_to_install(error) or WHAT_TO_DO[kind_of(error)]
 
 
 def what_to_install(error: BaseException | str) -> str:

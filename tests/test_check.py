@@ -1,6 +1,7 @@
 """--check: the small trial, the table of nodes, the pace, and whole checks through the command line."""
 
 import dataclasses
+import errno
 import json
 import re
 import signal
@@ -19,7 +20,7 @@ import raytune_bayesian
 from conftest import run_here, run_script
 from faulty import write_script
 from hpo import arguments, checks, disk, errors, ranges, search_space
-from hpo.cluster import check_nodes, exits, launch, messages, node_state, preemption, small_trial
+from hpo.cluster import check_nodes, exits, launch, messages, node_state, preemption, ray_private, small_trial
 from hpo.plan import pace, plan
 from hpo.results import provenance
 from hpo.results.slots import slots_that_passed
@@ -266,6 +267,8 @@ def test_a_file_of_a_node_that_the_head_does_not_see(tmp_path, monkeypatch):
     monkeypatch.setattr(node_state, "SHARED_SECONDS", 0.1)
     nodes = unseen, seen = "a" * 56, "b" * 56  # ids of Ray
     rows = {node: {"number_of_gpus": 0, "can_run": True, "problems": []} for node in nodes}
+    known = [{"NodeID": node, "ObjectStoreSocketName": "/tmp/x/plasma_store"} for node in nodes]
+    monkeypatch.setattr(check_nodes.ray, "nodes", lambda: known)
     (tmp_path / seen).write_text("seen")
     check_nodes.look_at_nodes(rows, tmp_path, False, 0)
     assert [row["can_run"] for row in rows.values()] == [False, True] and rows[seen]["problems"] == []
@@ -320,9 +323,22 @@ def test_versions_that_differ():
     assert rows[3]["problems"] == ["no answer"]
 
 
-@pytest.mark.parametrize("kind", errors.Kind)
-def test_what_to_do_about_each_kind_of_error(kind):
-    assert kind is errors.Kind.SETUP or errors.WHAT_TO_DO[kind]
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (ValueError("bad"), "TRIAL"),
+        (torch.OutOfMemoryError(), "MEMORY"),
+        (ray_private.NodeOutOfMemory(error_msg="killed"), "NODE_MEMORY"),
+        (errors.TrialFailed("bad"), "PROCESS"),
+        (RuntimeError("uncorrectable ECC error"), "NODE"),
+        (OSError(errno.ENOSPC, "full"), "STORAGE"),
+        (RuntimeError("no kernel image is available"), "SETUP"),
+    ],
+)
+def test_what_to_do_about_each_kind_of_error(error, kind):
+    kind = errors.Kind[kind]
+    assert errors.kind_of(error) is kind
+    assert errors.what_to_do(error) == (errors.what_to_install(error) or errors.WHAT_TO_DO[kind])
     out_of_memory = node_state.in_words(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert out_of_memory.endswith("a smaller batch, a larger --gpus_per_trial, or what --plan proposes")
 

@@ -131,6 +131,9 @@ def test_what_an_error_means(cls, text, kind):
     (ray.exceptions.RayTaskError("f", "text", ValueError("bad")).as_instanceof_cause(), Kind.TRIAL),
     (ray.exceptions.RayTaskError("f", "text", errors.TrialFailed("bad")).as_instanceof_cause(), Kind.PROCESS),
     (ray.exceptions.RayTaskError("f", "text", ConnectionError("lost")).as_instanceof_cause(), Kind.NODE),
+    (ray.exceptions.RayTaskError("f", os.strerror(errno.ENOSPC), errors.TrialFailed("bad")), Kind.PROCESS),
+    (ray.exceptions.RayTaskError("f", "device-side assert triggered", ConnectionError("lost")), Kind.NODE),
+    (ray.exceptions.RayTaskError("f", "text", ray.exceptions.RayError("its cause isn't serializable")), Kind.TRIAL),
 ])  # fmt: skip
 def test_what_an_error_of_ray_means(error, kind):
     assert errors.kind_of(error) is kind

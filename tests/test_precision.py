@@ -70,7 +70,7 @@ def results(setup, tiny_model, tiny_squad, tmp_path_factory):
     They share their processes, which read one model. Trials that fail come last, as each ends its process.
     """
     epoch = prepare(tiny_model, tiny_squad, "--max_t", 6, "--num_train_epochs", 0.5, "--max_eval_samples", 10)
-    long = prepare(tiny_model, tiny_squad, "--max_t", 2, "--num_train_epochs", 0.5, "--max_eval_samples", 10)
+    overflowing = prepare(tiny_model, tiny_squad, "--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10)
 
     @functools.cache
     def run(name, stage, ranks):
@@ -88,10 +88,10 @@ def results(setup, tiny_model, tiny_squad, tmp_path_factory):
                 "through": (with_overflows, with_loss(1, rungs=rungs, **size)),
                 **trials,
                 "stopped at 3": (in_fp16(setup, stage), with_loss(1, rungs=[3], **size)),
-                "dynamic scale": (in_fp16(long, stage, loss_scale=0), with_loss(1e30, per_device_bs=1)),
+                "dynamic scale": (in_fp16(overflowing, stage, loss_scale=0), with_loss(1e30, per_device_bs=1)),
             }
         if (stage, ranks) == (0, 1):
-            trials["static scale"] = in_fp16(long, stage, loss_scale=128), with_loss(1e30, per_device_bs=1)
+            trials["static scale"] = in_fp16(overflowing, stage, loss_scale=128), with_loss(1e30, per_device_bs=1)
         folder, scheduler = tmp_path_factory.mktemp("ranks"), PauseAtRungs(PAUSES if "paused" in trials else [])
         found = run_ranks(folder, trial, *map(list, zip(*trials.values(), strict=True)), scheduler, size=ranks)
         assert scheduler.pauses == len(scheduler.rungs)
@@ -106,7 +106,7 @@ def test_sixteen_bits_learn_as_fp32_does(results, in_fp32, name, stage, ranks):
     found = [results(name, stage, ranks)[loss] for loss in ("whole loss", "small loss")]
     for result, expected, gradients in zip(found, in_fp32, ((1, 100), (0.01, 1)), strict=True):
         assert result.error is None
-        assert losses(result) == pytest.approx(expected, rel=0.02) and losses(result)[-1] < 0.9 * losses(result)[0]
+        assert losses(result) == pytest.approx(expected, rel=0.005) and losses(result)[-1] < 0.9 * losses(result)[0]
         frame = result.metrics_dataframe
         assert frame["grad_norm"].between(*gradients).all() and (frame["skipped_steps"] == 0).all()
         assert (frame["loss_scale"] == 2**12).all() if name == "fp16" else frame["loss_scale"].isna().all()

@@ -309,7 +309,7 @@ def test_one_job_on_several_nodes(project, tiny):
     go_on = project.folder / "go_on"
     project.hand(reporting(WITH_GPU, slow=True, hold=go_on))
     arguments = ["--max_t", 16, "--num_train_epochs", 0.6, "--max_eval_samples", 10, "--num_samples", 16]
-    in_session = {"SLURM_GPUS": "2"}  # submitted from one with --gpus
+    in_session = {"SLURM_GPUS": "2"}  # submitted from a session that has --gpus
     options = ["--nodes=3", *OWN]
     job = project.submit(*tiny, *arguments, "--run_name", "x", node="node[1-3]", options=options, **in_session)
     try:

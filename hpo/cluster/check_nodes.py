@@ -21,7 +21,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from hpo import arguments, ranges
+from hpo import arguments, errors, ranges
 from hpo.cluster import launch, preemption, small_trial
 from hpo.cluster.node_state import SHARED_SECONDS, appears, in_words, look
 from hpo.cluster.run import make_folder
@@ -278,7 +278,7 @@ def answer(future, node_id: str, deadline: float):
     """What a task on a node returns; or, as a text, why it does not."""
     while not ray.wait([future], timeout=0 if preemption.time_is_up() else 2)[0]:
         if not any(node["Alive"] and node["NodeID"] == node_id for node in ray.nodes()):
-            return "the node has left the cluster: see the log of its job in logs/"
+            return errors.LEFT
         if preemption.time_is_up():
             ray.cancel(future, force=True)
             return NOT_DONE

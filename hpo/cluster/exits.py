@@ -23,7 +23,7 @@ def exit_codes(args: argparse.Namespace):
     If there is a run, tells how to resume it.
     """
     script, folder = Path(sys.argv[0]).name, arguments.run_dir(args)
-    gc.freeze()  # no garbage collection looks at what was imported
+    gc.freeze()  # no garbage collection looks at what was imported so far
     gc.enable()
     if args.check:
         preemption.stop_on_signals()  # until it marks them: it loads the model and the data first

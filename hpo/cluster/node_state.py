@@ -30,11 +30,13 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int, ray_folder: Path) 
     """
     gpu_names, driver, at_gpus = look_at_gpus() if gpus else ("", None, [])
     disks, at_disks, temporary = {}, [], Path(tempfile.gettempdir())
-    places = [("TMPDIR", temporary, LOCAL_BYTES), ("results", shared, needed)]
-    if ray_folder.stat().st_dev != temporary.stat().st_dev:
-        places.append(("Ray's folder", ray_folder, LOCAL_BYTES))
-    for name, folder, least in places:
+    places = [("TMPDIR", temporary, LOCAL_BYTES, "make room, or take another folder")]
+    places += [("results", shared, needed, "make room, or take another folder")]
+    places += [("Ray's folder", ray_folder, LOCAL_BYTES, "make room, or set a TMPDIR with a shorter path")]
+    for name, folder, least, what_to_do in places:
         try:
+            if name == "Ray's folder" and folder.stat().st_dev == temporary.stat().st_dev:
+                continue
             disks[name] = disk.room(folder)._asdict()
         except OSError as error:
             at_disks.append(f"{name} ({folder}): {error.strerror}")
@@ -42,7 +44,7 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int, ray_folder: Path) 
         if disks[name]["bytes"] < least:
             what = "{:.3g} GB are free ({by}), and {:.3g} are needed"
             what = what.format(disks[name]["bytes"] / 1e9, least / 1e9, by=disks[name]["by"])
-            at_disks.append(f"{name} ({folder}): {what}: make room, or take another folder")
+            at_disks.append(f"{name} ({folder}): {what}: {what_to_do}")
         if disks[name]["files"] < arguments.FILES:
             at_disks.append(f"{name} ({folder}): room for {disks[name]['files']} more files: remove some")
     at_results = exchange(shared, node_id)

@@ -124,7 +124,7 @@ class ResumableSearch(SearchGenerator):
 
 
 class NodeOutOfMemory(RayActorError):
-    """Ray or the kernel has killed a process, because its node or job ran out of memory."""
+    """Ray or the kernel has killed a process, because its node or job ran out of memory. hpo/errors.py has its name."""
 
 
 class TuneController(ray.tune.execution.tune_controller.TuneController):
