@@ -1,15 +1,20 @@
 """Searches learning rate, batch size and weight decay for fine-tuning BLOOM-560M on SQuAD v1.1, with BOHB in Ray Tune.
 
-    .venv/bin/python raytune_bayesian.py                # on this machine: its GPUs, or its CPUs where it has none
-    .venv/bin/python raytune_bayesian.py --prefetch     # on a login node: download model and data, and end
-    .venv/bin/python raytune_bayesian.py --plan         # time, disk and GPU memory of the search; --check measures it
+    .venv/bin/python raytune_bayesian.py                # on this machine: its GPUs, or its CPUs if it has no GPU
+    .venv/bin/python raytune_bayesian.py --prefetch     # on a login node: download model and data, try them, and exit
+    .venv/bin/python raytune_bayesian.py --plan         # estimate time, disk and GPU memory; --check measures them
     .venv/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
+    sbatch head_node.slurm                              # on Slurm, with the same flags
 
-Read from top to bottom: search space and constants, EM and F1, one trial, the search, main. The package hpo/ has the
+--model and --dataset take a folder or a name on the Hugging Face hub. --metric (eval_loss, exact_match or f1) ranks the
+trials. --help lists all flags and their defaults.
+
+The sections of this file: search space and constants, EM and F1, one trial, the search, main. The package hpo/ has the
 rest: saving and resuming, Slurm, faults, tables and figures. docs/architecture.md shows its parts.
 
-A trial trains with one choice of hyperparameters. A full training is cut into max_t iterations. Some of them are
-rungs: there the trials of a bracket are compared, the best are promoted to the next rung, and the others end.
+A trial trains with one choice of hyperparameters. A full training (all epochs) is cut into max_t equal parts: these are
+the iterations, Tune's training_iteration. Trials that begin together form a bracket. Some iterations are rungs: there
+all trials of the bracket are paused and compared. The best are promoted and go on to the next rung, the others end.
 """
 
 from hpo import checks, hidden
@@ -22,7 +27,7 @@ from pathlib import Path
 
 import datasets
 
-with hidden("scipy", "sklearn"):  # a second of imports, for features that are not used here
+with hidden("scipy", "sklearn"):  # both libraries would import them, for a second, if they are installed
     import evaluate
     import transformers
 
@@ -40,8 +45,9 @@ from hpo.squad.setup import Setup, prepare
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and constants
 
-# To add a hyperparameter: a line here. Some arguments of TrainingArguments need nothing else; read any other one in
-# make_trainer. docs/bohb.md says which, with examples.
+# To add a hyperparameter, add a line here, such as "warmup_steps": tune.uniform(0.0, 0.1), where a number below 1 is a
+# share of all steps. docs/bohb.md lists the fields of TrainingArguments that need nothing else. For any other
+# hyperparameter, use hyperparameters["its_name"] in make_trainer.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),
@@ -49,15 +55,15 @@ SEARCH_SPACE = {
         "wd": tune.choice([0.0, 0.01]),
     }
 }
-# Known good settings, which the first trials train with; --try adds more for one run. docs/bohb.md has the details.
+# Known good settings. The first trials train with them. --try adds one from the command line, see docs/bohb.md.
 KNOWN = []  # for example [{"lr": 2.5e-5, "per_device_bs": 2, "wd": 0.0}]
 # The same for all trials:
 MAX_LENGTH = 1024  # tokens of a sequence; the longest question of SQuAD, with its passage, has 835 in BLOOM's tokens
-SELECTION_SIZE = 1000  # questions held out of the training set, to compare trials on; the validation set is the test
-EVAL_TOKENS = 8192  # of a batch in evaluation, padding included
+SELECTION_SIZE = 1000  # questions of the training set, held out to compare trials; the test uses the validation set
+EVAL_TOKENS = 8192  # the most tokens of a batch in evaluation, padding included
 MAX_GRAD_NORM = 1.0
-LR_SCHEDULE = "linear"  # from lr to 0 over the full training, also for a trial that stops at an earlier rung
-MAX_FAILURES = 3  # a trial whose worker process is lost goes on from its last checkpoint, at most this many times
+LR_SCHEDULE = "linear"  # from lr to 0 over the full training; a trial that ends at an earlier rung has not reached 0
+MAX_FAILURES = 3  # times that a trial goes on from its newest checkpoint, after it has lost its process, node or GPU
 
 # ---------------------------------------------------------------------------------------------------------------------
 # EM and F1
@@ -119,11 +125,12 @@ def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup
 
 
 def train(config: dict, setup: Setup, trial) -> None:
-    """One trial: from its start, or its last checkpoint, until the full training ends or Tune pauses the trial.
+    """One trial: from its start, or its newest checkpoint, until the full training ends or Tune pauses the trial.
 
-    Runs in a worker process that stays for the next trial; with --gpus_per_trial N in N processes. After an exception
-    hpo/errors.py decides: out of memory, NaN or broken data fail the trial for good, as a bad result; a lost process
-    or a broken GPU lets it go on from its last checkpoint, on another node if there is one.
+    Runs in a worker process, which is used again for the next trial; with --gpus_per_trial N in N processes. If it
+    fails, hpo/errors.py says what the error means. A trial that is out of memory (the GPU's or the node's), whose loss
+    is NaN or whose data are broken has failed: it is not tried again, and BOHB learns it as a bad result. A trial
+    that has lost its process, node or GPU goes on from its newest checkpoint, on another node if there is one.
 
     Args:
         config: {"train_loop_config": the hyperparameters, "rungs": added by the scheduler, the iterations at which Tune
@@ -133,7 +140,7 @@ def train(config: dict, setup: Setup, trial) -> None:
     """
     group, hyperparameters = trial.group, setup.hyperparameters(config["train_loop_config"])
     tokenizer, model = models.load_tokenizer(setup.model), models.pretrained(setup.model)
-    precision.check_once(make_trainer, hyperparameters, setup, group)  # once per process: are gradients right?
+    precision.check_once(make_trainer, hyperparameters, setup, group)  # the gradients, once per process
     transformers.set_seed(hyperparameters["seed"])
     model = lora.prepare(model, setup, hyperparameters)
     batch_size = hyperparameters["per_device_bs"] * hyperparameters["gradient_accumulation_steps"] * group.size
@@ -163,17 +170,17 @@ def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, f
         weight_decay=hyperparameters["wd"],
         per_device_train_batch_size=hyperparameters["per_device_bs"],
         **defaults | search_space.training_arguments(hyperparameters),
-        num_train_epochs=1,  # `questions` has all epochs, in their order
+        num_train_epochs=1,  # `questions` has all epochs, see data_order
         train_sampling_strategy="sequential",
         deepspeed=precision.engine_config(setup.ds_config, setup.precision),
         fp16=stage > 0 and setup.precision == "fp16",  # at stage 0 by torch.autocast, see engine_config
         bf16=stage > 0 and setup.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=hyperparameters["seed"],
-        save_strategy="no",
+        save_strategy="no",  # Iterations says when to save
         logging_strategy="no",
-        logging_nan_inf_filter=False,  # it makes the CPU wait for the GPU in each step
-        accelerator_config={"non_blocking": True},  # blocking copies make it wait too
+        logging_nan_inf_filter=False,  # the filter makes the CPU wait for the GPU in each step
+        accelerator_config={"non_blocking": True},  # and so do blocking copies
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -196,7 +203,7 @@ class Trainer(transformers.Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an optimizer step, and the mean number of their answer tokens over ranks and batches."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = sum(len(batch["labels"]) for batch in batches)
+        count = sum(len(batch["labels"]) for batch in batches)  # a label for each answer token, and no others
         return batches, self.group.mean(count / self.args.gradient_accumulation_steps, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -208,7 +215,7 @@ class Trainer(transformers.Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Forward and backward of one batch. After the last batch of an optimizer step, DeepSpeed updates the weights.
 
-        `model` is the DeepSpeed engine. The Trainer's own method also sets every module to training mode, each time.
+        `model` is the DeepSpeed engine. The Trainer's own method is slower: it calls model.train() each time.
         """
         loss = self.compute_loss(model, evaluation.to_device(inputs, model.device), False, num_items_in_batch)
         model.set_gradient_accumulation_boundary(self.accelerator.sync_gradients)  # the last step may be shorter
@@ -221,7 +228,7 @@ class Trainer(transformers.Trainer):
         return 0
 
     def save_model(self, output_dir=None, **_):
-        """Writes the model at the end of the full training; before that, DeepSpeed's files have the weights."""
+        """Writes the model at the end of the full training. Before that, DeepSpeed saves the weights in its files."""
         if self.state.global_step == self.state.max_steps:
             weights, tied = self.accelerator.get_state_dict(self.model_wrapped), self.model.all_tied_weights_keys
             if self.args.should_save:  # rank 0
@@ -236,17 +243,17 @@ class Iterations(transformers.TrainerCallback):
         an iteration     eval_loss           none
         a rung           eval_loss, EM, F1   DeepSpeed's files, to go on from
         max_t            eval_loss, EM, F1   the model, or its adapters, for from_pretrained
-        a planned stop   none                DeepSpeed's files, also amid an iteration
+        a planned stop   as without it       DeepSpeed's files; amid an iteration too, without metrics
 
-    With --metric exact_match or f1, EM and F1 are computed after each iteration.
-    A planned stop is SIGUSR1, which Slurm sends before the time limit.
+    All metrics are on the selection questions. With --metric exact_match or f1, EM and F1 are computed after each
+    iteration. A planned stop is SIGUSR1, which Slurm sends before the time limit.
     """
 
     def __init__(self, rungs: list[int], setup: Setup, trial, trainer: Trainer, tokenizer, batch_size: int):
         self.rungs, self.setup, self.trial, self.trainer, self.tokenizer = rungs, setup, trial, trainer, tokenizer
         self.batch_size = batch_size  # of an optimizer step, in all ranks
         max_steps = math.ceil(len(trainer.train_dataset) / batch_size)
-        # The last step of each iteration. Item 0 is the start. Fewer steps than max_t were refused by `prepare`.
+        # The last step of each iteration. Item 0 is the start. `prepare` makes sure of at least max_t steps.
         self.last_steps = [round(t * max_steps / setup.max_t) for t in range(setup.max_t + 1)]
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -260,18 +267,18 @@ class Iterations(transformers.TrainerCallback):
         self.trial.start_iteration()
 
     def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
-        """At the end of an iteration: evaluates; then reports, or has the Trainer save a checkpoint first."""
+        """At the end of an iteration: evaluates, has the Trainer save a checkpoint if one is due, and reports."""
         if self.gradients.after_step():  # DeepSpeed skipped the step, and so the Trainer did not advance the schedule
             lr_scheduler.step()
-        args.save_only_model = state.global_step == state.max_steps  # no trial goes on from the last checkpoint
+        args.save_only_model = state.global_step == state.max_steps  # no trial goes on from max_t
         if state.global_step in self.last_steps[1:]:
             iteration = self.last_steps.index(state.global_step, 1)
             self.metrics = self.evaluate_iteration(iteration, model, state.global_step)
             if iteration in self.rungs or self.trial.must_stop():
-                control.should_save = True  # calls on_save
+                control.should_save = True  # the Trainer saves, and then calls on_save
             else:
                 self.report()
-        elif self.trial.must_stop():  # amid an iteration: saves its work. Only rungs count, so the metric may be NaN
+        elif self.trial.must_stop():  # amid an iteration. Trials are compared at rungs only: no metric is needed
             done = sum(step <= state.global_step for step in self.last_steps[1:])
             self.metrics = {"training_iteration": done, self.setup.metric: math.nan, "partial": True}
             control.should_save = True
@@ -307,13 +314,13 @@ class Iterations(transformers.TrainerCallback):
         self.report(folder)
 
     def report(self, checkpoint: Path | None = None):
-        """Reports to Tune. If Tune pauses the trial, this raises SystemExit, and TrialPaused in other ranks."""
+        """Reports to Tune. If Tune pauses the trial, rank 0 raises SystemExit, and other ranks TrialPaused."""
         self.trial.report(self.metrics, checkpoint)
         self.first_step = self.trainer.state.global_step
 
 
 def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> tuple[dict, tuple]:
-    """eval_loss, EM and F1 of a model on the test questions; and of each one. Runs where the trials ran."""
+    """eval_loss, EM and F1 of a model on the test questions, and those of each question. Runs in a worker process."""
     torch.set_num_threads(setup.cpus_per_trial)
     tokenizer = models.load_tokenizer(folder)
     model = models.load_for_test(folder, "cuda" if torch.cuda.is_available() else "cpu")
@@ -327,10 +334,10 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> tuple[di
 
 
 def search(run, train):
-    """Runs all trials of a run, or what is left of an earlier search. Returns the tables, a TrialLog.
+    """Runs all trials of a run, or those that an earlier search has left. Returns a TrialLog with all results.
 
     TuneBOHB suggests the hyperparameters of a trial. HyperBandForBOHB decides at a rung which trials are promoted. Both
-    replace Ray's classes of these names.
+    are classes of hpo/bohb/, used in place of Ray's classes of these names.
     """
     from hpo.bohb.scheduler import HyperBandForBOHB
     from hpo.bohb.searcher import TuneBOHB
@@ -350,7 +357,7 @@ def search(run, train):
         tune_config=tune.TuneConfig(
             metric=args.metric,
             mode=MODES[args.metric],
-            num_samples=args.num_samples or -1,  # -1: until the budget is used up
+            num_samples=args.num_samples or -1,  # -1: until --hours or --gpu_hours are used up
             search_alg=session.search_alg,
             scheduler=scheduler,
             reuse_actors=True,  # a worker process keeps its imports, CUDA and the pretrained model for its next trial
@@ -372,10 +379,10 @@ def search(run, train):
 
 
 def main(args, train=train) -> None:
-    """The whole program, after `args` were parsed and checked. `train` is what each trial runs."""
+    """The whole program, after `args` were parsed and checked. A script of your own can pass another `train`."""
     space = ranges.space_of_run(SEARCH_SPACE, train, args)
     args.known = known.settings(KNOWN, space, args)
-    from hpo.cluster import check_nodes, finish, launch, messages, repeats, warm_start  # after bad input was refused
+    from hpo.cluster import check_nodes, finish, launch, messages, repeats, warm_start  # slow: after the checks above
     from hpo.cluster.run import Run
     from hpo.plan import plan
 
@@ -397,13 +404,13 @@ def main(args, train=train) -> None:
         return messages.print_done(run)
     messages.announce(run)
 
-    with launch.ray_session(run):  # however the search ends, --resume goes on
+    with launch.ray_session(run):  # if the search stops early, for whatever reason, --resume continues it
         log = search(run, train)
-        if finish.add_trials(run, log):  # --finish
+        if finish.add_trials(run, log):  # --finish N: the best N of the stopped trials train to the end
             log = search(run, train)
         result = run.write_best_result(log)
         finish.test_best_model(run, log, test_set, test)
-        repeats.run(run, log, lambda more: search(more, train))  # --repeats
+        repeats.run(run, log, lambda more: search(more, train))  # --repeats N: the best is trained N times more
     messages.print_results(run, log, result)
 
 
