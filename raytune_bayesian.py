@@ -13,8 +13,8 @@ The sections of this file: search space and constants, EM and F1, one trial, the
 rest: saving and resuming, Slurm, faults, tables and figures. docs/architecture.md shows its parts.
 
 A trial trains with one choice of hyperparameters. A full training (all epochs) is cut into max_t equal parts: these are
-the iterations, Tune's training_iteration. Trials that begin together form a bracket. Some iterations are rungs: there
-all trials of the bracket are paused and compared. The best are promoted and go on to the next rung, the others end.
+the iterations, Tune's training_iteration. Some iterations are rungs. There the trials of a bracket, a group of trials,
+are paused and compared. The best are promoted and go on to the next rung, the others end.
 """
 
 from hpo import checks, hidden
@@ -406,11 +406,11 @@ def main(args, train=train) -> None:
 
     with launch.ray_session(run):  # if the search stops early, for whatever reason, --resume continues it
         log = search(run, train)
-        if finish.add_trials(run, log):  # --finish N: the best N of the stopped trials train to the end
+        if finish.add_trials(run, log):  # --finish N: up to N stopped trials train to the end
             log = search(run, train)
         result = run.write_best_result(log)
         finish.test_best_model(run, log, test_set, test)
-        repeats.run(run, log, lambda more: search(more, train))  # --repeats N: the best is trained N times more
+        repeats.run(run, log, lambda more: search(more, train))  # --repeats N: the best with N other seeds
     messages.print_results(run, log, result)
 
 

@@ -9,8 +9,8 @@
     arguments, checks,      what the user hands in, and its checks
       ranges, known,
       search_space
-    plan/                   what a search would run and need: simulator, plan, budget, memory
-    cluster/                Ray and Slurm: launch, session, trial, saved state, signals, watchdogs, ray_private
+    plan/                   what a search would run and need: simulator, plan, budget, memory, pace
+    cluster/                Ray and Slurm: launch, exits, session, trial, saved state, watchdogs, ray_private
 
 Imports go down only, from the script to errors and files; bohb, squad and results do not know each other.
 

@@ -280,10 +280,10 @@ def check_disk(output_dir: Path, needed: int) -> None:
 
 
 def take_from_check(args: argparse.Namespace) -> None:
-    """Reads the check of --from_check, and takes the arguments that are not given from it.
+    """Reads the check of --from_check. Arguments that the command line does not give are those of the check.
 
-    So it does with the variables that change the search space. The slots are those of its nodes that were ok, as in
-    the plan that it has printed.
+    So are the variables that change the search space. The slots are those of the nodes that were ok, as in the plan
+    that the check has printed.
 
     Raises:
         BadInput: it is no folder of a check, no small trial has run, or no node was ok and no slots are given.

@@ -34,7 +34,9 @@ def arguments_of_program(description: str) -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> argparse.Namespace:
-    """Checks model, data, ds_config, output folder and tracker; fills in the defaults that depend on the machine.
+    """Checks model, data, ds_config, output folder and tracker.
+
+    Sets args.ds_config, and the defaults of --gpus_per_trial and --precision, which depend on the machine.
 
     With --resume, if the run has other code, this first restarts the program with that code and does not return.
 

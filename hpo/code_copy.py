@@ -15,7 +15,7 @@ from hpo.errors import BadInput
 ROOT = Path(__file__).parent.parent
 NAME = "code"  # of the folder in the run folder
 DS_CONFIG = "ds_config.json"  # its name in the copy
-GUARD = "HPO_CODE_COPY"  # environment variable: the script that has taken the place of another; it does so once
+RESTARTED = "HPO_CODE_COPY"  # environment variable: the script with which this program was restarted
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -64,7 +64,7 @@ def go_on_with_copy(run_dir: Path) -> None:
     """
     script = run_dir / NAME / Path(sys.argv[0]).name
     differ = changed(run_dir)
-    if not differ or os.environ.get(GUARD) == str(script):
+    if not differ or os.environ.get(RESTARTED) == str(script):
         return
     if not script.exists():
         raise BadInput(f"--resume: the run has another script than {script.name}: start that one, or add --new_code")
@@ -72,7 +72,7 @@ def go_on_with_copy(run_dir: Path) -> None:
     print(
         f"going on with the code of the run, {script.parent}; changed since: {shown} (--new_code takes it)", flush=True
     )
-    os.execve(sys.executable, [sys.executable, str(script), *sys.argv[1:]], os.environ | {GUARD: str(script)})
+    os.execve(sys.executable, [sys.executable, str(script), *sys.argv[1:]], os.environ | {RESTARTED: str(script)})
 
 
 def ds_config(run_dir: Path, given: str) -> Path:

@@ -145,6 +145,12 @@ def _class_names(error: BaseException | str) -> list[str]:
     return [f"{c.__module__}.{c.__qualname__}" for c in type(error).__mro__]
 
 
+def gpu_fault(text: str) -> str | None:
+    """The last CUDA error in a traceback, if the node is at fault."""
+    found = re.findall("CUDA error.*", text)
+    return found[-1] if found and kind_of(found[-1]) is Kind.NODE else None
+
+
 def what_to_do(error: BaseException | str) -> str:
     """What a user can do about an error, in a few words."""
     names = _class_names(error)

@@ -1,4 +1,4 @@
-"""Questions about a search space of Ray Tune."""
+"""Checks a search space of Ray Tune, and answers questions about its values."""
 
 import ast
 import json
@@ -458,7 +458,7 @@ def edges(space: dict) -> dict[str, dict]:
 def is_allowed(name: str, ends: list, value: float) -> bool:
     """Whether a hyperparameter may have a value beyond its domain, which goes from ends[0] to ends[-1].
 
-    An unknown one stays above 0, and below 1 if it is a share by its domain.
+    The value of an unknown one stays at 0 or above if its range does, and below 1 if its range is between 0 and 1.
     """
     if name in KNOWN and not KNOWN[name][0](value):
         return False

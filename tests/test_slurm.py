@@ -690,9 +690,10 @@ def test_the_first_worker_jobs_are_submitted_again_while_slurm_is_busy(tmp_path)
     loop += text[text.index("end=$((SECONDS + 60))") : text.index("for each in")]
     command = f"""set -Eeuo pipefail
 die() {{ echo "$2"; exit "$1"; }}; sleep() {{ echo sleep; }}
-add_worker() {{ answer=$1; ((++calls % 3 == 0)); }}
+slurm_says=$1
+add_worker() {{ answer=$slurm_says; ((++calls % 3 == 0)); }}
 node=n jobs=2 calls=0
-{loop.replace("add_worker", 'add_worker "$1"')}
+{loop}
 echo "$calls" """
     for answer, code, says in (
         ("Socket timed out on send/recv operation", 0, "sleep\n" * 4 + "6\n"),

@@ -352,7 +352,7 @@ class HyperBandForBOHB(TrialScheduler):
         best = finite[:next_size]
         others = [t for t in bracket.members if t not in best]
         bracket.rung += 1
-        if self.baseline in finite and self.baseline in others:  # it goes on to the rungs that are left, as one of one
+        if self.baseline in finite and self.baseline in others:  # it goes on alone
             others.remove(self.baseline)
             left = [(1, budget) for _, budget in bracket.rungs[bracket.rung :]]
             race = Bracket(left, added=1, members=[self.baseline], promoted={self.baseline} - {current})

@@ -123,7 +123,7 @@ class TuneBOHB(Searcher):
         self._earlier = results
 
     def change_seed(self, number: int) -> None:
-        """Draws other random settings than a search with the same seed: they would be those of an earlier search again.
+        """Changes the seed, so that the random suggestions are not those of an earlier search with the same seed.
 
         Must be called before the search space is known.
 
@@ -174,7 +174,7 @@ class TuneBOHB(Searcher):
                 after its final report and before Tune removed it. It no longer holds a slot.
         """
         self.suggested, self.observations = state["suggested"], state["observations"]
-        # Only how many are left: JSON has lists for tuples. Older states have none.
+        # The state says how many points are left. Their values are the caller's: JSON turns tuples into lists.
         given, left = self._points_to_evaluate, len(state.get("points_to_evaluate", []))
         self._points_to_evaluate = given[len(given) - left :]
         if self._space is None:

@@ -18,7 +18,7 @@ from hpo.results import terminal
 
 @contextlib.contextmanager
 def exit_codes(args: argparse.Namespace):
-    """Ends the program: with exit code 2 on bad input, 143 after SIGTERM, 1 on any other error.
+    """Ends the program: with exit code 2 on bad input, 143 after SIGTERM, 1 on any other error. With --check: 0 or 2.
 
     If there is a run, tells how to resume it.
     """
@@ -26,7 +26,7 @@ def exit_codes(args: argparse.Namespace):
     gc.freeze()  # no garbage collection looks at what was imported so far
     gc.enable()
     if args.check:
-        preemption.stop_on_signals()  # until it marks them: it loads the model and the data first
+        preemption.stop_on_signals()  # while it loads model and data; later it calls mark_signals
     try:
         with errors.exit_on_bad_input(), terminal.below_the_log():
             try:

@@ -20,7 +20,7 @@ class IdleNodeRelease(Callback):
     trials that have not ended, paused ones included, or as trainings that follow the search.
 
     Args:
-        slot_time: is told of what was given back; its log and resources are used.
+        slot_time: gets the slots that were given back; its log and resources are used.
         minutes: how long a node must be idle; 0: nothing is given back.
         folder: the rendezvous folder of head and workers; None without head_node.slurm.
         following: the number of trainings that follow the search, side by side.

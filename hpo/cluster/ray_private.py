@@ -7,8 +7,8 @@
   tests/test_faults.py.
 - SearchGenerator cannot hand out trials of an earlier search. Tested in tests/test_run.py, tests/test_faults.py.
 
-docs/ray-bugs.md describes the faults for Ray's developers, and lists each name. It also lists four settings of Ray that
-are used elsewhere.
+docs/ray-bugs.md describes the faults for Ray's developers, and lists the names. It also lists what is used outside of
+this file.
 """
 
 import copy

@@ -33,9 +33,9 @@ class Run:
     """A run folder, from its creation or resumption to the end of the search.
 
     `space` is the search space, `facts` the content of run.json, `state` the saved state of an earlier search or None,
-    `slots` the number of trials that can run at a time, `needed` the bytes that the run needs at its peak. `done` says
-    that there is nothing to do: the search has all its trials. `ended` says that it takes no more: with a budget it
-    could. `may_fail`: whether all trials may fail.
+    `slots` the number of trials that can run at a time, `needed` the bytes that the run needs at its peak. `done`:
+    the search has all its trials and was tested, so there is nothing to do. `ended`: the search suggests no more
+    trials, even if its budget has time left. `may_fail`: whether all trials may fail.
 
     Args:
         args: the arguments of the run.
@@ -70,7 +70,7 @@ class Run:
             "cluster": args.cluster,
             "tests": [],  # each look at the test set, also those of an earlier search
         }
-        goes_on = False  # with the trials that it was started for
+        goes_on = False  # whether an unfinished run continues, with the number of trials that it had
         if args.resume:
             hold_lock(self.folder)
             earlier = json.loads((self.folder / "run.json").read_text())

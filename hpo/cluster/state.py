@@ -51,7 +51,7 @@ def load_state(run_dir: Path) -> dict | None:
         if checksum == hashlib.sha256(body).hexdigest():
             if version not in READABLE:
                 raise RuntimeError(
-                    f"{path} has version {version!r}, and this program reads {VERSION}: "
+                    f"{path} has version {version!r}, and this program reads {' and '.join(map(str, READABLE))}: "
                     "go on with the commit in run.json"
                 )
             return json.loads(body)

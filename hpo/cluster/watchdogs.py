@@ -100,8 +100,8 @@ class FaultyNodes(Callback):
         """Counts the error that has ended a trial's process."""
         text = Path(trial.error_file).read_text(errors="replace") if trial.error_file else ""
         last = text[text.rfind("Failure #") :]
-        found, reasons = re.search(r"\bip=([\da-f.:]+)", last), re.findall(r"CUDA error.*", last)
-        if not found or not reasons or errors.kind_of(reasons[-1]) is not errors.Kind.NODE:
+        found, fault = re.search(r"\bip=([\da-f.:]+)", last), errors.gpu_fault(last)
+        if not found or not fault:
             return
         address = found.group(1)
         self.errors[address] += 1
@@ -109,7 +109,7 @@ class FaultyNodes(Callback):
             return
         found = workers()
         if address in found and len(found) > 1:
-            reason = f"a GPU fails here, {self.errors[address]} times so far: {reasons[-1]}\n"
+            reason = f"a GPU fails here, {self.errors[address]} times so far: {fault}\n"
             (self.folder / f"bad-{found[address]}").write_text(reason)
             self.log(f"worker {found[address]} is given up: a GPU of its node fails")
 

@@ -60,7 +60,7 @@ def of_check(args, space: dict, forecasts: list) -> list[float]:
 def _questions(args, check: dict, part: str, flag: str) -> int:
     """The number of training or selection questions of the planned search: the data set is not read for a plan.
 
-    `flag` has a number if that of the check had one: what is not given is as in the check.
+    If `flag` is not given now, its value is that of the check.
     """
     now, then, found = getattr(args, flag), check["arguments"][flag], check["questions"][part]
     if now == then:

@@ -1,7 +1,8 @@
 """What a search may claim: edges of ranges, hyperparameters without effect, the model against chance, the metric.
 
 Hyperparameters are tested on random suggestions only. The model varies all hyperparameters together, towards good
-results, so that among its trials one without any effect goes with good results too. docs/results.md has the numbers.
+results. So among its trials even a hyperparameter without any effect correlates with good results. docs/results.md has
+the numbers.
 """
 
 import itertools
@@ -143,7 +144,7 @@ def groups(values: list) -> np.ndarray:
 
 
 def effect(values: list, losses: np.ndarray) -> float:
-    """The p value of the Kruskal-Wallis test over `groups`, by permutation. Thirds also show a best value inside.
+    """The p value of the Kruskal-Wallis test over `groups`, by permutation. It also sees an optimum inside the range.
 
     NaN where there is one group only, or all results are the same.
     """

@@ -49,7 +49,7 @@ def command(run: dict, folder: Path) -> str:
         "deepspeed": code / code_copy.DS_CONFIG,
         "warm_start": [files[f"warm_start {earlier}"]["folder"] for earlier in run["arguments"]["warm_start"]],
     }
-    # Paths may be relative to another folder. The hub's name of a data set must stay: its snapshot is no such folder.
+    # Paths may be relative to another folder. A name of the hub stays: --dataset cannot read the folder of a snapshot.
     own |= {name: files[name]["folder"] for name in ("model", "dataset") if files[name]["revision"] is None}
     flags = [text for name, value in (run["arguments"] | own).items() for text in flag(name, value)]
     cluster, options = run["cluster"] or {}, []

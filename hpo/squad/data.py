@@ -24,8 +24,8 @@ ANSWER_ROOM = 48  # tokens kept free for an answer in evaluation: the length of 
 def hold_out(examples: list[dict], size: int, seed: int, leaks: dict | None = None) -> tuple[list[dict], list[dict]]:
     """Splits off about `size` questions for selection. Returns (train, selection).
 
-    Whole articles are held out, or whole passages if all have one title: no passage is on both sides. Questions that
-    nearly stand in `train` are left out of the selection, unless all do; more articles are held out in their place.
+    Whole articles are held out, or whole passages if all have one title: no passage is on both sides. Near-duplicates
+    of questions in `train` are left out of the selection, unless all are; more articles are held out in their place.
     Then the selection is cut to `size`. At most a fifth of the articles, or passages, is held out. What is left out is
     on neither side, as is what the cut removes: so `train` stays the same whatever is left out, unless more articles
     are needed.

@@ -1,4 +1,4 @@
-"""Leakage: passages and questions of one set that nearly stand in another. Nothing of torch or Ray in here.
+"""Leakage: near-duplicates of passages and questions in another set. Nothing of torch or Ray in here.
 
 Texts are compared by their words. Case, punctuation and white space do not count, as in Brown et al., "Language Models
 are Few-Shot Learners", NeurIPS 2020, appendix C. docs/models.md says what is found and what is missed.

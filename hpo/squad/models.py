@@ -151,7 +151,7 @@ def save_best_model(
             flush=True,
         )
     tokenizer = load_tokenizer(pretrained_folder)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id  # ends what it has learnt; its own may be another
+    model.generation_config.eos_token_id = tokenizer.eos_token_id  # the training has taught it this one
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     sync(*folder.rglob("*"), folder)

@@ -140,7 +140,7 @@ def _example(name: str, question: dict) -> tuple[dict | None, list[str], int]:
         The example, or None if all its answers are bad; what is wrong with each bad answer; the number of its answers.
 
     Raises:
-        ValueError: a text is none.
+        ValueError: context, question or answer is no text, or one that UTF-8 cannot encode.
     """
     context, title = question.get("context"), question.get("title")
     _check_texts(context, question.get("question"), name)

@@ -37,7 +37,7 @@ class Setup:
     unanswerable: bool = False  # a question for training or validation has no answer: scored as in SQuAD 2.0
     dropped: dict[str, Counter] = field(default_factory=dict)  # see loading.load_examples
     leakage: dict[str, dict[str, int]] = field(default_factory=dict)  # "selection", "test": counts of leakage.find
-    # A trial whose hyperparameters have one of the first three, or a seed, takes that.
+    # The next three, and seed, can also be hyperparameters. Then the trial's own value counts.
     gradient_accumulation_steps: int = 1
     lora_r: int = 0
     lora_alpha: float | None = None
