@@ -243,10 +243,11 @@ class Iterations(transformers.TrainerCallback):
         an iteration     eval_loss           none
         a rung           eval_loss, EM, F1   DeepSpeed's files, to go on from
         max_t            eval_loss, EM, F1   the model, or its adapters, for from_pretrained
-        a planned stop   as without it       DeepSpeed's files; amid an iteration too, without metrics
+        a planned stop   none                DeepSpeed's files, to go on from
 
     All metrics are on the selection questions. With --metric exact_match or f1, EM and F1 are computed after each
-    iteration. A planned stop is SIGUSR1, which Slurm sends before the time limit.
+    iteration. A planned stop is SIGUSR1, which Slurm sends before the time limit. If it comes when an iteration ends,
+    that iteration is evaluated as well.
     """
 
     def __init__(self, rungs: list[int], setup: Setup, trial, trainer: Trainer, tokenizer, batch_size: int):

@@ -224,7 +224,7 @@ def starts() -> None:
 class TunesOwn(ray_private.TuneController):
     """The controller of a search, with Tune's own handling of idle and starting processes."""
 
-    _tune = ray_private.TuneController.__mro__[1]
+    _tune = ray_private.TuneController.__base__
     _maybe_reuse_cached_actor = _tune._maybe_reuse_cached_actor
     _maybe_cache_trial_actor = _tune._maybe_cache_trial_actor
     _cleanup_cached_actors = _tune._cleanup_cached_actors
@@ -290,8 +290,8 @@ def keeping() -> None:
         medians = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
         for name, runs in found.items():
             seconds, times = [run[0] for run in runs], medians["Tune"] / medians[name]
-            started = statistics.median(run[1] for run in runs)
-            numbers = f"{medians[name]:10.1f}{min(seconds):8.1f}{max(seconds):8.1f}{started:9g}{times:8.2f}"
+            used = statistics.median(run[1] for run in runs)
+            numbers = f"{medians[name]:10.1f}{min(seconds):8.1f}{max(seconds):8.1f}{used:9g}{times:8.2f}"
             print(f"{f'{slots}, {wait:g} s':22}{name:20}{numbers}", flush=True)
         ratios.append(medians["Tune"] / medians["ours"])
     print(f"\nratio: {min(ratios):.2f}")

@@ -57,7 +57,8 @@ def command(run: dict, folder: Path) -> str:
     if cluster.get("HEAD_NODES"):  # all trials ran in the head job; older runs do not say so
         options = [f"--nodes={cluster['HEAD_NODES']}", f"--cpus-per-task={cluster['CPUS_PER_NODE']}"]
         options += [f"--gpus-per-node={cluster['GPUS_PER_NODE']}"] * (cluster["GPUS_PER_NODE"] > 0)
-        options += [f"--mem={cluster.get('HEAD_MEM')}M"] * (cluster.get("HEAD_MEM", 0) > 0)
+        memory = cluster.get("HEAD_MEM", 0)  # older runs do not have it
+        options += [f"--mem={memory}M"] * (memory > 0)
         sizes = {"NUM_WORKERS": 0}
     variables = [f"{name}={value}" for name, value in (sizes | run["environment"]).items()]
     start = ["sbatch", *options, "head_node.slurm"] if cluster else [sys.executable, str(code / run["script"])]
