@@ -33,8 +33,8 @@ train = experiment.train
 """
 
 
-def cases(folder: Path) -> dict[str, tuple[float, int, list]]:
-    """By name: the limit, the exit code and the command line.
+def cases(folder: Path) -> dict[str, tuple[float, str | None, list]]:
+    """By name: the limit, what the only line says where it is refused, and the command line.
 
     Args:
         folder: for the wrong files.
@@ -49,16 +49,16 @@ def cases(folder: Path) -> dict[str, tuple[float, int, list]]:
         (broken / file.name).write_text(json.dumps(content))
     my_search = write_script(folder / "my_search.py", WRONG_SPACE)
     return {
-        "--help": (FLAGS, 0, [SCRIPT, "--help"]),
-        "--max_t 0": (FLAGS, 2, [SCRIPT, "--max_t", 0]),
-        "--deepspeed, no such file": (FILES, 2, [SCRIPT, *good, "--deepspeed", folder / "none.json"]),
-        "a data set with a wrong answer": (FILES, 2, [SCRIPT, *good, "--dataset", broken]),
-        "a wrong search space": (FILES, 2, [my_search, *good]),
+        "--help": (FLAGS, None, [SCRIPT, "--help"]),
+        "--max_t 0": (FLAGS, "--max_t", [SCRIPT, "--max_t", 0]),
+        "--deepspeed, no such file": (FILES, "none.json", [SCRIPT, *good, "--deepspeed", folder / "none.json"]),
+        "a data set with a wrong answer": (FILES, "--drop_bad_answers", [SCRIPT, *good, "--dataset", broken]),
+        "a wrong search space": (FILES, "search space: lr", [my_search, *good]),
     }
 
 
-def cpu_seconds(command: list, exit_code: int) -> float:
-    """CPU seconds of a command, which must end with this exit code, and with one line where it refuses something."""
+def cpu_seconds(command: list, refusal: str | None) -> float:
+    """CPU seconds of a command, which must succeed, or end with exit code 2 and one line that has this text."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -67,7 +67,8 @@ def cpu_seconds(command: list, exit_code: int) -> float:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode != exit_code or done.stderr.count("\n") != (exit_code != 0):
+    expected = (0, 0) if refusal is None else (2, 1)
+    if (done.returncode, done.stderr.count("\n")) != expected or (refusal or "") not in done.stderr:
         raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stderr}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -78,8 +79,8 @@ def main() -> None:
         all_cases = cases(Path(folder))
         seconds: dict[str, list[float]] = {name: [] for name in all_cases}
         for _ in range(TURNS):
-            for name, (_, exit_code, command) in all_cases.items():
-                seconds[name].append(cpu_seconds(command, exit_code))
+            for name, (_, refusal, command) in all_cases.items():
+                seconds[name].append(cpu_seconds(command, refusal))
     print(f"{'CPU seconds':<32}{'median':>8}{'least':>8}{'most':>8}{'limit':>8}")
     for name, values in seconds.items():
         numbers = f"{statistics.median(values):8.2f}{min(values):8.2f}{max(values):8.2f}"
