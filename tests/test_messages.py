@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ROOT
 
-SCRIPTS = ("head_node.slurm", "worker_node.slurm", "hpo/cluster/slurm.sh")
+SCRIPTS = ("head_node.slurm", "worker_node.slurm", "hpo/cluster/slurm.sh", "hpo/cluster/head.sh")
 CALL = re.compile(r"""(?<![\w/.-])(?:(?:log|why=|die (?:\d+|"\$1")) ?|echo (?=.head_node\.slurm))(["'])""")
 # The user need not act: what has been done, and where it is.
 NEWS = (
@@ -98,7 +98,7 @@ def test_each_row_has_a_message():
 
 def test_each_reason_of_slurm_has_its_row():
     """The reasons why a job waits, which the log puts in plain words."""
-    words = (ROOT / "head_node.slurm").read_text().partition("\nin_words() {")[2].partition("\n}")[0]
+    words = (ROOT / "hpo/cluster/head.sh").read_text().partition("\nin_words() {")[2].partition("\n}")[0]
     reasons = [reason for case in re.findall(r"^\t(\w.*?)\) echo", words, re.MULTILINE) for reason in case.split(" | ")]
     rows = " ".join(phrases())
     shown = {reason: f"({reason.replace('?', ' ').replace('*', '…')})" for reason in reasons}

@@ -591,6 +591,16 @@ trap '[[ ${FUNCNAME[0]-} != cleanup ]] || { echo >> steps; [[ $(wc -l < steps) !
     assert re.search(says, process.stdout), process
 
 
+def run_functions(folder, command, *arguments):
+    """Runs commands of bash with the functions of head_node.slurm, in a folder with an empty cluster.env."""
+    (folder / "cluster.env").touch()
+    begin = 'log() { echo "$*"; }; die() { echo "$2"; exit "$1"; }; set_traps() { :; }\n'
+    begin += "results=r checking=0 own_nodes=()"
+    begin += "".join(f"\nsource {ROOT}/hpo/cluster/{name}" for name in ("slurm.sh", "head.sh"))
+    command = ["bash", "-c", f"{begin}\n{command}", "-", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
 def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     """An hour longer than at the job's start: there is time to save, and a cancel is no time limit.
 
@@ -598,12 +608,12 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
     """
     text = (ROOT / "head_node.slurm").read_text()
     trap = re.search("^\ttrap .*ERR$", text, re.MULTILINE).group()
-    functions = text[text.index("seconds() {") : text.index("set_traps() {")]
-    slurm = 'squeue() { echo 1:04:30; }; timeout() { shift; "$@"; }; die() { echo "$2"; exit 1; }; cleanup() { :; }'
+    functions = text[text.index("save_and_requeue() {") : text.index("set_traps() {")]
+    slurm = 'squeue() { echo 1:04:30; }; timeout() { shift; "$@"; }; cleanup() { :; }'
     state = "SECONDS=118 time_limit=120 time_is_up=0 SLURM_JOB_ID=1; sleep 60 & script=$!"
-    command = f"set -Eeuo pipefail\n{slurm}\n{functions}\n{trap}\n{state}\n"
+    command = f"{slurm}\n{functions}\n{trap}\n{state}\n"
     command += 'save_and_requeue; echo "$time_limit $time_is_up"; cancelled; echo "$time_is_up"'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    done = run_functions(tmp_path, command)
     limit, *rest = done.stdout.split()
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
 
@@ -624,10 +634,8 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
 )
 def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
     """In the head job, and in the plan on a login node."""
-    text = (ROOT / "head_node.slurm").read_text()
-    lines = text[text.index("[[ ! $request =~ gpu[a-z-]*") : text.index("for name in NUM_WORKERS")]
-    command = f"request=$1 gpu_type='' GPUS_PER_NODE=7\n{lines}\necho \"$gpu_type $GPUS_PER_NODE\""
-    done = subprocess.run(["bash", "-c", command, "-", request_], capture_output=True, text=True, timeout=60)
+    command = "request=$1 gpu_type='' GPUS_PER_NODE=7; read_gpu_request; echo \"$gpu_type $GPUS_PER_NODE\""
+    done = run_functions(tmp_path, command, request_)
     assert done.stdout == f"{found}\n", done
     (tmp_path / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -636,15 +644,12 @@ def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
 
 
 @pytest.mark.parametrize("end", ["stop_sessions", "kill_sessions"])
-def test_the_end_does_not_wait_for_init(end):
+def test_the_end_does_not_wait_for_init(tmp_path, end):
     """The dead processes of a session are there until their parent, on a node mostly init, takes notice."""
-    text = (ROOT / "hpo/cluster/slurm.sh").read_text()
-    functions = text[text.index("are_alive() {") : text.index("try_to_start_ray() {")]
     calls = 'pkill() { echo "$1"; command pkill "$@"; }'
     processes = [subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(2)]
     try:
-        command = ["bash", "-c", f"{functions}\n{calls}\n{end} $1 $2", "-", *(str(p.pid) for p in processes)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = run_functions(tmp_path, f"{calls}\n{end} $1 $2", *(str(p.pid) for p in processes))
         dead = [psutil.Process(p.pid).status() for p in processes]
     finally:
         for process in processes:
@@ -659,24 +664,15 @@ def test_a_worker_job_that_slurm_does_not_take_is_submitted_again(tmp_path):
 
     Of Slurm the answers alone.
     """
-    text = (ROOT / "head_node.slurm").read_text()
-    functions = text[text.index("retry_until=0 #") : text.index("restart_local() {")]
-    ends = [line for line in text.splitlines() if line.endswith("|| no_worker_left")][-1]
-    command = f"""set -Eeuo pipefail
-log() {{ echo "$*"; }}; in_queue() {{ :; }}; timeout() {{ :; }}; no_worker_left() {{ echo over; }}; results=r
-add_worker() {{ answer=busy; ((SECONDS >= 10)) || return 1; workers+=(8); }}
-workers=(7) jobs=1 checking=0 rendezvous={tmp_path} MAX_WORKER_RESTARTS=2 WORKER_TIMEOUT=$1
-declare -A local_workers=()
-{functions}
-joined=1
-for SECONDS in 0 5 9 12; do
-	replace_lost
-{ends}
-done
-echo "${{workers[*]}}" """
+    command = """
+in_queue() { :; }; timeout() { :; }; no_worker_left() { echo over; }
+add_worker() { answer=busy; ((SECONDS >= 10)) || return 1; workers+=(8); }
+workers=(7) jobs=1 joined=1 rendezvous=$PWD MAX_WORKER_RESTARTS=2 WORKER_TIMEOUT=$1
+for SECONDS in 0 5 9 12; do look_after_workers; done
+echo "${workers[*]}" """
     outputs = []
     for patience in (60, 7):
-        done = subprocess.run(["bash", "-c", command, "-", str(patience)], capture_output=True, text=True, timeout=60)
+        done = run_functions(tmp_path, command, str(patience))
         outputs.append(done.stdout.splitlines())
     begin = ["worker job 7 has ended", "no new worker job can be submitted now, will try again: busy"]
     replaced = "worker job 8 replaces it (1 of at most 2)"
@@ -685,59 +681,46 @@ echo "${{workers[*]}}" """
 
 def test_the_first_worker_jobs_are_submitted_again_while_slurm_is_busy(tmp_path):
     """Of Slurm the answers alone. Another error ends the job at once."""
-    text = (ROOT / "head_node.slurm").read_text()
-    loop = text[text.index("slurm_is_busy() {") : text.index("in_queue() {")]
-    loop += text[text.index("end=$((SECONDS + 60))") : text.index("for each in")]
-    command = f"""set -Eeuo pipefail
-die() {{ echo "$2"; exit "$1"; }}; sleep() {{ echo sleep; }}
-slurm_says=$1
-add_worker() {{ answer=$slurm_says; ((++calls % 3 == 0)); }}
-node=n jobs=2 calls=0
-{loop}
+    command = """
+sleep() { echo sleep; }
+slurm_says=$1 node=n calls=0
+add_worker() { answer=$slurm_says; ((++calls % 3 == 0)); }
+submit_workers 2
 echo "$calls" """
     for answer, code, says in (
         ("Socket timed out on send/recv operation", 0, "sleep\n" * 4 + "6\n"),
         ("Invalid account", 2, "no worker job can be submitted from n: Invalid account. See WORKER_PARTITION and "),
     ):
-        done = subprocess.run(["bash", "-c", command, "-", answer], capture_output=True, text=True, timeout=60)
+        done = run_functions(tmp_path, command, answer)
         assert done.returncode == code and done.stdout.startswith(says), done
 
 
 @pytest.mark.parametrize(
     "options", ["--exclude=bad,worse", "--exclude bad,worse", "-x bad,worse", "-xbad,worse", "--nice=7 -x bad,worse"]
 )
-def test_nodes_that_worker_options_exclude_are_added_to_the_heads(options):
-    text = (ROOT / "head_node.slurm").read_text()
-    lines = text[text.index("exclude=$node${excluded") : text.index("[[ $WORKER_PARTITION ]] || :")]
-    command = f'set -Eeuo pipefail\nnode=node1 excluded=node9 WORKER_OPTIONS=({options})\n{lines}echo "$exclude"'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+def test_nodes_that_worker_options_exclude_are_added_to_the_heads(tmp_path, options):
+    command = f'node=node1 excluded=node9 WORKER_OPTIONS=({options}); set_exclude; echo "$exclude"'
+    done = run_functions(tmp_path, command)
     assert done.stdout == "node1,node9,bad,worse\n", done
 
 
 def test_nodes_may_have_any_name(tmp_path):
     """A worker of the head's own job tells the head that it has joined, in a file with the name of its node."""
     (tmp_path / "worker-gpu-worker-3").write_text("joined gpu-worker-3, 2 CPUs\n")
-    text = (ROOT / "head_node.slurm").read_text()
-    loop = text[text.index('\tfor file in "$rendezvous"/worker-*') : text.index("\tif ((SECONDS >= next_tell))")]
-    command = f"""set -Eeuo pipefail; log() {{ echo "$*"; }}; joined=0 rendezvous={tmp_path} own_nodes=(gpu-worker-3)
-declare -A has_told=()
-{loop}echo "${{!has_told[*]}}" """
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    command = 'rendezvous=$PWD own_nodes=(gpu-worker-3); read_answers; echo "${!has_answered[*]}"'
+    done = run_functions(tmp_path, command)
     assert done.stdout == "worker on gpu-worker-3 joined gpu-worker-3, 2 CPUs\ngpu-worker-3\n", done
 
 
 @pytest.mark.parametrize("answers, tries", [("", 3), ("error: Socket timed out on send", 3), ("Access denied", 1)])
-def test_a_requeue_is_tried_again_while_slurm_is_busy(answers, tries):
+def test_a_requeue_is_tried_again_while_slurm_is_busy(tmp_path, answers, tries):
     """Until a minute before the time limit. Of Slurm the answers alone."""
-    text = (ROOT / "head_node.slurm").read_text()
-    loop = text[text.index("\t\t\tuntil answer=$(timeout 30 scontrol requeue") :]
-    busy = text[text.index("slurm_is_busy() {") : text.index("in_queue() {")]
-    command = f"""set -u; SLURM_JOB_ID=1 time_limit=80 how_to_resume=Resume. SECONDS=0
-timeout() {{ echo "$answers"; return 1; }}; log() {{ echo "$*"; }}
-sleep() {{ echo sleep; SECONDS=$((SECONDS + 10)); }}
-answers=$1
-{busy}{loop[: loop.index("done") + 4]}"""
-    done = subprocess.run(["bash", "-c", command, "-", answers], capture_output=True, text=True, timeout=60)
+    command = """
+SLURM_JOB_ID=1 time_limit=80 how_to_resume=Resume. SECONDS=0 answers=$1
+timeout() { echo "$answers"; return 1; }
+sleep() { echo sleep; SECONDS=$((SECONDS + 10)); }
+requeue"""
+    done = run_functions(tmp_path, command, answers)
     said = f"Slurm has not requeued the job: {answers or 'no answer'}. Resume.\n"
     assert done.stdout == "sleep\n" * (tries - 1) + said, done
 
@@ -797,7 +780,8 @@ def site(tmp_path):
 
 def copy_functions(folder):
     (folder / "hpo" / "cluster").mkdir(parents=True)
-    shutil.copy(ROOT / "hpo/cluster/slurm.sh", folder / "hpo/cluster")
+    for name in ("slurm.sh", "head.sh"):
+        shutil.copy(ROOT / "hpo/cluster" / name, folder / "hpo/cluster")
 
 
 def run_beginning(site, script, until, after):
