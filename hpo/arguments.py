@@ -1,31 +1,27 @@
 """The command line: flags, their defaults, and checks of their values.
 
-Imports the standard library only, but for one look at the GPUs of the machine. So `--help` and a wrong flag or number
-are answered at once, before the slow imports of the script. As a program, python -m hpo.arguments, it is that check
+Imports the standard library only. So `--help` and a wrong flag or number are answered at once, before the slow imports
+of the script. As a program, python -m hpo.arguments, it is that check
 alone: head_node.slurm runs it before it starts anything. Exit code 3: --resume of a run that is done.
 """
 
 import argparse
-import itertools
 import json
 import math
 import os
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from hpo import disk, known, ranges
+from hpo import known, machines, ranges
 from hpo.bohb.brackets import band_size
 from hpo.code_copy import ROOT
 from hpo.errors import BadInput
-from hpo.results.slots import slots_of, slots_that_passed
+from hpo.results.slots import slots_that_passed
 from hpo.results.tables import MODES, mean_iteration_seconds
 from hpo.squad.scores import ARTICLES
 
-FILES = 2000  # more than a run has at a time
 # Arguments that a run does not keep:
 NOT_OF_THE_SEARCH = (
     "given", "cluster", "ranges", "known", "ds_config", "resume", "new_code", "prefetch", "plan",
@@ -40,7 +36,6 @@ OLDER = {  # older runs have no such flags
 }  # fmt: skip
 TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
 PRECISIONS = ("fp16", "bf16", "fp32")
-CLUSTER_ENV = ("NUM_WORKERS", "GPUS_PER_NODE", "CPUS_PER_NODE")  # names of cluster.env that a plan needs
 NOTHING_TO_DO = 3  # exit code of python -m hpo.arguments
 LEAST = {
     "max_t": 1, "reduction_factor": 2, "num_samples": 1, "cpus_per_trial": 1, "gpus_per_trial": 0,
@@ -206,7 +201,10 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
         args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
     elif has_budget(args) and args.from_check is None:
         raise BadInput(f"--plan: {' '.join(budget_in_words(args))}: needs --seconds_per_iteration or --from_check")
-    args.cluster = None if args.from_check is not None else read_cluster_env() if args.plan else cluster_of_job()
+    if args.from_check is not None:
+        args.cluster = None
+    else:
+        args.cluster = machines.read_cluster_env() if args.plan else machines.cluster_of_job()
     return args
 
 
@@ -227,18 +225,12 @@ def run_dir(args: argparse.Namespace) -> Path:
     return Path(args.output_dir).absolute() / args.run_name
 
 
-def slurm_job() -> str | None:
-    """The cluster and the id of this process's Slurm job, which it keeps when it is requeued; None outside of jobs."""
-    job = os.environ.get("SLURM_JOB_ID")
-    return job and f"{os.environ.get('SLURM_CLUSTER_NAME', '')} {job}"
-
-
 def starts_check_again(args: argparse.Namespace) -> bool:
     """Whether the run folder has the --check of this same job, which Slurm has requeued, as after a lost node."""
-    if not args.check or not slurm_job() or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
+    if not args.check or not machines.slurm_job() or int(os.environ.get("SLURM_RESTART_COUNT", 0)) == 0:
         return False
     try:
-        return json.loads((run_dir(args) / "check.json").read_text())["job"] == slurm_job()
+        return json.loads((run_dir(args) / "check.json").read_text())["job"] == machines.slurm_job()
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -267,16 +259,6 @@ def check_values(args: argparse.Namespace) -> None:
             raise BadInput(f"--warm_start {folder}: not a run folder: run.json: {error.strerror}") from None
     if args.seed >= 2**32:
         raise BadInput(f"--seed {args.seed}: must be below 2**32")
-
-
-def check_disk(output_dir: Path, needed: int) -> None:
-    """Raises BadInput unless the run may write as many bytes, and files, as it needs at its peak."""
-    left = disk.room(output_dir)
-    if left.bytes < needed:
-        free = f"{left.bytes / 1e9:.3g} GB are free" + f" ({left.by})" * (left.by != "the file system")
-        raise BadInput(f"--output_dir {output_dir}: the run needs up to {needed / 1e9:.3g} GB there, and {free}")
-    if left.files < FILES:
-        raise BadInput(f"--output_dir {output_dir}: the run needs up to {FILES} files there, and {left.files} are free")
 
 
 def take_from_check(args: argparse.Namespace) -> None:
@@ -389,107 +371,6 @@ def grows(args: argparse.Namespace, run: dict) -> bool:
     return any((getattr(args, name) or math.inf) > (run["arguments"].get(name) or math.inf) for name in ENDS)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# machines and slots
-
-
-def cluster_of_job() -> dict[str, int] | None:
-    """What head_node.slurm has exported: the numbers of cluster.env, and what the head job has for trials.
-
-    None if the trials run on this machine.
-    """
-    if "HPO_NODES" in os.environ or "RAY_ADDRESS" in os.environ:
-        of_head = {name: int(os.environ.get(name, 0)) for name in ("HEAD_GPUS", "HEAD_CPUS", "HEAD_NODES")}
-        of_head["HEAD_MEM"] = int(os.environ.get("SLURM_MEM_PER_NODE", 0))  # MB
-        return {name: int(os.environ.get(name, 1)) for name in CLUSTER_ENV} | of_head
-    return None
-
-
-def machines(args: argparse.Namespace) -> tuple[int, int, int]:
-    """(nodes, GPUs a node, CPUs a node) for trials."""
-    if args.cluster:
-        return tuple(args.cluster[name] for name in CLUSTER_ENV)
-    import torch  # slow, and only needed on a single machine
-
-    return 1, torch.cuda.device_count(), node_cpus(args)
-
-
-def node_cpus(args: argparse.Namespace) -> int:
-    """CPUs of a node, for trials."""
-    return args.cluster["CPUS_PER_NODE"] if args.cluster else len(os.sched_getaffinity(0))
-
-
-def kinds_of_nodes(args: argparse.Namespace) -> list[tuple[int, dict[str, int]]]:
-    """The nodes for trials, as (number of nodes, resources of each); the head job's own may be of another kind."""
-    nodes, gpus, cpus = machines(args)
-    kinds = [(nodes, {"CPU": cpus, "GPU": gpus})]
-    if args.cluster and "HEAD_GPUS" in args.cluster:
-        kinds.append((1, {"CPU": args.cluster["HEAD_CPUS"], "GPU": args.cluster["HEAD_GPUS"]}))
-    return kinds
-
-
-def slots(args: argparse.Namespace, at_a_time: int | None = None) -> int:
-    """How many trials can run at a time, once all workers have joined; with --from_check, on its nodes that were ok.
-
-    Args:
-        args: the arguments of the run.
-        at_a_time: in place of --max_concurrent_trials; 0: as many as there is room for.
-    """
-    of_trial = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
-    if args.from_check is not None:
-        room = slots_that_passed(args.earlier_check["nodes"], 0)
-    else:
-        room = sum(number * slots_of(have, of_trial) for number, have in kinds_of_nodes(args))
-    at_a_time = args.max_concurrent_trials if at_a_time is None else at_a_time
-    return min(room, at_a_time or room)
-
-
-def read_cluster_env() -> dict[str, int] | None:
-    """The numbers of cluster.env, for a plan on a machine with Slurm. Raises BadInput where the file is wrong.
-
-    A command that fails there is told on stderr, as in the log of a job.
-    """
-    in_job = "HPO_NODES" in os.environ  # head_node.slurm has read the file, and knows where trials run
-    if in_job or not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
-        return cluster_of_job()
-    says = 'echo "cluster.env: line $LINENO: $BASH_COMMAND failed with exit code $failed" >&3'
-    trap = f"trap 'failed=$?; [[ ${{BASH_SOURCE[0]}} != ./cluster.env ]] || {says}' ERR"
-    script = f"bash -n ./cluster.env || exit; exec 3>&2; {trap}; set -a; source ./cluster.env &> /dev/null; env -0"
-    try:
-        done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        raise BadInput(f"{ROOT}/cluster.env: not done after 60 s") from None
-    if done.stderr and not done.stdout:
-        raise BadInput(done.stderr.splitlines()[0])
-    print(done.stderr, end="", file=sys.stderr)
-    found = dict(line.split("=", 1) for line in done.stdout.split("\0") if "=" in line)
-    # as in head_node.slurm: --gpus-per-node=[type:]number, or --gres=gpu[:type][:number], among others
-    request = found.get("GPU_REQUEST") or f"--gpus-per-node={found.get('GPUS_PER_NODE')}"
-    if match := re.search(r"gpu[a-z-]*[:=](?:[^:,=]+:)?(\d+)([,(]|$)", request):
-        found["GPUS_PER_NODE"] = match.group(1)
-    elif re.search(r"gres=(.*,)?gpu(:[^:,]*[^\d:,][^:,]*)?(,|$)", request):
-        found["GPUS_PER_NODE"] = "1"
-    for name in CLUSTER_ENV:
-        if not re.fullmatch(r"\d+", found.get(name, "")):
-            raise BadInput(f"{ROOT}/cluster.env: {name} is {found.get(name, 'missing')}: not a number")
-    cluster = {name: int(found[name]) for name in CLUSTER_ENV}
-    return cluster | {"NUM_WORKERS": max(1, cluster["NUM_WORKERS"])}  # 0: one job, on a node like these
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# for --plan
-
-
-def plan_settings(args: argparse.Namespace) -> list[dict]:
-    """The settings that a plan compares: {"num_samples" (None: by a budget), "max_t", "reduction_factor", "slots"}."""
-    settings = []
-    for factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
-        trials = args.num_samples if has_budget(args) else args.num_samples or band_size(args.max_t, factor)
-        setting = {"num_samples": trials, "max_t": args.max_t, "reduction_factor": factor}
-        settings.append(setting | {"slots": at_a_time or slots(args, 0)})
-    return settings
-
-
 def seconds_per_iteration(value: str) -> float:
     """The value of --seconds_per_iteration: a number, or the mean of an iterations.csv. Raises BadInput."""
     try:
@@ -504,30 +385,6 @@ def seconds_per_iteration(value: str) -> float:
     if not 0 < seconds < math.inf:
         raise BadInput(f"--seconds_per_iteration {value}: must be above 0")
     return seconds
-
-
-def seconds_of(limit: str) -> int | None:
-    """Seconds of a Slurm time limit; None for "UNLIMITED" and the like.
-
-    Slurm writes minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]].
-    """
-    if not re.fullmatch(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})", limit):
-        return None
-    days, _, rest = limit.rpartition("-")
-    parts = [int(part) for part in rest.split(":")]
-    if days:
-        hours, minutes, seconds = (parts + [0, 0])[:3]
-    else:
-        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def time_limit(folder: Path = ROOT) -> int | None:
-    """Seconds of the head job's time limit: SBATCH_TIMELIMIT, or #SBATCH --time. None where neither says."""
-    script = folder / "head_node.slurm"
-    text = script.read_text() if script.exists() else ""
-    written = re.search(r"^#SBATCH (?:--time=|-t )(\S+)", text, re.MULTILINE)
-    return seconds_of(os.environ.get("SBATCH_TIMELIMIT", written.group(1) if written else ""))
 
 
 if __name__ == "__main__":

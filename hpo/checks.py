@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from hpo import arguments, code_copy, errors
+from hpo import arguments, code_copy, errors, machines
 from hpo.errors import BadInput
 from hpo.squad import loading
 
@@ -67,10 +67,10 @@ def check_resources(args: argparse.Namespace) -> None:
     if args.from_check is not None:
         return
     where = "a node for trials (see cluster.env, or the options of sbatch)" if args.cluster else "this machine"
-    cpus = arguments.node_cpus(args)
+    cpus = machines.node_cpus(args)
     if args.cpus_per_trial > cpus:  # first: to look for GPUs is slow
         raise BadInput(f"--cpus_per_trial {args.cpus_per_trial}: {where} has {cpus}")
-    gpus = arguments.machines(args)[1]
+    gpus = machines.nodes(args)[1]
     if args.gpus_per_trial is None:
         args.gpus_per_trial = min(1, gpus)
     args.precision = args.precision or ("fp16" if args.gpus_per_trial else "fp32")

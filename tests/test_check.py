@@ -19,9 +19,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 import raytune_bayesian
 from conftest import run_here, run_script
 from faulty import write_script
-from hpo import arguments, checks, disk, errors, ranges, search_space
+from hpo import arguments, checks, disk, errors, machines, ranges, search_space
 from hpo.cluster import check_nodes, exits, launch, messages, node_state, preemption, ray_private, small_trial
 from hpo.plan import pace, plan
+from hpo.plan.plan import settings_to_compare
 from hpo.results import provenance
 from hpo.results.slots import slots_that_passed
 from hpo.squad.group import Group
@@ -393,7 +394,7 @@ def test_gpus_that_no_trial_gets(have, flags, problem):
         assert len(each["problems"]) == (problem is not None) and all(p.startswith(problem) for p in each["problems"])
     args.cluster = {"NUM_WORKERS": 2, "GPUS_PER_NODE": have[0], "CPUS_PER_NODE": have[1]}
     if not problem or problem.startswith("only"):
-        warnings = messages.cpu_warnings(args, arguments.slots(args))
+        warnings = messages.cpu_warnings(args, machines.slots(args))
         assert warnings == [f"WARNING: on a node {text}" for text in rows["a"]["problems"]]
 
 
@@ -575,9 +576,9 @@ def test_a_plan_from_a_check_has_its_slots(tmp_path):
     write_check(tmp_path, args, rows)
     argv = ["--plan", "--from_check", str(tmp_path)]
     planned = checks.check(arguments.parse("", argv))
-    assert planned.gpus_per_trial == 2 and [s["slots"] for s in arguments.plan_settings(planned)] == [8]
+    assert planned.gpus_per_trial == 2 and [s["slots"] for s in settings_to_compare(planned)] == [8]
     given = arguments.parse("", [*argv, "--max_concurrent_trials", "0", "3"])
-    assert [s["slots"] for s in arguments.plan_settings(given)] == [8, 3]
+    assert [s["slots"] for s in settings_to_compare(given)] == [8, 3]
     write_check(tmp_path, args, rows[2:])
     with pytest.raises(errors.BadInput, match="no node was ok: give the slots, --max_concurrent_trials$"):
         arguments.parse("", argv)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hpo import arguments, disk
+from hpo import disk, machines
 from hpo.errors import BadInput
 
 QUOTA = """Disk quotas for user alice (uid 1000):
@@ -47,10 +47,10 @@ def test_the_smallest_room_counts(tmp_path, monkeypatch, command, text):
     assert len((tmp_path / "asked").read_text().splitlines()) == 1
     needs = rf"the run needs up to 5 GB there, and \d\S* GB are free \({command}'s limit\)$"
     with pytest.raises(BadInput, match=needs):
-        arguments.check_disk(tmp_path, 5 * 10**9)
+        machines.check_disk(tmp_path, 5 * 10**9)
     if command == "lfs":
         with pytest.raises(BadInput, match=r"the run needs up to 2000 files there, and 488 are free$"):
-            arguments.check_disk(tmp_path, 1)
+            machines.check_disk(tmp_path, 1)
 
 
 def test_a_quota_command_that_fails_does_not_count(tmp_path, monkeypatch):

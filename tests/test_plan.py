@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from conftest import ROOT, run_here, run_script
-from hpo import arguments
+from hpo import machines
 
 
 @pytest.fixture()
@@ -140,7 +140,7 @@ def test_bad_input(plan, arguments, message):
     ],
 )
 def test_time_limits_in_the_formats_of_slurm(text, seconds):
-    assert arguments.seconds_of(text) == seconds
+    assert machines.seconds_of(text) == seconds
 
 
 def test_trainings_after_the_search_are_counted(plan):

@@ -13,7 +13,7 @@ FLOORS = [  # from the bottom; a module imports from lower floors, and from its 
     {"code_copy"},
     {"bohb", "squad", "results"},
     {"search_space"},
-    {"ranges", "known"},
+    {"ranges", "known", "machines"},
     {"arguments"},
     {"checks", "plan"},
     {"cluster"},

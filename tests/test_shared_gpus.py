@@ -13,7 +13,7 @@ import torch
 
 from conftest import run_here, run_script
 from faulty import write_script
-from hpo import arguments, checks, errors, files
+from hpo import arguments, checks, errors, files, machines
 from hpo.cluster import trial, watchdogs
 from hpo.plan import memory
 from hpo.results.slots import slots_of, trials_per_gpu
@@ -54,7 +54,7 @@ def test_a_share_needs_a_gpu():
     args = arguments.parse("", ["--gpus_per_trial", "0.5"])
     args.cluster = {"NUM_WORKERS": 2, "GPUS_PER_NODE": 3, "CPUS_PER_NODE": 99}
     checks.check_resources(args)
-    assert args.precision == "fp16" and arguments.slots(args) == 12
+    assert args.precision == "fp16" and machines.slots(args) == 12
     args.cluster["GPUS_PER_NODE"] = 0
     with pytest.raises(errors.BadInput, match=r"^--gpus_per_trial 0.5: a node for trials \(.*\) has 0$"):
         checks.check_resources(args)

@@ -23,7 +23,7 @@ import ray
 import slurm_cluster
 from conftest import ROOT
 from faulty import SLOW, reporting
-from hpo import arguments, errors, files
+from hpo import arguments, errors, files, machines
 from hpo.cluster import idle_nodes
 from slurm_cluster import BOTH_GPUS, NODES, OWN, TWO_NODES, Project, SlurmCluster, sh, wait_for
 from test_run import closing_block
@@ -640,7 +640,7 @@ def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
     (tmp_path / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("GPU_REQUEST", request_)
-    assert arguments.read_cluster_env()["GPUS_PER_NODE"] == int(found.split(" ")[1])
+    assert machines.read_cluster_env()["GPUS_PER_NODE"] == int(found.split(" ")[1])
 
 
 @pytest.mark.parametrize("end", ["stop_sessions", "kill_sessions"])
@@ -829,8 +829,8 @@ def test_a_cluster_env_that_is_not_bash_ends_the_job(site, script, until):
 def test_cluster_env_of_a_plan(site, monkeypatch, capsys):
     (site / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{site}:{os.environ['PATH']}")
-    monkeypatch.setattr(arguments, "ROOT", site)
-    assert arguments.machines(arguments.parse("", ["--plan"])) == (3, 2, 1) and capsys.readouterr() == ("", FAILED)
+    monkeypatch.setattr(machines, "ROOT", site)
+    assert machines.nodes(arguments.parse("", ["--plan"])) == (3, 2, 1) and capsys.readouterr() == ("", FAILED)
     (site / "cluster.env").write_text("fi\n")
     with pytest.raises(errors.BadInput, match=r"^\./cluster\.env: line 1: syntax error near unexpected token `fi'$"):
         arguments.parse("", ["--plan"])

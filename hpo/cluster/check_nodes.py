@@ -21,7 +21,7 @@ from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from hpo import arguments, errors, ranges
+from hpo import arguments, errors, machines, ranges
 from hpo.cluster import launch, preemption, small_trial
 from hpo.cluster.node_state import SHARED_SECONDS, appears, in_words, look
 from hpo.cluster.run import make_folder
@@ -56,7 +56,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
         BadInput: a node is not ok. The table says why.
     """
     setting = {name: getattr(args, name) for name in ("num_samples", "max_t", "reduction_factor")}
-    setting["slots"] = arguments.slots(args)
+    setting["slots"] = machines.slots(args)
     forecast = plan.band_forecast(args, space, setting)
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
@@ -76,7 +76,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
     print(f"\nversions of the head: {of_head}\n\n{table(rows, bool(setup.gpus_per_trial))}\n", flush=True)
     bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
-    facts = {"ok": not bad, "job": arguments.slurm_job(), "arguments": arguments.kept(args)}
+    facts = {"ok": not bad, "job": machines.slurm_job(), "arguments": arguments.kept(args)}
     facts["environment"] = args.ranges
     facts |= {"model_folder": str(setup.model.absolute())}
     facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
@@ -94,7 +94,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
             forecast = plan.within_budget(args, space, setting, seconds)
             setting["num_samples"] = forecast.trials
         print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")
-        limit = arguments.time_limit()
+        limit = machines.time_limit()
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))
     if measured:
         print(memory_in_words(args.gpus_per_trial, measured))
@@ -113,7 +113,7 @@ def make_folders(args, run_dir: Path) -> Path:
     """
     if not arguments.starts_check_again(args):
         make_folder(run_dir)
-    write_json(run_dir / "check.json", {"job": arguments.slurm_job()})
+    write_json(run_dir / "check.json", {"job": machines.slurm_job()})
     shutil.rmtree(run_dir / "shared", ignore_errors=True)
     (run_dir / "shared").mkdir(exist_ok=True)
     return run_dir / "shared"
@@ -133,7 +133,7 @@ def rows_of_nodes(args, shared: Path, setups: list, train, needed: int) -> list[
         A row of the table for each node: {"node", "problems": one line each, "cpus", "number_of_gpus", "slots",
         "trials": what small_trial.run returns}, and what `look` returns. What is not known is missing.
     """
-    expected = int(os.environ.get("HPO_NODES", arguments.machines(args)[0]))
+    expected = int(os.environ.get("HPO_NODES", machines.nodes(args)[0]))
     patience = float(os.environ.get("WORKER_TIMEOUT", JOIN_SECONDS))
     nodes, others = wait_for_nodes(expected, patience, Path(os.environ.get("RENDEZVOUS_DIR", shared)) / "refused")
     rows = rows_with_slots(nodes, args)

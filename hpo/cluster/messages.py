@@ -6,7 +6,7 @@ import sys
 
 import ray
 
-from hpo import arguments, known, ranges
+from hpo import arguments, known, machines, ranges
 from hpo.bohb.brackets import band_size, rungs
 from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
@@ -86,7 +86,7 @@ def cpu_warnings(args, slots: int) -> list[str]:
     if slots == args.max_concurrent_trials:
         return []
     of_trial = {"cpu": args.cpus_per_trial, "gpu": args.gpus_per_trial}
-    texts = [gpus_without_cpus(have, of_trial) for _, have in arguments.kinds_of_nodes(args)]
+    texts = [gpus_without_cpus(have, of_trial) for _, have in machines.kinds_of_nodes(args)]
     return [f"WARNING: on a node {text}" for text in dict.fromkeys(texts) if text]
 
 

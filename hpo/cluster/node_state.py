@@ -6,7 +6,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpo import arguments, disk, errors
+from hpo import disk, errors, machines
 from hpo.cluster import gpu_check
 from hpo.results.provenance import nvidia_smi, versions
 
@@ -45,7 +45,7 @@ def look(shared: Path, node_id: str, gpus: bool, needed: int, ray_folder: Path) 
             what = "{:.3g} GB are free ({by}), and {:.3g} are needed"
             what = what.format(disks[name]["bytes"] / 1e9, least / 1e9, by=disks[name]["by"])
             at_disks.append(f"{name} ({folder}): {what}: {what_to_do}")
-        if disks[name]["files"] < arguments.FILES:
+        if disks[name]["files"] < machines.FILES:
             at_disks.append(f"{name} ({folder}): room for {disks[name]['files']} more files: remove some")
     at_results = exchange(shared, node_id)
     found = {"gpus": gpu_names, "driver": driver, "versions": versions(), "disks": disks}

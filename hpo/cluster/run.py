@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hpo import arguments, code_copy, disk, search_space
+from hpo import arguments, code_copy, disk, machines, search_space
 from hpo.bohb.brackets import band_size
 from hpo.cluster.state import FILE, load_state
 from hpo.errors import BadInput
@@ -50,7 +50,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, space: dict, setup: Setup, test_size: int):
         self.args, self.space, self.setup, self.folder, self.state = args, space, setup, setup.run_dir, None
-        self.slots, self.done, self.ended, self.may_fail = arguments.slots(args), False, False, False
+        self.slots, self.done, self.ended, self.may_fail = machines.slots(args), False, False, False
         self.facts = {
             "status": "running",
             "arguments": arguments.kept(args),
@@ -96,7 +96,7 @@ class Run:
         if (self.folder / "best_model").exists():
             self.needed += best_model  # a better one is written beside it
         if not goes_on:
-            arguments.check_disk(self.folder.parent, self.needed - disk.used(self.folder))
+            machines.check_disk(self.folder.parent, self.needed - disk.used(self.folder))
         if not args.resume:
             make_folder(self.folder)
             hold_lock(self.folder)

@@ -1,5 +1,7 @@
 """The plan of a search: a forecast by simulation, as text for --plan."""
 
+import argparse
+import itertools
 import math
 import random
 import statistics
@@ -10,7 +12,7 @@ from pathlib import Path
 
 from ray.tune.search.sample import Domain
 
-from hpo import arguments, errors, known, ranges, search_space
+from hpo import arguments, errors, known, machines, ranges, search_space
 from hpo.bohb.brackets import band_size
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
@@ -22,7 +24,7 @@ from hpo.plan.simulator import Simulation
 from hpo.results.slots import trials_per_gpu
 from hpo.squad import loading
 
-MANY = 100_000  # iterations; the time of a plan with a budget grows with the square of its length
+MOST = 100_000  # iterations; the time of a plan with a budget grows with the square of its length
 
 
 @dataclass
@@ -145,6 +147,16 @@ def most_checkpoints(trainings: int, slots: int, paused: int = 0) -> int:
     return paused + 1 + 2 * min(slots, trainings)
 
 
+def settings_to_compare(args: argparse.Namespace) -> list[dict]:
+    """The settings that a plan compares: {"num_samples" (None: by a budget), "max_t", "reduction_factor", "slots"}."""
+    settings = []
+    for factor, at_a_time in itertools.product(args.reduction_factor, args.max_concurrent_trials):
+        trials = args.num_samples if arguments.has_budget(args) else args.num_samples or band_size(args.max_t, factor)
+        setting = {"num_samples": trials, "max_t": args.max_t, "reduction_factor": factor}
+        settings.append(setting | {"slots": at_a_time or machines.slots(args, 0)})
+    return settings
+
+
 def further_trainings(args) -> dict[str, int]:
     """Full trainings that follow the search, at most: --finish, then --repeats of the best trial and the baseline."""
     return {"finish": args.finish, "repeats": args.repeats * (1 + args.baseline)}
@@ -173,8 +185,8 @@ def within_budget(args, space: dict, setting: dict, seconds: float) -> Forecast:
     if args.gpu_hours is not None:
         hours.append(args.gpu_hours / setting["slots"] / (args.gpus_per_trial or 1))
     length, budget = min(hours) * 3600 / seconds, " and ".join(arguments.budget_in_words(args))
-    if length * setting["slots"] > MANY:
-        raise BadInput(f"{budget}: on {setting['slots']} slots more than {MANY:,} iterations, too many for a plan")
+    if length * setting["slots"] > MOST:
+        raise BadInput(f"{budget}: on {setting['slots']} slots more than {MOST:,} iterations, too many for a plan")
     known = {"first": args.known, "baseline": args.baseline}
     found = forecast(space, **setting, **known, length=length, further=further_trainings(args))
     if not found.trials:
@@ -323,12 +335,12 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     Raises:
         BadInput: the disk of --output_dir is too small. The plan is printed before that.
     """
-    model, settings = loading.local_model(args.model), arguments.plan_settings(args)
+    model, settings = loading.local_model(args.model), settings_to_compare(args)
     disk_bytes, largest = None, search_space.largest_trial(space, args)
     if model:
         disk_bytes = loading.disk_bytes(model, count_adapters(args, largest["lora_r"], model))
     forecasts = [band_forecast(args, space, setting) for setting in settings]
-    seconds, limit = args.seconds_per_iteration and [args.seconds_per_iteration] * len(settings), arguments.time_limit()
+    seconds, limit = args.seconds_per_iteration and [args.seconds_per_iteration] * len(settings), machines.time_limit()
     if args.from_check is not None:
         seconds = pace.of_check(args, space, forecasts)
     budget = arguments.budget_in_words(args)
@@ -340,7 +352,7 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     where = "the nodes for trials have" if args.cluster else "this machine has"
     if args.from_check is not None:
         where = "the nodes that were ok in the check have"
-    print(f"{where} {arguments.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
+    print(f"{where} {machines.slots(args, 0)} slots; a plan for others: --max_concurrent_trials\n")
     if budget and len(settings) == 1:
         further = further_trainings(args)
         rungs = [rung for rung in forecasts[0].rungs if rung[0] not in further]
@@ -354,7 +366,7 @@ def show(args, space: dict, max_length: int, eval_tokens: int) -> None:
     else:
         print(f"\n{memory_plan(args, space, largest, model, max_length, eval_tokens)}", flush=True)
     if disk_bytes and len(forecasts) == 1:
-        arguments.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(*disk_bytes))
+        machines.check_disk(Path(args.output_dir).absolute(), forecasts[0].disk(*disk_bytes))
 
 
 def count_adapters(args, r: int, model: Path) -> int:
