@@ -34,7 +34,7 @@ OLDER = {  # older runs have no such flags
     "lora_alpha": None, "lora_target_modules": "", "gradient_accumulation_steps": 1, "gradient_checkpointing": False,
     "try": [], "baseline": False, "gpu_hours": None, "hours": None, "warm_start": [], "finish": 0, "repeats": 0,
 }  # fmt: skip
-TRACKERS = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}  # their packages
+TRACKER_PACKAGES = {"none": None, "tensorboard": "tensorboardX", "mlflow": "mlflow-skinny", "wandb": "wandb"}
 PRECISIONS = ("fp16", "bf16", "fp32")
 NOTHING_TO_DO = 3  # exit code of python -m hpo.arguments
 LEAST = {
@@ -121,7 +121,7 @@ def make_parser(description: str) -> Parser:
     add("--seed", type=int, default=42, help="of the search, the split and each training")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
     add("--run_name", help="default: bloom_bohb-<job id, or time>, and check-<job id, or time> with --check")
-    add("--report_to", choices=TRACKERS, default="tensorboard", help="experiment tracker")
+    add("--report_to", choices=TRACKER_PACKAGES, default="tensorboard", help="experiment tracker")
     add(
         "--trial_timeout",
         type=float,

@@ -80,7 +80,7 @@ def check_resources(args: argparse.Namespace) -> None:
 
 def check_tracker(report_to: str) -> None:
     """The package of the experiment tracker is installed."""
-    package = arguments.TRACKERS[report_to]
+    package = arguments.TRACKER_PACKAGES[report_to]
     module = "tensorboardX" if report_to == "tensorboard" else report_to
     found = package and importlib.util.find_spec(module)
     if package and not (found and found.origin):  # without an origin it is only a folder of that name

@@ -16,8 +16,7 @@ from ray.tune.search.variant_generator import parse_spec_vars
 
 from hpo.bohb import steps
 from hpo.errors import BadInput, one_line
-from hpo.results.tables import ITERATION_FIELDS, TRIAL_FIELDS
-from hpo.results.tables import KNOWN as KNOWN_COLUMN
+from hpo.results.tables import ITERATION_FIELDS, KNOWN_SETTING, TRIAL_FIELDS
 
 
 def is_number(value) -> bool:
@@ -51,7 +50,7 @@ PASSED_ON = {
 # Where code of a user reads a hyperparameter from. A dictionary of another name, such as ds_config, has none.
 READ_FROM = {"hyperparameters", "hparams", "hp", "params", "config", "cfg", "searched"}  # as in docs/bohb.md
 LORA = {"lora_r": WHOLE, "lora_alpha": ABOVE_0}  # read in hpo/squad/lora.py
-KNOWN = REQUIRED | PASSED_ON | LORA
+HYPERPARAMETERS = REQUIRED | PASSED_ON | LORA
 WIDER = 5  # a logarithmic range is made wider by this factor, if the best trials crowd at its edge
 FLAGS = ("gradient_accumulation_steps", *LORA)  # a flag says the value where it is not searched
 INSTEAD = {  # names that a user may try, and what has the effect
@@ -131,7 +130,7 @@ def fault_of(name: str, domain) -> str | None:
     """What is wrong with a hyperparameter, in words; None where nothing is."""
     if not isinstance(name, str) or not name.isidentifier():
         return "a name has letters, digits and '_' only, and begins with a letter"
-    if name in (*TRIAL_FIELDS, *ITERATION_FIELDS, KNOWN_COLUMN):
+    if name in (*TRIAL_FIELDS, *ITERATION_FIELDS, KNOWN_SETTING):
         return f"use {INSTEAD[name]}" if name in INSTEAD else "the tables have another column of this name"
     if not isinstance(domain, Domain):
         if isinstance(domain, dict) and "grid_search" in domain:
@@ -147,7 +146,7 @@ def fault_of(name: str, domain) -> str | None:
         fault = fault_of_range(domain)
         if fault:
             return fault
-    wanted = KNOWN.get(name)
+    wanted = HYPERPARAMETERS.get(name)
     for value in values(domain):
         if wanted and not wanted[0](value):
             return f"{value!r} is not {wanted[1]}"
@@ -204,7 +203,7 @@ def check_read(searched: dict, train) -> None:
     """Raises BadInput for a hyperparameter that is not passed on, and that the code of the user does not read."""
     from transformers import TrainingArguments  # the script has imported it already
 
-    others = [name for name in searched if name not in KNOWN]
+    others = [name for name in searched if name not in HYPERPARAMETERS]
     unread = set(others) - names_read(train) if others else ()
     for name in others:
         if name in unread or name == "seed":  # it is read, for --repeats
@@ -460,9 +459,9 @@ def is_allowed(name: str, ends: list, value: float) -> bool:
 
     The value of an unknown one stays at 0 or above if its range does, and below 1 if its range is between 0 and 1.
     """
-    if name in KNOWN and not KNOWN[name][0](value):
+    if name in HYPERPARAMETERS and not HYPERPARAMETERS[name][0](value):
         return False
-    share = ends[0] >= 0 and ends[-1] <= 1 and (name not in KNOWN or name == "warmup_steps")
+    share = ends[0] >= 0 and ends[-1] <= 1 and (name not in HYPERPARAMETERS or name == "warmup_steps")
     return (value < 1 or not share) and (value >= 0 or ends[0] < 0)
 
 

@@ -75,7 +75,7 @@ def test_false_alarms_of_edges_stay_below_their_rate():
     """Random searches without any effect: 5 % at most say so of any edge. An optimum inside gives no alarm of lr."""
     rng = np.random.default_rng(0)
     alarms = [bool(said_of_edges(*make_search(rng, lambda row: rng.normal()))) for _ in range(300)]
-    assert scipy.stats.binomtest(sum(alarms), 300, audit.LEVEL, alternative="greater").pvalue > 0.05, sum(alarms)
+    assert scipy.stats.binomtest(sum(alarms), 300, audit.ALPHA, alternative="greater").pvalue > 0.05, sum(alarms)
     inside = [
         said_of_edges(*make_search(rng, lambda row: 2 * (place(row) - 0.6) ** 2 + 0.1 * rng.normal()))
         for _ in range(60)

@@ -996,7 +996,7 @@ def test_stopped_trials_go_on_to_the_end_after_the_search(
 
     of_scheduler = json.loads(json.dumps(simulation.scheduler.get_state()))
     of_searcher = json.loads(json.dumps(simulation.search_alg.searcher.get_state()))
-    scheduler.going_on(of_scheduler, chosen, max_t)
+    scheduler.add_alone(of_scheduler, chosen, max_t)
     for trial_id in chosen:
         setting = of_searcher["suggested"][trial_id]["config"]["train_loop_config"]
         of_searcher["live"][trial_id] = known.points([setting])[0]
@@ -1021,20 +1021,20 @@ def test_stopped_trials_go_on_to_the_end_after_the_search(
     configs = {trial_id: search_alg.suggested[trial_id]["config"] for trial_id in chosen}
     assert found == {trial_id: (max_t, loss(config, max_t)) for trial_id, config in configs.items()}
     assert len(search_alg.observations) == len(before) + len(chosen) == observed(search_alg).total()
-    assert not hyperband._trials and not search_alg.running and not any(map(hyperband.in_race, configs))
+    assert not hyperband._trials and not search_alg.running and not any(map(hyperband.has_rung, configs))
     longer = again.restart(*new_pair(), saved=True, num_samples=num_samples + more)
     longer.run()
     assert len(longer.search_alg.searcher.suggested) == num_samples + more and not longer.scheduler._trials
 
 
 def test_state_of_a_baseline_alone_from_older_versions():
-    """It has one race in place of a dictionary of them."""
-    race = scheduler.plain(brackets.Bracket([(1, 50)], added=1, members=["00000"]))
-    old = {"brackets": [], "bracket_of": {}, "baseline": "00000", "alone": race}
-    for state, alone in (old, {"00000": scheduler.from_plain(race)}), (old | {"alone": None}, {}):
+    """It has one bracket in place of a dictionary of them."""
+    alone = scheduler.plain(brackets.Bracket([(1, 50)], added=1, members=["00000"]))
+    old = {"brackets": [], "bracket_of": {}, "baseline": "00000", "alone": alone}
+    for state, expected in (old, {"00000": scheduler.from_plain(alone)}), (old | {"alone": None}, {}):
         _, hyperband = pair(OURS)
         hyperband.set_state(state, {"00000"})
-        assert hyperband.alone == alone
+        assert hyperband.alone == expected
 
 
 def test_cost_of_a_decision_grows_slowly():

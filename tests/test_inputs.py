@@ -509,9 +509,10 @@ def test_the_script_reads_no_other_hyperparameter():
     """None of its texts can be searched without an effect, such as gradient_clipping, which it reads in ds_config."""
     tree = ast.parse(Path(raytune_bayesian.__file__).read_text())
     texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    others = [text for text in texts - set(search_space.KNOWN) if text.isidentifier()]
+    others = [text for text in texts - set(search_space.HYPERPARAMETERS) if text.isidentifier()]
     assert {"gradient_clipping", "rungs", "train_loop_config", "sequences"} <= set(others)
-    assert search_space.names_read(raytune_bayesian.train) <= {*search_space.KNOWN, "seed"}  # which is refused below
+    known = {*search_space.HYPERPARAMETERS, "seed"}  # the seed is refused below
+    assert search_space.names_read(raytune_bayesian.train) <= known
     for text in others:
         with pytest.raises(errors.BadInput, match=f"search space: {text}: "):
             check_space(**{text: tune.uniform(0.1, 1)})

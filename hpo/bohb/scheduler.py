@@ -26,16 +26,16 @@ def from_plain(data: dict[str, Any]) -> Bracket:
     return Bracket(**data | {"rungs": [tuple(rung) for rung in data["rungs"]], "promoted": set(data["promoted"])})
 
 
-def going_on(state: dict[str, Any], trial_ids: list[str], max_t: int) -> None:
+def add_alone(state: dict[str, Any], trial_ids: list[str], max_t: int) -> None:
     """Changes a state of `get_state` of a search that has ended: trials that were stopped go on to max_t, each alone.
 
     Args:
-        state: its "alone" gains a race for each trial.
+        state: its "alone" gains a bracket of its own for each trial.
         trial_ids: the trials. They must be added again as paused.
         max_t: the largest budget. There are no rungs before it.
     """
-    races = {trial_id: plain(Bracket([(1, max_t)], added=1, members=[trial_id])) for trial_id in trial_ids}
-    state["alone"] = state["alone"] | races
+    alone = {trial_id: plain(Bracket([(1, max_t)], added=1, members=[trial_id])) for trial_id in trial_ids}
+    state["alone"] = state["alone"] | alone
 
 
 class HyperBandForBOHB(TrialScheduler):
@@ -62,8 +62,8 @@ class HyperBandForBOHB(TrialScheduler):
     Attributes:
         brackets: all brackets, the oldest first.
         baseline: the id of the trial that is trained to max_t in any case; None if there is none.
-        alone: by trial id, the races of trials that go on without others: the baseline, after its bracket has not
-            promoted it, and trials of `going_on`.
+        alone: by trial id, brackets of one trial, which goes on without others: the baseline, after its bracket has
+            not promoted it, and trials of `add_alone`.
         settings: the arguments that it was made with, without metric and mode.
         pause_all: set it before a planned stop. Each trial is paused at its next checkpoint, and none is started.
         node_fault: set it while on_trial_error handles a failure that says nothing about the hyperparameters, such as a
@@ -121,7 +121,7 @@ class HyperBandForBOHB(TrialScheduler):
             "brackets": list(map(plain, self.brackets)),
             "bracket_of": {trial_id: number[id(bracket)] for trial_id, bracket in self._bracket_of.items()},
             "baseline": self.baseline,
-            "alone": {trial_id: plain(race) for trial_id, race in self.alone.items()},
+            "alone": {trial_id: plain(bracket) for trial_id, bracket in self.alone.items()},
         }
 
     def set_state(self, state: dict[str, Any], waiting: set[str]) -> None:
@@ -136,7 +136,7 @@ class HyperBandForBOHB(TrialScheduler):
         self.baseline, alone = state.get("baseline"), state.get("alone") or {}  # older states have neither
         if "rungs" in alone:  # a state of version 2 has at most that of the baseline
             alone = {self.baseline: alone}
-        self.alone = {trial_id: from_plain(race) for trial_id, race in alone.items()}
+        self.alone = {trial_id: from_plain(bracket) for trial_id, bracket in alone.items()}
         self._active = [b for b in [*self.brackets, *self.alone.values()] if b.members or b.open]
         for bracket in self._active:
             for trial_id in bracket.members:
@@ -161,11 +161,11 @@ class HyperBandForBOHB(TrialScheduler):
         if self.brackets:
             self.brackets[-1].closed = True
 
-    def in_race(self, trial_id: str) -> bool:
+    def has_rung(self, trial_id: str) -> bool:
         """Whether a trial has a rung to reach, in its bracket or alone."""
-        return trial_id in self._bracket_of and trial_id in self._race(trial_id).members
+        return trial_id in self._bracket_of and trial_id in self._current_bracket(trial_id).members
 
-    def _race(self, trial_id: str) -> Bracket:
+    def _current_bracket(self, trial_id: str) -> Bracket:
         """The bracket that decides on a trial: its own, or that in which it goes on alone."""
         return self.alone.get(trial_id) or self._bracket_of[trial_id]
 
@@ -216,7 +216,7 @@ class HyperBandForBOHB(TrialScheduler):
         )
 
     def _decide(self, tune_controller, trial: Trial, result: dict) -> str:
-        bracket = self._race(trial.trial_id)
+        bracket = self._current_bracket(trial.trial_id)
         bracket.promoted.discard(trial.trial_id)
         if "failed" in result:
             self._fail(tune_controller, trial.trial_id)
@@ -237,7 +237,7 @@ class HyperBandForBOHB(TrialScheduler):
                 "when it is resumed. Report a checkpoint at each of config['rungs']."
             )
         self._promote_if_complete(tune_controller, bracket, current=trial.trial_id)
-        bracket = self._race(trial.trial_id)
+        bracket = self._current_bracket(trial.trial_id)
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
             if trial.trial_id not in self.alone or not any(b.promoted for b in self._active):
                 return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
@@ -257,7 +257,7 @@ class HyperBandForBOHB(TrialScheduler):
             self._fail(tune_controller, trial.trial_id)
 
     def _fail(self, tune_controller, trial_id: str) -> None:
-        bracket = self._race(trial_id)
+        bracket = self._current_bracket(trial_id)
         if trial_id in bracket.members and trial_id not in bracket.scores:
             self._record(tune_controller, trial_id, -math.inf)
         self._leave(trial_id)
@@ -318,7 +318,7 @@ class HyperBandForBOHB(TrialScheduler):
 
     def _record(self, tune_controller, trial_id: str, score: float) -> None:
         """Keeps the first score of a trial at the current rung (higher is better), and gives it to the model."""
-        bracket = self._race(trial_id)
+        bracket = self._current_bracket(trial_id)
         if trial_id in bracket.scores:
             return
         score = score if math.isfinite(score) else -math.inf  # NaN has no order
@@ -326,7 +326,7 @@ class HyperBandForBOHB(TrialScheduler):
         self._searcher(tune_controller).on_rung_result(trial_id, bracket.budget, -score)
 
     def _leave(self, trial_id: str) -> None:
-        self._race(trial_id).drop(trial_id)
+        self._current_bracket(trial_id).drop(trial_id)
         self._trials.pop(trial_id, None)
 
     def _promote_if_complete(self, tune_controller, bracket: Bracket, current: str | None = None) -> None:
@@ -355,9 +355,9 @@ class HyperBandForBOHB(TrialScheduler):
         if self.baseline in finite and self.baseline in others:  # it goes on alone
             others.remove(self.baseline)
             left = [(1, budget) for _, budget in bracket.rungs[bracket.rung :]]
-            race = Bracket(left, added=1, members=[self.baseline], promoted={self.baseline} - {current})
-            self.alone[self.baseline] = race
-            self._active.append(race)
+            own = Bracket(left, added=1, members=[self.baseline], promoted={self.baseline} - {current})
+            self.alone[self.baseline] = own
+            self._active.append(own)
         bracket.scores = {}
         bracket.members = [t for t in bracket.members if t in best]
         bracket.promoted = {t for t in best if t != current}

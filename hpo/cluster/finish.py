@@ -45,7 +45,7 @@ def add_trials(run: Run, log) -> bool:
             print(f"--finish {args.finish}: no other trial is known to be in doubt", flush=True)
         return False
     print(f"--finish {args.finish}: trained to the end now: {', '.join(chosen)}", flush=True)
-    scheduler.going_on(state["scheduler"], chosen, args.max_t)
+    scheduler.add_alone(state["scheduler"], chosen, args.max_t)
     run.state = state
     return True
 

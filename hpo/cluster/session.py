@@ -23,7 +23,7 @@ from hpo.results.slot_time import SlotTime
 from hpo.results.slots import trials_per_gpu
 from hpo.results.trial_log import TrialLog
 
-MANY = 10_000  # trials that may wait for a worker process, where the number of trials is not known
+NO_LIMIT = 10_000  # trials that may wait for a worker process, where the number of trials is not known
 
 
 class SearchSession:
@@ -44,7 +44,7 @@ class SearchSession:
         # If the whole first rung has failed, the search ends. One trial alone does not end it, and no repeat.
         num_samples = args.num_samples or math.inf
         first_rung = min(num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
-        first_rung = MANY if run.may_fail else first_rung
+        first_rung = NO_LIMIT if run.may_fail else first_rung
         self.log = TrialLog(
             run_dir=run.folder,
             searcher=searcher,
@@ -96,7 +96,7 @@ class SearchSession:
             self.log.num_samples = len(searcher.suggested)
         # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
         # searcher suggests one trial more than there are slots.
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or MANY)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or NO_LIMIT)
         self.slot_time.count_slots()
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything
         self.setup.stop_file.unlink(missing_ok=True)
@@ -176,8 +176,8 @@ class SearchSession:
             state: of the tables.
             live: the live trials of Tune, see ResumableSearch.
         """
-        # A trial outside its race was saved after its final report and before Tune removed it. It holds no slot.
-        live = [trial for trial in live if self.scheduler.in_race(trial["trial_id"])] + self.search_alg.live
+        # A trial without a further rung was saved after its final report and before Tune removed it. It holds no slot.
+        live = [trial for trial in live if self.scheduler.has_rung(trial["trial_id"])] + self.search_alg.live
         parts = {"searcher": self.searcher.get_state(), "scheduler": self.scheduler.get_state(), "log": state}
         save_state(self.run.folder, parts | {"live": live, "slot_time": self.slot_time.get_state()})
         if self.observed < len(self.searcher.observations):  # the report shows the model, also during the search

@@ -129,7 +129,7 @@ class Simulation:
             num_samples: number of trials from now on; None: as before.
         """
         state = json.loads(json.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
-        live = [t for t in self.trials if self.scheduler.in_race(t.trial_id)]
+        live = [t for t in self.trials if self.scheduler.has_rung(t.trial_id)]
         new = copy.copy(self)
         new.search_alg = SearchAlgorithm(searcher, num_samples or self.search_alg.num_samples)
         new.search_alg.created = self.search_alg.created

@@ -12,9 +12,9 @@ import numpy as np
 import scipy.stats
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
-from hpo.results.tables import COLUMNS, KNOWN, METRICS, badness, hyperparameter_columns, origin, ranked
+from hpo.results.tables import COLUMNS, KNOWN_SETTING, METRICS, badness, hyperparameter_columns, origin, ranked
 
-LEVEL = 0.05  # of all edges together, of all effects together, and of each comparison with the model's suggestions
+ALPHA = 0.05  # of all edges together, of all effects together, and of each comparison with the model's suggestions
 MIN_RANDOM = 10  # random trials for the tests of hyperparameters
 MIN_KIND = 4  # model-based and random trials each, to compare them
 MIN_PAIRS = 6  # trials for a rank correlation; its interval needs more than 4
@@ -59,7 +59,7 @@ def results(iterations: list[dict], metric: str) -> dict[int, dict[str, float]]:
 
 
 def holm(p_values: list[float]) -> np.ndarray:
-    """The p values after Holm's correction (1979): the chance of any false alarm among them stays below LEVEL.
+    """The p values after Holm's correction (1979): the chance of any false alarm among them stays below ALPHA.
 
     Not that of statsmodels, which collects garbage each time: half a second in a search.
     """
@@ -94,7 +94,7 @@ def edges(domains: dict, drawn: list[dict], losses: np.ndarray, best: dict, rung
     The rule: the best quarter of the random trials lies nearer to the edge than the others (one-sided Mann-Whitney
     test, Holm's correction over all edges), and the best trial of the search lies in the outer tenth of the range, or
     has the outermost choice.
-    Where hyperparameters have no effect, a search says so at any edge with a chance of at most LEVEL.
+    Where hyperparameters have no effect, a search says so at any edge with a chance of at most ALPHA.
 
     Args:
         domains: "edges" of run.json. An edge that cannot be moved has None in "next".
@@ -120,7 +120,7 @@ def edges(domains: dict, drawn: list[dict], losses: np.ndarray, best: dict, rung
                 found.append((column, edge, end, at, p))
     said = []
     for (column, edge, end, at, _), p in zip(found, holm([f[-1] for f in found]), strict=True):
-        if p < LEVEL and at >= (1 if "choices" in edge else 0.9):
+        if p < ALPHA and at >= (1 if "choices" in edge else 0.9):
             values = list(edge.get("choices", [edge.get("lower"), edge.get("upper")]))
             if "choices" in edge:
                 wider = "the choices " + ", ".join(f"{v:g}" for v in sorted([*values, edge["next"][end]]))
@@ -201,7 +201,7 @@ def no_effect(trials, iterations, metric: str, drawn: list[dict], losses: np.nda
         return []
     tested = {name: effect([t[name] for t in drawn], losses) for name in hyperparameter_columns(trials)}
     tested = {name: p for name, p in tested.items() if math.isfinite(p)}
-    without = {name: p for name, p in zip(tested, holm(list(tested.values())), strict=True) if p >= LEVEL}
+    without = {name: p for name, p in zip(tested, holm(list(tested.values())), strict=True) if p >= ALPHA}
     share = importance(trials, iterations, list(tested), metric, rung) if without and len(tested) > 1 else {}
     said = []
     for name, p in without.items():
@@ -228,7 +228,7 @@ def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int]
     kinds, said = {t["trial_id"]: origin(t) for t in trials}, []
     best = ranked(trials, metric)[0]
     if "model" in kinds.values() and origin(best) != "model":
-        source = "a known setting" if origin(best) == KNOWN else "a random suggestion"
+        source = "a known setting" if origin(best) == KNOWN_SETTING else "a random suggestion"
         said.append(f"The best trial, {best['trial_id']}, is {source} and not one of the model.")
     start: dict[str, int] = {}
     for iteration in sorted(values["exact_match"]):
@@ -243,10 +243,10 @@ def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int]
         p = scipy.stats.mannwhitneyu(model, random, alternative="greater").pvalue
         with np.errstate(divide="ignore", invalid="ignore"):
             compared = rank_compare_2indep(model, random)
-            low, high = np.clip(compared.conf_int(alpha=2 * LEVEL), 0, 1)  # of two sides, as the test has one
+            low, high = np.clip(compared.conf_int(alpha=2 * ALPHA), 0, 1)  # of two sides, as the test has one
         known = math.isfinite(low)  # not if all are better
         interval = f"90 % interval {100 * low:.0f} to {100 * high:.0f}, " if known else ""
-        how = "more" if p < LEVEL else "not measurably more"
+        how = "more" if p < ALPHA else "not measurably more"
         said.append(
             f"At iteration {rung} a model-based suggestion was better than a random one in "
             f"{100 * compared.prob1:.0f} of 100 pairs, {how} than by chance ({interval}one-sided p = {p:.2g}, "

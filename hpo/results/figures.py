@@ -16,11 +16,11 @@ import plotly.subplots
 import scipy.stats
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from hpo.results.tables import COLUMNS, KNOWN, MODES, origin
+from hpo.results.tables import COLUMNS, KNOWN_SETTING, MODES, origin
 
 NAMES = {"eval_loss": "eval_loss", "exact_match": "EM", "f1": "F1"}  # of the metrics, on axes and in titles
 MIN_RESULTS = 4  # at a rung, for the figures that compare hyperparameters
-COLOURS = {"model": "#d62728", "random": "#7f7f7f", KNOWN: "#1f77b4"}  # of trials, by their origin
+COLOURS = {"model": "#d62728", "random": "#7f7f7f", KNOWN_SETTING: "#1f77b4"}  # of trials, by their origin
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 70, "r": 30, "t": 60, "b": 60}}
 
 

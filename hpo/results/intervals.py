@@ -27,7 +27,7 @@ from scipy import stats
 from hpo.files import write_atomically
 from hpo.results.tables import METRICS, MODES, badness, in_words, ranked
 
-LEVEL = 0.95
+CONFIDENCE = 0.95
 RESAMPLES = 9999
 SHOWN = 8  # trials in a sentence
 
@@ -102,7 +102,7 @@ def interval(sums: np.ndarray, sizes: np.ndarray, proportion: bool) -> tuple[flo
     if np.ptp(ratios) == 0:  # the bootstrap would give an interval without width
         if not proportion or ratios[0] not in (0, 1):
             return None
-        exact = stats.binomtest(int(ratios[0]) * len(sums), len(sums)).proportion_ci(LEVEL)  # Clopper and Pearson
+        exact = stats.binomtest(int(ratios[0]) * len(sums), len(sums)).proportion_ci(CONFIDENCE)  # Clopper and Pearson
         return float(exact.low), float(exact.high)
     found = stats.bootstrap(
         (sums, sizes),
@@ -111,7 +111,7 @@ def interval(sums: np.ndarray, sizes: np.ndarray, proportion: bool) -> tuple[flo
         vectorized=True,
         n_resamples=RESAMPLES,
         batch=max(1, 10**6 // len(sums)),
-        confidence_level=LEVEL,
+        confidence_level=CONFIDENCE,
         rng=np.random.default_rng(0),  # the same data have the same interval
     ).confidence_interval
     return float(found.low), float(found.high)
@@ -138,7 +138,7 @@ def mean(scores: dict, metric: str) -> float:
     return float(sums.sum() / sizes.sum())
 
 
-def difference(scores: dict, others: dict, metric: str, level: float = LEVEL) -> tuple[float, float, float] | None:
+def difference(scores: dict, others: dict, metric: str, level: float = CONFIDENCE) -> tuple[float, float, float] | None:
     """A metric of one trial minus that of another on the same questions, and its interval: (difference, low, high).
 
     None for a single passage, where a score is NaN or infinite, and where all passages differ by the same.
@@ -180,7 +180,7 @@ def level_of(trials: list[dict]) -> float:
     Not for the finalists alone: they were promoted for their scores on the same questions.
     """
     others = sum(row["training_iteration"] > 0 for row in trials) - 1
-    return 1 - (1 - LEVEL) / max(1, others)
+    return 1 - (1 - CONFIDENCE) / max(1, others)
 
 
 def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tuple[float, float, float]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy import stats
 
 from hpo.files import read_csv
-from hpo.results.intervals import LEVEL, finalists
+from hpo.results.intervals import CONFIDENCE, finalists
 from hpo.results.tables import METRICS, MODES, badness, in_words
 
 FOLDER = "repeats"  # in the run folder; it has trials.csv and iterations.csv
@@ -47,7 +47,7 @@ def next_training(values: list[float]) -> tuple[float, float]:
     Source: the prediction interval of a normal sample, for example Hahn and Meeker, "Statistical Intervals", 1991.
     """
     n, scale = len(values), statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
-    low, high = stats.t.interval(LEVEL, n - 1, statistics.fmean(values), scale)
+    low, high = stats.t.interval(CONFIDENCE, n - 1, statistics.fmean(values), scale)
     return float(low), float(high)
 
 
@@ -86,7 +86,7 @@ def welch(one: list[float], other: list[float]) -> tuple[float, float] | None:
     """Welch's 95 % interval of the difference of two means. None where all scores of a group are the same."""
     if 0 in (statistics.pvariance(one), statistics.pvariance(other)):
         return None
-    ends = stats.ttest_ind(one, other, equal_var=False).confidence_interval(LEVEL)
+    ends = stats.ttest_ind(one, other, equal_var=False).confidence_interval(CONFIDENCE)
     return float(ends.low), float(ends.high)
 
 

@@ -23,7 +23,7 @@ TRIAL_FIELDS = [
     "trial_id", *COLUMNS.values(), *METRICS, "training_iteration", "status", "model_based", "resumes", "gpu_minutes",
 ]  # fmt: skip
 # A further column of trials.csv in a search with known settings (KNOWN, --try): True for their trials, else empty.
-KNOWN = "known"
+KNOWN_SETTING = "known"
 # How the training of an iteration went: norm of the gradients before clipping (median over the steps), loss scale at
 # the end (fp16 only), steps that were skipped because their gradients overflowed, tokens trained on per second.
 TRAINING = ["grad_norm", "loss_scale", "skipped_steps", "tokens_per_second"]
@@ -36,12 +36,12 @@ ENDED = ("stopped", "completed", "failed")
 def hyperparameter_columns(trials: list[dict]) -> list[str]:
     """The columns of trials.csv that are hyperparameters. Empty if there are no trials."""
     keys = trials[0] if trials else {}
-    return [key for key in keys if key not in (*TRIAL_FIELDS, *V2_METRICS, KNOWN) or key in COLUMNS.values()]
+    return [key for key in keys if key not in (*TRIAL_FIELDS, *V2_METRICS, KNOWN_SETTING) or key in COLUMNS.values()]
 
 
 def origin(trial: dict) -> str:
     """Where the hyperparameters of a trial come from: "known", "model" or "random"."""
-    return KNOWN if trial.get(KNOWN) else "model" if trial["model_based"] else "random"
+    return KNOWN_SETTING if trial.get(KNOWN_SETTING) else "model" if trial["model_based"] else "random"
 
 
 def gain(best: dict, baseline: dict) -> dict[str, float]:
@@ -150,7 +150,7 @@ def result_rows(trials: list[dict], metric: str, versus: dict[str, tuple] | None
     keys = ["trial_id", *COLUMNS.values(), *extra, *METRICS, "training_iteration"]
     names = ["Trial ID", "Learning Rate", "Batch Size", "Weight Decay", *extra, "Eval Loss", "EM", "F1", "Iterations"]
     rows = [names, *([format_value(key, trial.get(key)) for key in keys] for trial in ranked(trials, metric))]
-    if any(trial.get(KNOWN) for trial in trials):
+    if any(trial.get(KNOWN_SETTING) for trial in trials):
         origins = ["Origin", *(origin(trial) for trial in ranked(trials, metric))]
         rows = [[*row, cell] for row, cell in zip(rows, origins, strict=True)]
     if versus:

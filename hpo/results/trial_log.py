@@ -14,7 +14,7 @@ from hpo.results.tables import (
     COLUMNS,
     ENDED,
     ITERATION_FIELDS,
-    KNOWN,
+    KNOWN_SETTING,
     METRICS,
     TRAINING,
     TRIAL_FIELDS,
@@ -177,7 +177,7 @@ class TrialLog(Callback):
                 "model_based": suggestion["model_based"],
                 "resumes": 0,
                 "gpu_minutes": 0.0,
-                **({KNOWN: True} if suggestion.get("known") else {}),
+                **({KNOWN_SETTING: True} if suggestion.get("known") else {}),
             }
         return self.trials[trial.trial_id]
 
