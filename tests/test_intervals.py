@@ -182,6 +182,22 @@ def test_a_score_that_is_no_number_has_no_interval(tmp_path):
     assert tables.tested_in_words(tested).startswith("eval_loss nan, exact_match 0.6667 [")
 
 
+def test_questions_with_and_without_an_answer_have_their_own_intervals():
+    """As if the others were not there; and as before where all have an answer."""
+    rng, passage = np.random.default_rng(3), np.repeat(np.arange(40), 4)
+    has_answer, f1 = rng.random(160) < 0.6, rng.random(160)
+    scores = {"passage": passage, "answer_tokens": np.ones(160), "has_answer": has_answer}
+    scores |= {"eval_loss": rng.exponential(size=160), "exact_match": f1 > 0.7, "f1": f1}
+    found = intervals.score_intervals(scores)
+    assert set(found) == {*tables.METRICS, *tables.V2_METRICS}
+    for kind, some in ("HasAns", has_answer), ("NoAns", ~has_answer):
+        part = {name: values[some] for name, values in scores.items() if name != "has_answer"}
+        alone = intervals.score_intervals(part)
+        assert (found[f"{kind}_exact"], found[f"{kind}_f1"]) == (alone["exact_match"], alone["f1"])
+    assert set(intervals.score_intervals(scores | {"has_answer": np.ones(160, bool)})) == set(tables.METRICS)
+    assert intervals.score_intervals(scores | {"has_answer": np.zeros(160, bool)}).get("HasAns_f1") is None
+
+
 def test_damaged_scores_are_missing_scores(tmp_path):
     keep_questions(tmp_path, [0, 0, 1], [2, 3, 1])
     keep(tmp_path, "a", [0.25, 1.0, 2.0], [True, False, True])

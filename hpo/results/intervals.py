@@ -8,7 +8,7 @@ The intervals say what other passages would change, and not what another seed of
 
 The folder scores/ of a run has these files, with one row a question:
 
-    selection.npz               id, passage, answer_tokens of the questions that trials are compared on
+    selection.npz               id, passage, answer_tokens, has_answer of the questions that trials are compared on
     <trial id>-<iteration>.npz  eval_loss (nats, the sum over the answer tokens), exact_match and f1 at a rung
     test.npz                    all of these for best_model, on the test questions
 """
@@ -25,7 +25,7 @@ import numpy as np
 from scipy import stats
 
 from hpo.files import write_atomically
-from hpo.results.tables import METRICS, MODES, badness, in_words, ranked
+from hpo.results.tables import METRICS, MODES, V2_METRICS, badness, in_words, ranked
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -38,7 +38,11 @@ SHOWN = 8  # trials in a sentence
 def questions_of(data) -> dict[str, np.ndarray]:
     """What selection.npz has of a TokenizedSquad."""
     ids = np.array([reference["id"] for reference in data.references], str)
-    return {"id": ids, "passage": data.passages.astype(np.int32), "answer_tokens": data.answer_lengths.astype(np.int32)}
+    tokens, has_answer = data.answer_lengths.astype(np.int32), [bool(r["answers"]["text"]) for r in data.references]
+    return {
+        "id": ids, "passage": data.passages.astype(np.int32), "answer_tokens": tokens,
+        "has_answer": np.array(has_answer, bool),
+    }  # fmt: skip
 
 
 def scores_of(losses: np.ndarray, pairs: list[tuple[float, float]]) -> dict[str, np.ndarray]:
@@ -125,10 +129,19 @@ def of_passages(values: np.ndarray, scores: dict, metric: str) -> tuple[np.ndarr
 
 
 def score_intervals(scores: dict | None) -> dict[str, tuple[float, float]]:
-    """The interval of each metric, by its name, from the arrays of `load`. Empty where there are none."""
+    """The interval of each metric, by its name, from the arrays of `load`. Empty where there are none.
+
+    Those of V2_METRICS only if there are questions without an answer.
+    """
     if not scores:
         return {}
     found = {name: interval(*of_passages(scores[name], scores, name), name != "eval_loss") for name in METRICS}
+    has_answer = scores.get("has_answer", np.ones(1, bool))  # older runs do not have it
+    if not has_answer.all():
+        for name, metric in zip(V2_METRICS, ("exact_match", "f1") * 2, strict=True):
+            some = has_answer == name.startswith("HasAns")
+            passages = {"passage": scores["passage"][some]}
+            found[name] = interval(*of_passages(scores[metric][some], passages, metric), proportion=True)
     return {name: ends for name, ends in found.items() if ends}
 
 
