@@ -1,8 +1,8 @@
 """The command line: flags, their defaults, and checks of their values.
 
 Imports the standard library only. So `--help` and a wrong flag or number are answered at once, before the slow imports
-of the script. As a program, python -m hpo.arguments, it is that check
-alone: head_node.slurm runs it before it starts anything. Exit code 3: --resume of a run that is done.
+of the script. As a program, python -m hpo.arguments, it is that check alone: head_node.slurm runs it before it starts
+anything. Exit code 3: --resume of a run that is done.
 """
 
 import argparse

@@ -87,11 +87,11 @@ def read_cluster_env() -> dict[str, int] | None:
         return cluster_of_job()
     says = 'echo "cluster.env: line $LINENO: $BASH_COMMAND failed with exit code $failed" >&3'
     trap = f"trap 'failed=$?; [[ ${{BASH_SOURCE[0]}} != ./cluster.env ]] || {says}' ERR"
-    request = "request=${GPU_REQUEST:---gpus-per-node=$GPUS_PER_NODE}; source hpo/cluster/head.sh; read_gpu_request"
-    read = f"{trap}; set -a; source ./cluster.env &> /dev/null; trap - ERR; {request} 2> /dev/null; env -0"
+    read = f"{trap}; set -a; source ./cluster.env &> /dev/null; trap - ERR"
+    read += '; source "$0/hpo/cluster/head.sh"; read_gpu_request; export GPUS_PER_NODE; env -0'
     script = f"bash -n ./cluster.env || exit; exec 3>&2; {read}"
     try:
-        done = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["bash", "-c", script, str(ROOT)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         raise BadInput(f"{ROOT}/cluster.env: not done after 60 s") from None
     if done.stderr and not done.stdout:

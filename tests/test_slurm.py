@@ -594,11 +594,12 @@ trap '[[ ${FUNCNAME[0]-} != cleanup ]] || { echo >> steps; [[ $(wc -l < steps) !
 def run_functions(folder, command, *arguments):
     """Runs commands of bash with the functions of head_node.slurm, in a folder with an empty cluster.env."""
     (folder / "cluster.env").touch()
-    begin = 'log() { echo "$*"; }; die() { echo "$2"; exit "$1"; }; set_traps() { :; }\n'
+    begin = 'log() { echo "$*"; }; die() { echo "$2"; exit "$1"; }; set_traps() { trap - ERR; }\n'
     begin += "results=r checking=0 own_nodes=()"
     begin += "".join(f"\nsource {ROOT}/hpo/cluster/{name}" for name in ("slurm.sh", "head.sh"))
     command = ["bash", "-c", f"{begin}\n{command}", "-", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+    environment = {**os.environ, "VENV": "", "CONTAINER": ""}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
@@ -634,13 +635,78 @@ def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
 )
 def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
     """In the head job, and in the plan on a login node."""
-    command = "request=$1 gpu_type='' GPUS_PER_NODE=7; read_gpu_request; echo \"$gpu_type $GPUS_PER_NODE\""
+    command = "GPU_REQUEST=$1 GPUS_PER_NODE=7; read_gpu_request; echo \"$gpu_type $GPUS_PER_NODE $request\""
     done = run_functions(tmp_path, command, request_)
-    assert done.stdout == f"{found}\n", done
+    assert done.stdout == f"{found} {request_}\n", done
     (tmp_path / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("GPU_REQUEST", request_)
     assert machines.read_cluster_env()["GPUS_PER_NODE"] == int(found.split(" ")[1])
+
+
+@pytest.mark.parametrize("request_", ["--gres=gpu:a100:4", "none"])
+def test_no_gpus_whatever_the_site_asks_for(monkeypatch, tmp_path, request_):
+    """GPUS_PER_NODE=0 at submission: trials train on CPUs."""
+    command = 'GPU_REQUEST=$1 GPUS_PER_NODE=0; read_gpu_request; echo "$GPUS_PER_NODE $GPU_REQUEST"'
+    done = run_functions(tmp_path, command, request_)
+    assert done.stdout == "0 \n", done
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPU_REQUEST", request_)
+    monkeypatch.setenv("GPUS_PER_NODE", "0")
+    assert machines.read_cluster_env()["GPUS_PER_NODE"] == 0
+
+
+def test_gpus_of_the_whole_job_are_refused(monkeypatch, tmp_path):
+    """-G4 does not say how many GPUs a node has."""
+    done = run_functions(tmp_path, 'GPU_REQUEST=-G4 GPUS_PER_NODE=1; read_gpu_request; echo "$GPUS_PER_NODE"')
+    assert done.stdout == "unknown with GPU_REQUEST=-G4\n", done
+    (tmp_path / "sbatch").touch(mode=0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("GPU_REQUEST", "-G4")
+    with pytest.raises(errors.BadInput, match="GPUS_PER_NODE is unknown with GPU_REQUEST=-G4: not a number$"):
+        machines.read_cluster_env()
+
+
+@pytest.mark.parametrize(
+    "reason, words",
+    [
+        ("ReservationDeleted", "its reservation is gone"),
+        ("Reservation weekly was deleted", "its reservation is gone"),
+        ("Reservation", "its reservation has not begun, "),
+        ("AssocGrpGRES", "a limit of the account or the user is reached; "),
+        ("MaxGRESPerAccount", "a limit of the account or the user is reached; "),
+        ("QOSMaxGRESPerUser", "a limit of its QOS is reached; "),
+        ("QOSMaxCpuPerJobLimit", "one job may not ask for this"),
+        ("MaxMemPerLimit", "it asks for more memory than the site allows"),
+        ("PartitionTimeLimit", "it asks for more than the partition allows"),
+        ("BeginTime", "it waits for the time or the job"),
+        ("SomethingNew", 'see "job reason codes"'),
+    ],
+)
+def test_reasons_of_slurm_in_plain_words(tmp_path, reason, words):
+    done = run_functions(tmp_path, 'in_words "$1"', reason)
+    assert done.stdout.startswith(words), done
+
+
+def test_a_reason_is_told_again_when_it_changes(tmp_path):
+    """Not when only the nodes behind it do. A job that runs is not waiting."""
+    command = """
+timeout() { echo "$says"; }
+workers=(7 8)
+for says in '7 PENDING ReqNodeNotAvail, UnavailableNodes:n1' '7 PENDING ReqNodeNotAvail, UnavailableNodes:n1,n2' \
+	'7 PENDING ReqNodeNotAvail, Reserved for maintenance' '7 RUNNING node1' '8 RESV_DEL_HOLD ReservationDeleted' \
+	'9 PENDING Resources'; do
+	log_waiting
+done"""
+    done = run_functions(tmp_path, command)
+    said = re.compile(r"waiting in the queue: (\d) \((.*): [^:]+\)")
+    told = [said.fullmatch(line).groups() for line in done.stdout.splitlines()]
+    assert told == [
+        ("7", "ReqNodeNotAvail, UnavailableNodes:n1"),
+        ("7", "ReqNodeNotAvail, Reserved for maintenance"),
+        ("8", "ReservationDeleted"),
+    ], done
 
 
 @pytest.mark.parametrize("end", ["stop_sessions", "kill_sessions"])

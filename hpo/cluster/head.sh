@@ -21,10 +21,17 @@ seconds() { # [[days-]hours:minutes:seconds]: prints it in seconds; prints nothi
 	echo $((days * 86400 + sum))
 }
 
-read_gpu_request() { # sets $GPUS_PER_NODE and $gpu_type from $request, such as --gpus-per-node=a100:4 or --gres=gpu:4
-	[[ ! $request =~ gpu[a-z-]*[:=](([^:,=]+):)?([0-9]+)([,\(]|$) ]] \
-		|| { gpu_type=${BASH_REMATCH[2]} GPUS_PER_NODE=${BASH_REMATCH[3]}; }
-	[[ ! $request =~ gres=(.*,)?gpu(:[^:,]*[^0-9:,][^:,]*)?(,|$) ]] || GPUS_PER_NODE=1
+read_gpu_request() { # sets $request, the option of sbatch for GPUs, and from it $GPUS_PER_NODE and $gpu_type
+	[[ ${GPUS_PER_NODE-} != 0 ]] || GPU_REQUEST='' # no GPUs, whatever cluster.env says
+	request=${GPU_REQUEST:---gpus-per-node=${GPUS_PER_NODE-}} gpu_type=''
+	# --gpus-per-node=[type:]number, or --gres=gpu[:type][:number], among others
+	if [[ $request =~ gpu[a-z-]*[:=](([^:,=]+):)?([0-9]+)([,\(]|$) ]]; then
+		gpu_type=${BASH_REMATCH[2]} GPUS_PER_NODE=${BASH_REMATCH[3]}
+	elif [[ $request =~ gres=(.*,)?gpu(:[^:,]*[^0-9:,][^:,]*)?(,|$) ]]; then
+		GPUS_PER_NODE=1
+	elif [[ ${GPU_REQUEST-} && $request != none ]]; then
+		GPUS_PER_NODE="unknown with GPU_REQUEST=$GPU_REQUEST"
+	fi
 }
 
 set_exclude() { # sets $exclude, for worker jobs: this node, the head's --exclude, and that of WORKER_OPTIONS
@@ -65,18 +72,21 @@ in_words() { # [Slurm's reason why a job waits]
 	case $1 in
 	Resources) echo 'no node with what it asks for is free' ;;
 	Priority) echo 'other jobs come first' ;;
-	ReqNodeNotAvail* | Nodes?required*) echo 'nodes that it could use are down, drained or reserved' ;;
+	ReqNodeNotAvail* | Nodes?required*) echo 'nodes that it could use are down, drained or reserved within its time' ;;
+	ReservationDeleted* | ReservationInvalid* | Reservation*deleted) echo 'its reservation is gone' ;;
 	Reservation*) echo 'its reservation has not begun, or its nodes are in use' ;;
 	QOSMin* | QOS*PerJob* | QOS*PerNode* | Assoc*PerJob* | Assoc*PerNode*) echo 'one job may not ask for this' ;;
 	InvalidQOS | InvalidAccount | QOSNotAllowed | AccountNotAllowed) echo 'its QOS or account may not be used here' ;;
 	QOS*) echo 'a limit of its QOS is reached; the head job counts too' ;;
-	Assoc*) echo 'a limit of the account or the user is reached; the head job counts too' ;;
+	Assoc* | Max*PerAccount) echo 'a limit of the account or the user is reached; the head job counts too' ;;
+	MaxMemPerLimit) echo 'it asks for more memory than the site allows (MEM_PER_NODE)' ;;
+	BeginTime | Dependency*) echo 'it waits for the time or the job that its options name' ;;
 	PartitionDown | PartitionInactive) echo 'its partition is down or inactive' ;;
 	Partition*) echo 'it asks for more than the partition allows (WORKER_TIME, WORKER_PARTITION)' ;;
-	BadConstraints) echo 'no node has what it asks for' ;;
+	BadConstraints | Constraints) echo 'no node has what it asks for' ;;
 	Licenses) echo 'its licences are in use; the head job holds some too' ;;
-	JobHeld*) echo 'it is held' ;;
-	*) echo 'see "job reason codes" in the manual of squeue' ;;
+	JobHeld* | JobHoldMaxRequeue) echo 'it is held' ;;
+	*) echo 'see "job reason codes" in the manual of squeue, and https://slurm.schedmd.com/resource_limits.html' ;;
 	esac
 }
 
@@ -84,9 +94,10 @@ log_waiting() { # why worker jobs wait in the queue: again when the reason chang
 	local worker state reason
 	local -A waiting=()
 	while read -r worker state reason; do
-		[[ " ${workers[*]} " == *" $worker "* && $state == PENDING && $reason != None ]] || continue
-		[[ ${last_reason[$worker]-} != "${reason%%,*}" ]] || continue # without the nodes that are listed behind
-		last_reason[$worker]=${reason%%,*} waiting[$reason]+=" $worker"
+		[[ " ${workers[*]} " == *" $worker "* && $reason != None ]] || continue
+		[[ $state != @(RUNNING|CONFIGURING|COMPLETING|SUSPENDED) ]] || continue
+		[[ ${last_reason[$worker]-} != "${reason%%:*}" ]] || continue # without the nodes that are listed behind
+		last_reason[$worker]=${reason%%:*} waiting[$reason]+=" $worker"
 	done < <(timeout 10 squeue --all --me -h -o '%A %T %r' 2> /dev/null)
 	for reason in "${!waiting[@]}"; do
 		log "waiting in the queue:${waiting[$reason]} ($reason: $(in_words "$reason"))"
@@ -161,6 +172,7 @@ start_local_worker() { # [node of this job]
 		command=(srun "${options[@]}" "${command[@]}")
 		# srun would take these for the step; they are what the whole job has asked for
 		of_job+=("${!SLURM_GPUS@}" "${!SLURM_NTASKS@}" SLURM_GRES SLURM_TRES_PER_TASK SLURM_EXPORT_ENV)
+		of_job+=(SLURM_THREADS_PER_CORE SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_EXACT)
 	fi
 	(users_environment "${of_job[@]}" && exec setsid "${command[@]}") \
 		< /dev/null &>> "logs/ray_worker_bloom_bohb-$SLURM_JOB_ID-$1.out" &
@@ -171,10 +183,10 @@ start_local_worker() { # [node of this job]
 # -- and watched, and replaced ----------------------------------------------------------------------------------------
 
 read_answers() { # a worker writes in $rendezvous that it has joined, or why it cannot
-	local file word rest worker what
+	local file worker what word='' rest=''
 	for file in "$rendezvous"/worker-*; do
 		[[ -s $file ]] || continue
-		read -r word rest < "$file" || true
+		read -r word rest < "$file" || [[ $word ]] || continue
 		worker=${file#"$rendezvous"/worker-}
 		[[ " ${own_nodes[*]} " == *" $worker "* ]] && what="on $worker" || what="job $worker"
 		log "worker $what ${word/broken/has a broken GPU on} $rest"
@@ -192,7 +204,7 @@ read_answers() { # a worker writes in $rendezvous that it has joined, or why it 
 	done
 }
 
-note_for_check() { # [worker] [node or job] [what is wrong]: for the table of --check, where the worker has told nothing
+note_for_check() { # [worker] [node or job] [what is wrong]: for the table of --check, where the worker has said nothing
 	if [[ ! ${has_answered[$1]-} ]]; then echo "$2: $3" >> "$rendezvous/refused"; fi
 }
 
