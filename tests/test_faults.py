@@ -106,7 +106,9 @@ def test_full_disk(tmp_path, tiny_model, tiny_squad):
             process.returncode == 0 and out.count("going on with a search") == 2 and out.count("Best Trial Result") == 1
         ), out
         assert out.count("\nstorage: ") == 2 and re.search("storage: .*o space left on device", out), out
-        assert "Traceback" not in out and "ended early" not in out
+        # Ray logs its own where the disk goes while it makes a folder
+        rays = r"ERROR storage\.py:\d+ -- Caught exception when creating directory .*\nTraceback .*\n(  .*\n)+OSError: "
+        assert "Traceback" not in re.sub(rays, "", out) and "ended early" not in out
         trials = files.read_csv(disk / "x" / "trials.csv")
         assert {t["status"] for t in trials} == {"stopped", "completed"} and len(trials) == 12
     finally:

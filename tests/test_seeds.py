@@ -52,15 +52,16 @@ def test_what_is_said(tmp_path):
         "Repeats of the best trial (7968e292) with seed 43, 44, 45: "
         "eval_loss 0.6000, 0.8000, 0.7000 (mean 0.7000, standard deviation 0.1000); exact_match 0.5000"
     )
-    assert "0.5000, is the best of 2 finalists. It is 0.2000 better than the mean of its 3 repeats." in curse
+    assert "0.5000, is the best of 3 trials (2 of them were trained as far). It is 0.2000 better than the mean" in curse
     half = 4.3027 * 0.1 * math.sqrt(4 / 3)  # of Student's t with 2 degrees of freedom
     inside = f"from {0.7 - half:.4f} to {0.7 + half:.4f} (95 % prediction interval): the best trial is inside, so no"
     assert inside in curse
     others = [row(str(i), 43 + i, base_id, eval_loss=value) for i, value in enumerate([0.9, 1.0, 1.1])]
     *_, base, curse, gain = said(tmp_path, trials, repeats + others, baseline=base_id)
     assert base.startswith("Repeats of the baseline (12345678) with seed 43, 44, 45: eval_loss 0.9000, 1.0000, 1.1000")
-    half = 2.7764 * 0.1 * math.sqrt(2 / 3)  # Welch's, of 4 degrees of freedom as the variances are equal
-    assert gain.endswith(f"baseline: eval_loss -0.3000 [{-0.3 - half:.4f}, {-0.3 + half:.4f}].")
+    half = 4.3027 * 0.1 / math.sqrt(3)  # of the differences -0.3, -0.2 and -0.4
+    ends = f"[{-0.3 - half:.4f}, {-0.3 + half:.4f}]"
+    assert gain.endswith(f"the same seed: eval_loss -0.3000 {ends} on average (95 % t interval, 3 seeds).")
 
 
 def test_a_metric_where_more_is_better(tmp_path):
@@ -110,15 +111,15 @@ def test_few_and_failed_repeats(tmp_path):
     assert curse.endswith("It is 0.1000 better than its repeat. The spread is not known: it needs two repeats.")
     same = [row(f"r{i}", 43 + i, eval_loss=0.5) for i in range(3)]
     _, curse = said(tmp_path, [row()], same)
-    assert "is the best of 1 finalist. It is the same as the mean of its 3 repeats. All repeats" in curse
+    assert "is the best of 1 trial (1 of them was trained as far). It is the same as the mean of its 3 repeats." in curse
     failed = row("r9", 99, status="failed", eval_loss=None, exact_match=None, f1=None)
     best, curse = said(tmp_path, [row()], [*same, failed])
     assert "with seed 43, 44, 45, 99, 1 failed: eval_loss 0.5000, 0.5000, 0.5000 (" in best
     assert "its 3 repeats" in curse
     assert said(tmp_path, [row()], [failed]) == ["Repeats of the best trial (a) with seed 99, 1 failed."]
-    others = [row("s", 43, "base"), row("t", 44, "base")]  # Welch's interval needs a spread
+    others = [row("s", 43, "base"), row("t", 44, "base"), row("u", 99, "base")]  # no interval without a spread
     assert said(tmp_path, [row(), row("base")], same + others, baseline="base")[-1].endswith(
-        "baseline: eval_loss +0.0000."
+        "same seed: eval_loss +0.0000 on average (95 % t interval, 2 seeds)."
     )
 
 

@@ -262,7 +262,8 @@ def test_one_job_on_one_node(project, tiny):
     )  # fmt: skip
     assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
     log = project.log(job)
-    assert f"[head] job {job} on node2: trials run in this job, on node2, as NUM_WORKERS is 0\n" in log
+    way = "trials run in this job, on node2, as NUM_WORKERS is 0, with 2 GPUs and 4 CPUs a node"
+    assert f"[head] job {job} on node2: {way}\n" in log
     assert "worker on node2 joined node2, 4 CPUs, 2 GPUs (0,1), 6144 MB" in log and "worker job" not in log
     assert len(closing_block(log)[1]) == 2 + 6 and "on 4 slots" in log
     assert "train_micro_batch_size_per_gpu 4 is replaced by each trial's per_device_bs" in log
@@ -859,7 +860,7 @@ def run_beginning(site, script, until, after):
     return subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=60)
 
 
-SCRIPTS = {"head_node.slurm": "request=${GPU_REQUEST", "worker_node.slurm": "ray_version 1"}
+SCRIPTS = {"head_node.slurm": "read_gpu_request", "worker_node.slurm": "ray_version 1"}
 
 
 @pytest.mark.parametrize("script, until", SCRIPTS.items())

@@ -164,8 +164,9 @@ class SearchSession:
             baseline = self.log.trials[self.scheduler.baseline]
             gain = tables.gain(self.log.best_trial(), baseline)
             trials, best = list(self.log.trials.values()), self.log.best_trial()
-            ends = intervals.of_gain(self.run.folder, trials, best, baseline, self.setup.metric) if gain else {}
-            self.run.facts["baseline"] = {"trial_id": baseline["trial_id"], "gain": gain, "intervals": ends}
+            ends = intervals.of_gain(self.run.folder, trials, best, baseline) if gain else {}
+            found = {"trial_id": baseline["trial_id"], "gain": gain, "intervals": ends}
+            self.run.facts["baseline"] = found | {"level": intervals.level_of(trials)}
         preemption.stop_on_signals()
         return self.log
 

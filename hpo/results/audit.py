@@ -163,7 +163,10 @@ def effect(values: list, losses: np.ndarray) -> float:
 
 
 def importance(trials: list[dict], iterations: list[dict], columns: list[str], metric: str, rung: int) -> dict:
-    """The share of each hyperparameter in PED-ANOVA's importances, with its 95 % bootstrap interval, over all trials.
+    """The share of each hyperparameter in PED-ANOVA's importance, and its range in bootstrap samples of trials.
+
+    The range has the 2.5 and 97.5 percentiles of RESAMPLES samples (Efron 1979). It is no interval of a true share: with
+    few trials the share itself is too low or too high, see docs/results.md.
 
     Returns:
         (share, lower, upper) by column; empty where PED-ANOVA finds no importance at all.
@@ -205,7 +208,7 @@ def no_effect(trials, iterations, metric: str, drawn: list[dict], losses: np.nda
     share = importance(trials, iterations, list(tested), metric, rung) if without and len(tested) > 1 else {}
     said = []
     for name, p in without.items():
-        shown = "; its share of the importance is {:.2f}, 95 % interval {:.2f} to {:.2f}"
+        shown = "; its share of the importance is {:.2f}, and {:.2f} to {:.2f} in 95 of 100 resamples of the trials"
         more = shown.format(*share[name]) if name in share else ""
         said.append(
             f"No effect of {words(name)} could be measured at iteration {rung} (Kruskal-Wallis test, corrected p = "

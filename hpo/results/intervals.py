@@ -25,7 +25,7 @@ import numpy as np
 from scipy import stats
 
 from hpo.files import write_atomically
-from hpo.results.tables import METRICS, MODES, V2_METRICS, badness, in_words, ranked
+from hpo.results.tables import METRICS, V2_METRICS, badness, in_percent, in_words, ranked
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
@@ -175,9 +175,7 @@ def finalists(trials: list[dict], metric: str) -> list[dict]:
     return [row for row in rows if row["training_iteration"] == rows[0]["training_iteration"] > 0]
 
 
-def of_gain(
-    run_dir: Path, trials: list[dict], best: dict, baseline: dict, metric: str
-) -> dict[str, tuple[float, float]]:
+def of_gain(run_dir: Path, trials: list[dict], best: dict, baseline: dict) -> dict[str, tuple[float, float]]:
     """The interval of each metric of the best trial minus the baseline's. Both are rows of `trials`.
 
     The best trial was chosen among all trials, so the interval has the level of `versus_best`.
@@ -240,7 +238,7 @@ def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Cont
         Their rows of trials.csv: those at the largest rung first, of these the best first. None of a run without
         scores.
     """
-    found, worse = [], 1 if MODES[metric] == "min" else -1
+    found, worse = [], badness({metric: 1.0}, metric)
     for rung, stopped in itertools.groupby(ranked(trials, metric), lambda row: row["training_iteration"]):
         stopped = [row for row in stopped if row["status"] == "stopped" and math.isfinite(badness(row, metric))]
         promoted = [row for row in trials if row["training_iteration"] > rung and row["trial_id"] not in alone]
@@ -257,16 +255,23 @@ def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Cont
     return found
 
 
-def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str) -> list[str]:
-    """A sentence on the finalists that may be as good as the best trial. None where there is no other finalist."""
+def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str, level: float) -> list[str]:
+    """A sentence on the finalists that may be as good as the best trial. None where there is no other finalist.
+
+    Args:
+        versus: from versus_best.
+        metric: trials are compared by it.
+        level: of each interval, see level_of.
+    """
     if not versus:
         return []
     ties = [trial_id for trial_id, (_, low, high) in versus.items() if low <= 0 <= high]
     if not ties:
         others = f"each of the other {len(versus)} finalists" if len(versus) > 1 else "the other finalist"
-        return [f"The best trial differs in {metric} from {others} with scores."]
+        return [f"The best trial differs in {metric} from {others} with scores ({in_percent(level)} intervals)."]
     of = f"{len(ties)} of the other {len(versus)} finalists" if len(versus) > 1 else "The other finalist"
-    return [f"{of} cannot be told apart from the best trial in {metric}: {', '.join(ties)}."]
+    how = f"{in_percent(level)} intervals, so that all together have 95 %"
+    return [f"{of} cannot be told apart from the best trial in {metric} ({how}): {', '.join(ties)}."]
 
 
 def doubts_in_words(stopped: list[dict], finished: int) -> list[str]:

@@ -72,21 +72,33 @@ def in_sentences(run_dir: Path, trials: list[dict], metric: str, baseline: str |
     for trial_id in dict.fromkeys(row["repeat_of"] for row in repeats if row["repeat_of"] not in ids.values()):
         rows = [row for row in repeats if row["repeat_of"] == trial_id]
         said.append(f"Repeats of an earlier best trial ({trial_id}) {rows_in_words(rows)}.")
-    values, others = (scores(rows, metric) for rows in found.values())
+    values = scores(found["best trial"], metric)
     trained = max((row["training_iteration"] for row in found["best trial"]), default=0)
     if values and best["training_iteration"] == trained:  # not if all trials that were trained to the end have failed
-        said.append(curse_in_words(best, values, len(compared), metric))
-    if len(values) > 1 and len(others) > 1:
-        text = in_words(statistics.fmean(values) - statistics.fmean(others), welch(values, others), "+")
-        said.append(f"Mean of the repeats of the best trial minus that of the baseline: {metric} {text}.")
+        number = sum(row["training_iteration"] > 0 for row in trials)
+        said.append(curse_in_words(best, values, number, len(compared), metric))
+    pairs = of_same_seed(found["best trial"], found["baseline"], metric)
+    if len(pairs) > 1:
+        minus = [one - other for one, other in pairs]
+        text = in_words(statistics.fmean(minus), of_differences(minus), "+")
+        said.append(
+            f"Repeats of the best trial minus those of the baseline with the same seed: {metric} {text} on average "
+            f"(95 % t interval, {len(pairs)} seeds)."
+        )
     return said
 
 
-def welch(one: list[float], other: list[float]) -> tuple[float, float] | None:
-    """Welch's 95 % interval of the difference of two means. None where all scores of a group are the same."""
-    if 0 in (statistics.pvariance(one), statistics.pvariance(other)):
+def of_same_seed(rows: list[dict], others: list[dict], metric: str) -> list[tuple[float, float]]:
+    """The scores of repeats of two trials, in pairs with the same seed. Those that were not completed are left out."""
+    one, other = ({row["seed"]: v for row in half for v in scores([row], metric)} for half in (rows, others))
+    return [(one[seed], other[seed]) for seed in one if seed in other]
+
+
+def of_differences(minus: list[float]) -> tuple[float, float] | None:
+    """The 95 % t interval of a mean difference of pairs (Student 1908). None where all differences are the same."""
+    if len(set(minus)) == 1:
         return None
-    ends = stats.ttest_ind(one, other, equal_var=False).confidence_interval(CONFIDENCE)
+    ends = stats.ttest_1samp(minus, 0).confidence_interval(CONFIDENCE)
     return float(ends.low), float(ends.high)
 
 
@@ -100,18 +112,20 @@ def rows_in_words(rows: list[dict]) -> str:
     return text + (f": {'; '.join(each)}" if each else "")
 
 
-def curse_in_words(best: dict, values: list[float], compared: int, metric: str) -> str:
+def curse_in_words(best: dict, values: list[float], number: int, compared: int, metric: str) -> str:
     """By how much the score of the best trial is better than those of its repeats, and what to expect of another one.
 
     Args:
         best: the row of the best trial.
         values: the scores of its repeats.
-        compared: the number of finalists.
+        number: of all trials that came to a rung.
+        compared: the number of finalists, which were trained as far as the best trial.
         metric: trials are compared by it.
     """
     gap = badness({metric: statistics.fmean(values)}, metric) - badness(best, metric)
-    of = f"{compared} finalist" + "s" * (compared > 1)
-    text = f"Winner's curse: the {metric} of the best trial, {best[metric]:.4f}, is the best of {of}. "
+    of = f"{number} trial" + "s" * (number > 1)
+    as_far = f"{compared} of them {'were' if compared > 1 else 'was'} trained as far"
+    text = f"Winner's curse: the {metric} of the best trial, {best[metric]:.4f}, is the best of {of} ({as_far}). "
     by = f"{abs(gap):.4f} {'worse' if gap < 0 else 'better'} than" if gap else "the same as"
     text += f"It is {by} " + ("its repeat." if len(values) == 1 else f"the mean of its {len(values)} repeats.")
     if len(values) == 1:

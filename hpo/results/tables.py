@@ -63,7 +63,13 @@ def gain_in_words(gained: dict) -> str:
     lower = {name: " (lower is better)" for name, mode in MODES.items() if mode == "min"}
     intervals = gained.get("intervals", {})  # older runs have none
     values = {name: in_words(value, intervals.get(name), "+") for name, value in gained["gain"].items()}
-    return ", ".join(f"{name} {value}{lower.get(name, '')}" for name, value in values.items())
+    text = ", ".join(f"{name} {value}{lower.get(name, '')}" for name, value in values.items())
+    return text + (f"; {in_percent(gained['level'])} intervals" if intervals and "level" in gained else "")
+
+
+def in_percent(level: float) -> str:
+    """A level in words, rounded down to two decimals, such as "99.84 %"."""
+    return f"{math.floor(level * 1e4 + 1e-6) / 100:g} %"
 
 
 def tested_in_words(tested: dict) -> str:
