@@ -111,7 +111,7 @@ def test_few_and_failed_repeats(tmp_path):
     assert curse.endswith("It is 0.1000 better than its repeat. The spread is not known: it needs two repeats.")
     same = [row(f"r{i}", 43 + i, eval_loss=0.5) for i in range(3)]
     _, curse = said(tmp_path, [row()], same)
-    assert "is the best of 1 trial (1 of them was trained as far). It is the same as the mean of its 3 repeats." in curse
+    assert "best of 1 trial (1 of them was trained as far). It is the same as the mean of its 3 repeats. All" in curse
     failed = row("r9", 99, status="failed", eval_loss=None, exact_match=None, f1=None)
     best, curse = said(tmp_path, [row()], [*same, failed])
     assert "with seed 43, 44, 45, 99, 1 failed: eval_loss 0.5000, 0.5000, 0.5000 (" in best

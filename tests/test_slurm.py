@@ -146,7 +146,9 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
     try:
         job = project.submit(
             *tiny, "--max_t", 1, "--num_samples", 2, "--max_eval_samples", 9, "--num_train_epochs", 0.1,
-            options=[f"--reservation={reservation}", "--constraint=fast", "--licenses=squad:1", "--time=50"],
+            options=[
+                f"--reservation={reservation}", "--constraint=fast", "--licenses=squad:1", "--time=50", "-x", "node3",
+            ],
             GPUS_PER_NODE="v100:1",
         )  # fmt: skip
         reasons = "ReqNodeNotAvail, UnavailableNodes:node2: nodes that it could use|Reservation: its|Resources: no"
@@ -161,7 +163,7 @@ def test_what_the_head_was_given_goes_to_its_workers(project, tiny, reservation)
     assert found["Reservation"] == reservation and found["Features"] == "fast" and found["Licenses"] == "squad:1"
     assert found["TimeLimit"] == "00:50:00" and found["Nice"] == "7" and found["NodeList"] == "node2"
     assert found["JobName"] == "ray_worker_bloom_bohb" and found["MinMemoryNode"] in ("3G", "3072M")
-    assert found["TresPerNode"].endswith("gpu:v100:1")
+    assert found["TresPerNode"].endswith("gpu:v100:1") and found["ExcNodeList"] == "node[1,3]"
     assert project.left_over() == {}
 
 
@@ -389,7 +391,7 @@ def test_check_in_one_job(project, tiny):
     """On one node, by --gres, and on two, whose GPUs Slurm does not count: each node has its row, there is a plan, and
     no other job is submitted.
     """
-    one = project.submit(*tiny, *SHORT, "--check", options=["--gres=gpu:1", *OWN[1:]], NUM_WORKERS="0")
+    one = project.submit(*tiny, *SHORT, "--check", options=["--gres=gpu:v100:1", *OWN[1:]], NUM_WORKERS="0")
     uncounted = {"GPU_REQUEST": "none", "GPUS_PER_NODE": "1", "SLURM_MEM_PER_CPU": "100"}  # as within another job
     two = project.submit(*tiny, *SHORT, "--check", node="node[2,3]", options=["--nodes=2", *OWN[1:]], **uncounted)
     for job, nodes in ((one, ["node1"]), (two, ["node2", "node3"])):
@@ -507,7 +509,10 @@ def drain(project, *nodes):
         project.cluster.run("node1", "scontrol", "update", f"node={node}", "state=drain", "reason=test")
 
 
-@pytest.mark.parametrize("phase", ["before workers", "waiting", "searching in one job"])
+PHASES = ["before workers", "waiting", "searching in worker jobs", "searching on one node", "searching on two nodes"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
 def test_scancel_is_clean(project, tiny, phase):
     """A worker waits because the GPU of another node has failed: it is submitted again, and not to that node. What is
     cancelled while it searches goes on with --resume.
@@ -517,8 +522,11 @@ def test_scancel_is_clean(project, tiny, phase):
         with open(project.folder / "cluster.env", "a") as file:
             file.write("export GPU_CHECK_SAYS='CUDA error: uncorrectable ECC error'\n")
     project.hand(SLOW)
-    options = ["--nodes=2", *OWN] if phase == "searching in one job" else []
-    job = project.submit(*tiny, *LONG, node="node[1-2]" if options else "node1", options=options)
+    how = {
+        "searching on one node": {"options": OWN, "NUM_WORKERS": "0"},
+        "searching on two nodes": {"node": "node[1-2]", "options": ["--nodes=2", *OWN]},
+    }.get(phase, {})
+    job = project.submit(*tiny, *LONG, **how)
     if phase == "before workers":
         project.wait_for(
             "the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values())
@@ -535,9 +543,8 @@ def test_scancel_is_clean(project, tiny, phase):
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)
     assert project.cluster.job(job)["JobState"] == "CANCELLED"
     assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
-    if options:
-        resume = ["--resume", "--run_name", f"bloom_bohb-{job}"]
-        job = project.submit(*resume, node="node[1-2]", options=options)
+    if phase.startswith("searching"):
+        job = project.submit("--resume", "--run_name", f"bloom_bohb-{job}", **how)
         project.wait_for("the same search", lambda: "going on with a search" in project.log(job))
         project.cluster.run("node1", "scancel", job)
         wait_for("nothing left of the jobs", lambda: not project.left_over(), 60)

@@ -165,8 +165,8 @@ def effect(values: list, losses: np.ndarray) -> float:
 def importance(trials: list[dict], iterations: list[dict], columns: list[str], metric: str, rung: int) -> dict:
     """The share of each hyperparameter in PED-ANOVA's importance, and its range in bootstrap samples of trials.
 
-    The range has the 2.5 and 97.5 percentiles of RESAMPLES samples (Efron 1979). It is no interval of a true share: with
-    few trials the share itself is too low or too high, see docs/results.md.
+    The range has the 2.5 and 97.5 percentiles of RESAMPLES samples (Efron 1979). It is no interval of a true share:
+    with few trials the share itself is too low or too high, see docs/results.md.
 
     Returns:
         (share, lower, upper) by column; empty where PED-ANOVA finds no importance at all.
