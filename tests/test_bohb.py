@@ -28,7 +28,8 @@ from hpo import known
 from hpo.bohb import brackets, kde, scheduler, searcher
 from hpo.cluster.run import short_ends
 from hpo.plan import plan
-from hpo.plan.simulator import SimulatedTrial, Simulation
+from hpo.plan.simulator import SimulatedTrial
+from simulation import Simulation
 
 SPACE = {
     "train_loop_config": {

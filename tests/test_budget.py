@@ -20,9 +20,9 @@ from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
 from hpo.plan.budget import Budget, MeasuredPace
 from hpo.plan.plan import forecast
-from hpo.plan.simulator import Simulation
 from hpo.results import terminal
 from hpo.results.progress import ProgressPrinter
+from simulation import Simulation
 from test_run import cut
 
 MAX_T, REDUCTION_FACTOR = 50, 4
@@ -39,7 +39,7 @@ class Searched:
         searcher, scheduler = self.parts()
         crashes = (lambda *_: "crash" if self.rng.random() < 0.02 else None) if crash else (lambda *_: None)
         self.simulation = Simulation(
-            searcher, scheduler, math.inf, lambda *_: self.rng.random(), slots, MAX_T, self.seconds, crashes
+            searcher, scheduler, math.inf, lambda *_: self.rng.random(), slots, MAX_T, self.seconds, fault=crashes
         )
 
     @property

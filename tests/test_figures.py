@@ -20,8 +20,8 @@ import raytune_bayesian
 from hpo import files
 from hpo.bohb.scheduler import HyperBandForBOHB
 from hpo.bohb.searcher import TuneBOHB
-from hpo.plan.simulator import Simulation
 from hpo.results import figures, page, tables
+from simulation import Simulation
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -41,7 +41,7 @@ def search(seed: int) -> list[list]:
     Returns:
         A row for each trial: lr, batch size, weight decay, whether the model suggested it, iterations.
     """
-    from hpo.plan.simulator import Simulation
+    from simulation import Simulation
     from test_bohb import OURS, loss, pair
 
     chance = random.Random(seed)
@@ -104,7 +104,7 @@ def test_searches(goldens, seed):
 
 def test_the_demo_s_search(goldens):
     """Where each trial trains to the losses of the real one, each suggestion is that of the real search."""
-    from hpo.plan.simulator import Simulation
+    from simulation import Simulation
     from test_bohb import OURS, pair
 
     trials = goldens["demo"]

@@ -14,9 +14,9 @@ from hpo.bohb.searcher import TuneBOHB
 from hpo.cluster import warm_start
 from hpo.cluster.state import save_state
 from hpo.errors import BadInput
-from hpo.plan.simulator import Simulation
 from hpo.results import provenance
 from hpo.squad import loading
+from simulation import Simulation
 
 LAYERS = {"lr": tune.loguniform(5e-6, 2e-4), "per_device_bs": tune.choice([1, 2]), "warmup": tune.qrandint(0, 40, 10)}
 SPACE = {"train_loop_config": LAYERS}

@@ -9,10 +9,8 @@ scheduler before each start, and tells the searcher of a result only if the deci
 can be simulated too, for a comparison.
 """
 
-import copy
 import heapq
 import itertools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -63,8 +61,6 @@ class Simulation:
         slots: trials that can run at a time.
         max_t: a trial ends by itself after so many iterations.
         seconds: returns the simulated seconds that iteration t of a configuration takes.
-        fault: called before each report with (trial id, iteration). If it returns "crash", the trial fails. If it
-            returns "retry", the trial loses its work since its last pause and is started again. None does nothing.
         rungs_only: a trial reports at its rungs only. It is much faster, and the time is the same.
 
     Attributes:
@@ -82,12 +78,11 @@ class Simulation:
         slots: int = 1,
         max_t: int = 50,
         seconds: Callable[[dict, int], float] = lambda config, t: 1.0,
-        fault: Callable[[str, int], str | None] = lambda trial_id, iteration: None,
         rungs_only: bool = False,
     ):
         self.search_alg = SearchAlgorithm(searcher, num_samples)
         self.scheduler, self.slots, self.train, self.max_t = scheduler, slots, train, max_t
-        self.seconds, self.fault, self.rungs_only = seconds, fault, rungs_only
+        self.seconds, self.rungs_only = seconds, rungs_only
         self.trials: list[SimulatedTrial] = []
         self._live: dict[str, SimulatedTrial] = {}  # those that have not ended, in the same order
         self.reports: list[tuple[float, float, str, int, float]] = []
@@ -118,29 +113,6 @@ class Simulation:
         trial.status = Trial.TERMINATED
         self._live.pop(trial.trial_id, None)
 
-    def restart(self, searcher, scheduler, saved: bool, num_samples: int | None = None) -> "Simulation":
-        """Stops the search and resumes it with new objects, which take over the state.
-
-        Args:
-            searcher: a new searcher, with the same settings.
-            scheduler: a new scheduler, with the same settings.
-            saved: whether running trials wrote a checkpoint before the stop. If not, they lose their work since their
-                last checkpoint.
-            num_samples: number of trials from now on; None: as before.
-        """
-        state = json.loads(json.dumps([self.search_alg.searcher.get_state(), self.scheduler.get_state()]))
-        live = [t for t in self.trials if self.scheduler.has_rung(t.trial_id)]
-        new = copy.copy(self)
-        new.search_alg = SearchAlgorithm(searcher, num_samples or self.search_alg.num_samples)
-        new.search_alg.created = self.search_alg.created
-        new.scheduler, new.trials, new._live, new._events = scheduler, [], {}, []
-        searcher.set_state(state[0], {t.trial_id for t in live})
-        scheduler.set_state(state[1], {t.trial_id for t in live if t.status == Trial.PENDING})
-        for old in live:
-            iteration = old.iteration if saved else self._checkpoints.get(old.trial_id, 0)
-            new.take_over(old.trial_id, old.config, iteration, old.status)
-        return new
-
     def take_over(self, trial_id: str, config: dict, iteration: int, status: str) -> None:
         """Adds a live trial of another search, whose state the scheduler has. One that was running counts as paused.
 
@@ -159,18 +131,15 @@ class Simulation:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
-    def run(self, max_reports: int = 1_000_000, abrupt: bool = False) -> None:
+    def run(self, max_reports: int = 1_000_000) -> None:
         """Runs to the end, or to a number of reports.
 
         Args:
             max_reports: the number of reports since the search began.
-            abrupt: stop between the scheduler's decision on the last report and the action that follows from it. In
-                Tune a crash can come there too, because Tune stops and pauses trials in a later step.
 
         Raises:
             RuntimeError: nothing can run although trials are left.
         """
-        self._cut_at = max_reports if abrupt else None
         while len(self.reports) < max_reports:
             progress = self._start_trials()
             if self._events:
@@ -231,20 +200,6 @@ class Simulation:
         self.now = end
         if trial.status != Trial.RUNNING:  # it was stopped meanwhile
             return
-        fault = self.fault(trial.trial_id, trial.iteration + 1)
-        if fault == "crash":
-            self.scheduler.on_trial_error(self, trial)
-            self.search_alg.searcher.on_trial_complete(trial.trial_id, error=True)
-            trial.status = Trial.ERROR
-            del self._live[trial.trial_id]
-            return
-        if fault == "retry":  # in the order in which Tune recovers a trial
-            trial.status = Trial.ERROR
-            trial.iteration = self._checkpoints.get(trial.trial_id, 0)
-            self.scheduler.on_trial_error(self, trial)
-            trial.status = Trial.PENDING
-            self.scheduler.on_trial_add(self, trial)
-            return
         trial.iteration = self._next_report(trial)
         loss = self.train(trial.config, trial.iteration)
         self.reports.append((start, end, trial.trial_id, trial.iteration, loss))
@@ -254,8 +209,10 @@ class Simulation:
         if decision != TrialScheduler.STOP:
             searcher.on_trial_result(trial.trial_id, result)
         trial.last_result = result
-        if len(self.reports) == self._cut_at:
-            return
+        self._act(trial, decision)
+
+    def _act(self, trial: SimulatedTrial, decision: str) -> None:
+        """Pauses, stops or continues a trial. In Tune this is a later step than the decision."""
         if decision == TrialScheduler.PAUSE:
             trial.status = Trial.PAUSED
             self._checkpoints[trial.trial_id] = trial.iteration
