@@ -29,10 +29,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from slurm_cluster import BOTH_GPUS, Project, SlurmCluster, sh
-
 from hpo import files
 from hpo.bohb.brackets import rungs
+from slurm_cluster import BOTH_GPUS, Project, SlurmCluster, sh
 
 DEMO = Path(__file__).parent.parent / "demo"
 ARGUMENTS = [

@@ -158,7 +158,7 @@ def resume(kind: str, stage: int, tiny: bool) -> dict:
 
 
 def pace(
-    way: str, kind: str, stage: int, batch_sizes: list[int], together: int, meeting: str, number: int, tiny: bool
+    way: str, kind: str, stage: int, batch_sizes: list[int], together: int, barrier: str, number: int, tiny: bool
 ) -> dict:
     """Optimizer steps a second by batch size, while `together` processes do the same."""
     import launches
@@ -171,8 +171,11 @@ def pace(
         def on_step(self, step, control):
             if step == warm:
                 wait()
-                (Path(meeting) / f"{batch_size}-{number}").touch()
-                while len(list(Path(meeting).glob(f"{batch_size}-*"))) < together:
+                (Path(barrier) / f"{batch_size}-{number}").touch()
+                deadline = time.monotonic() + 300
+                while len(list(Path(barrier).glob(f"{batch_size}-*"))) < together:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError(f"not all {together} processes are at batch size {batch_size} after 300 s")
                     time.sleep(0.01)
                 self.began = time.perf_counter()
             elif step > warm and step % at_size(tiny, 5, 1) == 0 and time.perf_counter() > self.began + window:
@@ -420,8 +423,8 @@ def speed(tiny: bool) -> tuple[list[str], list[dict]]:
     names, results = [], []
     for way, kind, stage, together in rows:
         setting = {"way": way, "kind": kind, "stage": stage, "batch_sizes": [1, 2], "together": together, "tiny": tiny}
-        with tempfile.TemporaryDirectory() as meeting:
-            settings = [setting | {"meeting": meeting, "number": i} for i in range(together)]
+        with tempfile.TemporaryDirectory() as barrier:
+            settings = [setting | {"barrier": barrier, "number": i} for i in range(together)]
             found = run_jobs("pace", settings, together)
         failed = [f for f in found if "failed" in f]
         names.append(f"{way}, {kind}, {together} at the same time")

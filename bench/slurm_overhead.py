@@ -20,9 +20,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from slurm_cluster import BOTH_GPUS, Project, SlurmCluster
-
 from hpo import files
+from slurm_cluster import BOTH_GPUS, Project, SlurmCluster
 
 DEMO = Path(__file__).parent.parent / "demo"
 RUNS = 3

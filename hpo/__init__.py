@@ -3,10 +3,10 @@
     errors, files           what an error means; files that are never seen incomplete
     disk, host_memory       how much disk and main memory is free
     code_copy               the copy of the code in a run folder, which trials and --resume use
-    machines                nodes, slots and disk, here or as Slurm gives them
     bohb/                   the algorithm: brackets, kernel densities (kde), searcher, scheduler
     squad/                  data, evaluation, scores, models, lora, precision, ranks: what a trial trains with
     results/                the run folder: tables, log lines, slot time, trackers, figures, report
+    machines                nodes, slots and disk, here or as Slurm gives them
     arguments, checks,      what the user hands in, and its checks
       ranges, known,
       search_space

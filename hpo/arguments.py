@@ -71,17 +71,20 @@ def make_parser(description: str) -> Parser:
     """The flags, with their defaults and help texts."""
     parser = Parser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder")
+    add("--model", default="bigscience/bloom-560m", help="causal language model: name on the hub, or folder "
+        "(default: %(default)s)")  # fmt: skip
     add("--dataset", default="rajpurkar/squad", help="name on the hub, or folder with train*.json and dev*.json [.gz], "
-        "in the form of SQuAD v1.1 or 2.0")  # fmt: skip
+        "in the form of SQuAD v1.1 or 2.0 (default: %(default)s)")  # fmt: skip
     add("--drop_bad_answers", action="store_true", help="leave out answers that cannot be used, such as those that "
         "are not at their answer_start, and questions that have no other; the log says how many")  # fmt: skip
     add("--max_train_samples", type=int, help="train on at most this many questions (default: all)")
     add("--max_eval_samples", type=int, help="use at most this many questions for selection (default: 1000) and for "
         "the test (default: all)")  # fmt: skip
-    add("--num_train_epochs", type=float, default=2.0, help="length of a full training")
-    add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation")
-    add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted")
+    add("--num_train_epochs", type=float, default=2.0, help="length of a full training (default: %(default)s)")
+    add("--max_t", type=int, default=50, help="iterations of a full training; each ends with an evaluation "
+        "(default: %(default)s)")  # fmt: skip
+    add("--reduction_factor", type=int, nargs="+", default=[4], help="at a rung one of this many trials is promoted "
+        "(default: 4)")  # fmt: skip
     add("--num_samples", type=int, help="number of trials in all, with --resume those that are done included "
         "(default: one whole band, or what --gpu_hours and --hours allow)")  # fmt: skip
     add("--gpu_hours", type=float, help="budget of the search: it takes as many trials as can end within it, each "
@@ -90,9 +93,9 @@ def make_parser(description: str) -> Parser:
         "counted")  # fmt: skip
     add("--gpus_per_trial", type=gpus_per_trial, help="default: 1, and 0 on a machine without GPUs; several: one "
         "process for each; 0.5, 1/3, 0.25: two, three, four trials share a GPU")  # fmt: skip
-    add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together")
-    add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots")
-    add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it")
+    add("--cpus_per_trial", type=int, default=1, help="of all processes of a trial together (default: %(default)s)")
+    add("--max_concurrent_trials", type=int, nargs="+", default=[0], help="0: as many as there are slots, the default")
+    add("--metric", choices=list(MODES), default="eval_loss", help="trials are compared by it (default: %(default)s)")
     add("--metric_language", choices=list(ARTICLES), default="en", help="of the answers, for EM and F1: en normalises "
         "them as SQuAD does, the others as MLQA does (default: en)")  # fmt: skip
     add("--precision", choices=PRECISIONS, help="of training (default: fp16, and fp32 on a machine without GPUs)")
@@ -106,7 +109,7 @@ def make_parser(description: str) -> Parser:
         "optimizer step (default: 1)")  # fmt: skip
     add("--gradient_checkpointing", action="store_true", help="compute activations again in the backward pass: less "
         "memory, the same training, slower")  # fmt: skip
-    add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration")
+    add("--deepspeed", default=str(ROOT / "ds_config.json"), help="DeepSpeed configuration (default: the project's)")
     add("--try", action="append", default=[], metavar="SETTING", help="one of the first trials trains with these "
         "hyperparameters, such as lr=2.5e-5,per_device_bs=2,wd=0; may be given several times, and follows KNOWN of the "
         "script")  # fmt: skip
@@ -118,18 +121,18 @@ def make_parser(description: str) -> Parser:
         "end that were stopped although they were not clearly worse than promoted ones (default: 0)")  # fmt: skip
     add("--repeats", type=int, default=0, metavar="N", help="at the end train the best trial, and the baseline, N "
         "times more with other seeds, and say how much their results differ (default: 0)")  # fmt: skip
-    add("--seed", type=int, default=42, help="of the search, the split and each training")
-    add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name>")
+    add("--seed", type=int, default=42, help="of the search, the split and each training (default: 42)")
+    add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name> (default: results)")
     add("--run_name", help="default: bloom_bohb-<job id, or time>, and check-<job id, or time> with --check")
-    add("--report_to", choices=TRACKER_PACKAGES, default="tensorboard", help="experiment tracker")
+    add("--report_to", choices=TRACKER_PACKAGES, default="tensorboard", help="the tracker (default: tensorboard)")
     add(
         "--trial_timeout",
         type=float,
         help="seconds until a silent trial is restarted (default: 10 times the slowest iteration, at least 600)",
     )
     add("--resume", action="store_true", help="go on with the run of --run_name, with its arguments; "
-        "a larger --num_samples, --gpu_hours or --hours adds trials, also to a run that is done; so do --finish and "
-        "--repeats")  # fmt: skip
+        "a larger --num_samples, --gpu_hours or --hours adds trials, also to a run that is done; --finish and "
+        "--repeats add trainings")  # fmt: skip
     add("--new_code", action="store_true", help="with --resume: use the code of this checkout and the ds_config "
         "file as it is now, in place of the run's own copies")  # fmt: skip
     add("--prefetch", action="store_true", help="download model, tokenizer and data, try the model, and end")
@@ -357,7 +360,7 @@ def load_from_run(args: argparse.Namespace) -> None:
         raise BadInput(f"--resume: other arguments than the run's: {', '.join(other)}")
     for name, value in earlier.items():
         setattr(args, name, value)
-    args.ranges = ranges_of_run | args.ranges  # one that the run does not have: search_space.check_same looks at it
+    args.ranges = ranges_of_run | args.ranges  # search_space.check_same refuses a variable that is new
 
 
 def nothing_to_do(args: argparse.Namespace, run: dict) -> bool:

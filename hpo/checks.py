@@ -151,8 +151,8 @@ def replace_settings(config: dict) -> list[str]:
 def read_ds_config(args: argparse.Namespace) -> dict:
     """The DeepSpeed configuration of --deepspeed, with "auto" where the search or a flag decides.
 
-    Prints a line for each setting that is replaced.
-    A plan takes a GPU for granted: it answers the question which GPU to ask for, on whatever machine it is made.
+    Prints a line for each setting that is replaced. --plan assumes a GPU, because it says which GPU to ask for. The
+    machine where it runs may have none.
     """
     path = Path(args.deepspeed)
     if args.resume and not args.new_code:

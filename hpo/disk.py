@@ -44,7 +44,7 @@ def used(folder: Path) -> int:
 
 
 def left_of_quota(text: str, command: str) -> list[Room]:
-    """What a quota leaves; nothing where the text tells none.
+    """The space left under a quota. Empty if the output names no quota.
 
     Both commands end in used, soft limit, hard limit and grace time, of blocks of 1024 bytes and then of files; 0 is no
     limit, and a * after a number says that a limit is passed.

@@ -121,9 +121,9 @@ def seconds_of(limit: str) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def time_limit(folder: Path = ROOT) -> int | None:
+def time_limit() -> int | None:
     """Seconds of the head job's time limit: SBATCH_TIMELIMIT, or #SBATCH --time. None where neither says."""
-    script = folder / "head_node.slurm"
+    script = ROOT / "head_node.slurm"
     text = script.read_text() if script.exists() else ""
     written = re.search(r"^#SBATCH (?:--time=|-t )(\S+)", text, re.MULTILINE)
     return seconds_of(os.environ.get("SBATCH_TIMELIMIT", written.group(1) if written else ""))

@@ -55,8 +55,8 @@ def missing() -> str | None:
     return f"not installed: {', '.join(absent)} (Debian packages {packages})" if absent else None
 
 
-def sh(command: str, check: bool = True, timeout: float = 60) -> str:
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=timeout)
+def sh(command: str, check: bool = True) -> str:
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
     if check and done.returncode != 0:
         raise RuntimeError(f"{command}: {done.stdout}{done.stderr}")
     return done.stdout
@@ -297,9 +297,9 @@ StorageLoc=slurm
             raise RuntimeError(f"{command}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def queue(self, what: str = "%i") -> list[str]:
+    def queue(self) -> list[str]:
         """Jobs in the queue, of those that are not done."""
-        return self.run(NODES[0], "squeue", "-h", "-o", what).splitlines()
+        return self.run(NODES[0], "squeue", "-h", "-o", "%i").splitlines()
 
     def states(self) -> list[str]:
         """State of each node in the default partition; nothing before the controller answers."""

@@ -241,7 +241,7 @@ class HyperBandForBOHB(TrialScheduler):
         if trial.trial_id in bracket.members and trial.trial_id not in bracket.scores:
             if trial.trial_id not in self.alone or not any(b.promoted for b in self._active):
                 return TrialScheduler.CONTINUE  # it was promoted just now and keeps its slot
-            bracket.promoted.add(trial.trial_id)  # the baseline alone leaves its slot to a trial that was promoted
+            bracket.promoted.add(trial.trial_id)  # a baseline that trains alone gives its slot to a promoted trial
         if trial.trial_id in bracket.members:
             self._searcher(tune_controller).on_pause(trial.trial_id)
             return TrialScheduler.PAUSE

@@ -6,7 +6,7 @@ declare -A has_answered=() # workers that have joined, or have said why they can
 declare -A last_reason=() # why each worker job waits, as the log has it
 restarts=0 joined=0 # numbers of workers
 refused='' broken='' refusing='' # last sentence of workers that refused, or have a broken GPU; the nodes of both
-retry_until=0 # until then a worker job that Slurm did not take is submitted again; 0: it took the last one
+retry_until=0 # until this time a rejected sbatch is repeated; 0: the last sbatch has succeeded
 
 # -- what Slurm says, and what is asked of it ------------------------------------------------------------------------
 
@@ -195,7 +195,7 @@ read_answers() { # a worker writes in $rendezvous that it has joined, or why it 
 		case $word in
 		joined) joined=$((joined + 1)) ;;
 		failed) echo "$rest" >> "$rendezvous/refused" ;; # for --check
-		refused | broken) # the same would happen there again; what is refused, on other nodes too
+		refused | broken) # it would fail again on this node; what is refused would be so on other nodes, too
 			[[ $word == broken ]] && broken=$rest || refused=$rest
 			exclude+=,${rest%%:*} refusing+=" ${rest%%:*}"
 			echo "$rest" >> "$rendezvous/refused"

@@ -16,8 +16,8 @@ from hpo.results.slots import slots_of
 class IdleNodeRelease(Callback):
     """Ends worker jobs whose node has been idle for a while, once all trials were suggested.
 
-    Asks a worker by a file in the rendezvous folder. A node that runs a trial stays. As many slots stay as there are
-    trials that have not ended, paused ones included, or as trainings that follow the search.
+    Asks a worker by a file in the rendezvous folder. A node that runs a trial stays. At least as many slots stay as
+    there are live trials (paused ones too), and as trainings follow the search.
 
     Args:
         slot_time: gets the slots that were given back; its log and resources are used.

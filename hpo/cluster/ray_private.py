@@ -83,7 +83,7 @@ class ResumableSearch(SearchGenerator):
     def __init__(self, searcher, run_dir: Path, live: list[dict] = (), created: int = 0):
         super().__init__(searcher)
         self.run_dir = run_dir
-        # Tune takes only one trial at a time that waits for a slot: the others first.
+        # Tune takes only one pending trial at a time, so the paused ones come first.
         self.live = sorted(live, key=lambda trial: trial["status"] == Trial.PENDING)
         self.pause_all = False  # set before a planned stop: no new trials
         self._counter = created

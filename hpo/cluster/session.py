@@ -94,8 +94,8 @@ class SearchSession:
         if run.ended:
             searcher.allows_trial = lambda: False
             self.log.num_samples = len(searcher.suggested)
-        # Tune starts one worker process after another, unless it is told how many trials may wait for theirs. The
-        # searcher suggests one trial more than there are slots.
+        # By default Tune starts worker processes one by one. With this variable it starts one for each pending trial.
+        # The searcher suggests one trial more than there are slots.
         os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or NO_LIMIT)
         self.slot_time.count_slots()
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything

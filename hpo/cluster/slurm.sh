@@ -110,7 +110,7 @@ stop_sessions() { # [session id ...]: ends all their processes, in a second
 	kill_sessions "$@"
 }
 
-kill_sessions() { # [session id ...]: kills all their processes, and again: one may have started another meanwhile
+kill_sessions() { # [session id ...]: kills all their processes; repeats it, as one may have started another process
 	local ids i
 	ids=$(IFS=, && echo "$*")
 	for i in {1..20}; do

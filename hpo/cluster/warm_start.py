@@ -26,7 +26,7 @@ OF_NO_INFLUENCE = {
 def take(args, space: dict) -> list[tuple[dict, int, float]]:
     """Reads the runs of --warm_start, prints what is taken of each, and adds settings to args.known.
 
-    With --resume there is nothing to take if there is a saved state, which has it.
+    With --resume and a saved state nothing is read: the state has these results.
 
     Args:
         args: the arguments of the program.

@@ -102,9 +102,9 @@ class Budget:
         self._refused: tuple | None = None  # the slots, and what the trials had done, when a trial was not allowed
 
     def allows_trial(self) -> bool | None:
-        """Whether a trial may begin. None: not now, but perhaps when more is known. False: none any more.
+        """Whether a trial may begin. None: not now, but perhaps when more is known. False: no further trial fits.
 
-        Where a bracket is open and has no room for another trial, it takes no more.
+        If the budget has no room for another trial in the open bracket, that bracket is closed.
         """
         live, slots = self.scheduler.live_trials(), self.slots()
         now = slots, [(trial.trial_id, trial.status, iterations_of(trial, self.restarted)) for trial in live]

@@ -224,9 +224,9 @@ def best_in_words(run_dir: Path, best: dict) -> str:
 def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Container[str]) -> list[dict]:
     """Trials that were stopped at a rung although they are not clearly worse than one that went on from there.
 
-    A stopped trial is compared with the worst of all trials, of any bracket, that have reached a later rung, at the
-    rung where it was stopped. It is listed unless it is worse with the whole 95 % interval of their difference. The
-    intervals are those of one comparison: of many stopped trials some are listed, or not, by chance.
+    Each stopped trial is compared, at its last rung, with the worst of the trials that trained beyond that rung, in any
+    bracket. It is listed unless the whole 95 % interval of the difference is on the worse side. The intervals are those
+    of one comparison: of many stopped trials some are listed, or not, by chance.
 
     Args:
         run_dir: the run folder.

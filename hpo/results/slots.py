@@ -44,6 +44,6 @@ def slots_of(have: dict[str, float], resources: dict[str, float]) -> int:
     """
     room = []
     for name, n in resources.items():
-        if n:  # 2 GPUs with half a one for each trial are as 4 of which each trial takes one; 1 // 0.2 would be 4
+        if n:  # in trials per GPU: with 0.5 GPUs a trial, 2 GPUs have 4 slots. 1 // 0.2 is 4, and not 5
             room.append(have.get(name.upper(), 0) * trials_per_gpu(n) // max(1, n))
     return int(min(room))

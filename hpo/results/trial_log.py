@@ -27,6 +27,8 @@ from hpo.results.tables import (
 )
 
 # The usual range of values in a fine-tuning. The log warns about values outside of it.
+# attributes of a TrialLog that a saved state has
+SAVED = {"trials", "iterations", "configs", "best", "saved_checkpoints", "hardware"}
 USUAL_RANGE = {"grad_norm": (1e-4, 1e3), "loss_scale": (16, 2**32)}
 
 
@@ -76,8 +78,7 @@ class TrialLog(Callback):
 
     def get_state(self) -> dict:
         """The state as plain data."""
-        kept = ("trials", "iterations", "configs", "best", "saved_checkpoints", "hardware")
-        return {name: getattr(self, name) for name in kept} | {"seconds": time.time() - self.started_at}
+        return {name: getattr(self, name) for name in SAVED} | {"seconds": time.time() - self.started_at}
 
     def set_state(self, state: dict, live: set[str]) -> None:
         """Goes on from a saved state. Trials that were running were interrupted, so they are paused now.
@@ -87,10 +88,9 @@ class TrialLog(Callback):
             live: the ids of the live trials. A trial that is neither live nor ended was saved after its final report
                 and before Tune removed it.
         """
-        state = dict(state)
-        self.started_at = time.time() - state.pop("seconds")
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.started_at = time.time() - state["seconds"]
+        for name in SAVED & state.keys():  # older states lack some
+            setattr(self, name, state[name])
         self.started = set(self.trials)
         for trial_id, row in self.trials.items():
             if row["status"] not in ENDED and trial_id not in live:

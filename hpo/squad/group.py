@@ -106,7 +106,7 @@ def join(rank: int = 0, size: int = 1, folder: str | None = None) -> Group:
 def imports_are_done() -> None:
     """Enables the garbage collector, which worker processes start without, see launch.start_ray.
 
-    The half million objects of the imports stay for good. Frozen, they are not visited by each collection.
+    Imports leave half a million objects that are never freed. gc.freeze keeps collections from visiting them.
     """
     gc.collect()
     gc.freeze()

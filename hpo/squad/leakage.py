@@ -75,9 +75,8 @@ def near_duplicates(texts: list[str], others: list[str]) -> set[str]:
 def same_questions(examples: list[dict], others: list[dict]) -> set[str]:
     """Ids of the questions that the others have with the same words and the same answer, on whatever passage.
 
-    If the others have the words several times, each time one of the answers must be the same: to a question such as
-    "What is the population?", whose answer depends on the passage, the words alone are no help. A question without an
-    answer does not count.
+    If the others ask the question several times, it must share an answer with each of them: the answer to "What is the
+    population?" depends on the passage, so the words alone are no help. A question without an answer does not count.
     """
     by_key: dict[str, list[set]] = {question_key(e["question"]): [] for e in examples}
     for other in others:

@@ -133,8 +133,8 @@ def _generate(model, items: list[dict], pad: int, eos: int, max_new_tokens: int)
 def _check_end(model, items: list[dict], answers: list[list[int]], pad: int, max_new_tokens: int) -> None:
     """Raises BadInput unless an answer ends at EOS, and the others of its batch go on as they would alone.
 
-    The model may not give its EOS here. So another token stands for EOS: one at which the answers end after different
-    numbers of tokens, if there is one.
+    The model may not generate EOS within a few tokens. So a token that it does generate replaces EOS: if possible one
+    that ends the answers at different lengths.
 
     Args:
         model: in eval mode.
