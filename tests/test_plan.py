@@ -102,14 +102,6 @@ def test_plan_in_a_job_is_for_its_time_limit(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "\ntime limit of a job, 4.00 hours: " in done.stdout, done
     assert (tmp_path / "squeue.asked").read_text().endswith(" -j 7\n")
-    text = (ROOT / "head_node.slurm").read_text()  # with --check: what starts the program
-    start = text[: text.index("\nscript=$!")].rpartition("\n(")[2]
-    job = "limit=4:00:00 users_umask=077 rendezvous=/r container=(env); set --"
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    (tmp_path / "python").write_text('#!/bin/sh\necho "$RENDEZVOUS_DIR $SBATCH_TIMELIMIT"\n')
-    (tmp_path / "python").chmod(0o755)
-    started = subprocess.run(["bash", "-c", f"{job}\n({start}\nwait"], env=env, capture_output=True, text=True)
-    assert started.stdout == "/r 4:00:00\n", started
 
 
 @pytest.mark.parametrize(

@@ -786,6 +786,15 @@ def test_nodes_may_have_any_name(tmp_path):
     assert done.stdout == "worker on gpu-worker-3 joined gpu-worker-3, 2 CPUs\ngpu-worker-3\n", done
 
 
+def test_the_script_gets_the_time_limit_and_the_rendezvous_folder(tmp_path):
+    """For the plan of --check."""
+    (tmp_path / "python").write_text('#!/bin/sh\necho "$RENDEZVOUS_DIR $SBATCH_TIMELIMIT $*"\n')
+    (tmp_path / "python").chmod(0o755)
+    job = 'limit=4:00:00 users_umask=022 rendezvous=/r container=() PATH=$PWD:$PATH'
+    done = run_functions(tmp_path, f'{job}; start_script --check "a b"; wait "$script"')
+    assert done.stdout == "/r 4:00:00 raytune_bayesian.py --check a b\n", done
+
+
 @pytest.mark.parametrize("answers, tries", [("", 3), ("error: Socket timed out on send", 3), ("Access denied", 1)])
 def test_a_requeue_is_tried_again_while_slurm_is_busy(tmp_path, answers, tries):
     """Until a minute before the time limit. Of Slurm the answers alone."""

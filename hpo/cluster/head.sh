@@ -104,6 +104,15 @@ log_waiting() { # why worker jobs wait in the queue: again when the reason chang
 	done
 }
 
+start_script() { # [arguments of raytune_bayesian.py]: sets $script
+	(
+		umask "$users_umask"
+		export RENDEZVOUS_DIR=$rendezvous SBATCH_TIMELIMIT=$limit # of the head job; for the plan of --check
+		exec setsid "${container[@]}" python raytune_bayesian.py "$@"
+	) &
+	script=$!
+}
+
 # -- workers are started ---------------------------------------------------------------------------------------------
 
 users_environment() { # in a subshell: that of the submission
