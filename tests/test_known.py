@@ -91,7 +91,7 @@ def test_the_baseline_is_trained_to_the_end_beside_its_bracket(searched):
     assert gained["trial_id"] == first["trial_id"] and set(gained["intervals"]) == set(tables.METRICS)
     assert gained["gain"] == {k: best[k] - first[k] for k in tables.METRICS} and gained["gain"]["eval_loss"] < 0
     ends = r"\[\S+, \S+\]"
-    gain = rf"eval_loss (\S+) {ends} \(lower is better\), exact_match \S+ {ends}, f1 \S+ {ends}"
+    gain = rf"eval_loss (\S+) {ends} \(lower is better\), exact_match \S+ {ends}, f1 \S+ {ends}; 99 % intervals"
     line = re.search(rf"\nGain over the baseline \(trial (\w+)\): {gain}\n", out)
     assert line.groups() == (first["trial_id"], f"{gained['gain']['eval_loss']:.4f}")
     assert f"<dt>Gain over the baseline (trial {first['trial_id']})</dt>" in (folder / "report.html").read_text()
