@@ -610,19 +610,23 @@ def run_functions(folder, command, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 
-def test_a_time_limit_that_was_changed_counts_as_it_is_now(tmp_path):
+def test_a_time_limit_that_was_changed_counts_as_it_is_now(site):
     """An hour longer than at the job's start: there is time to save, and a cancel is no time limit.
 
     Of Slurm the answers alone.
     """
-    text = (ROOT / "head_node.slurm").read_text()
-    trap = re.search("^\ttrap .*ERR$", text, re.MULTILINE).group()
-    functions = text[text.index("save_and_requeue() {") : text.index("set_traps() {")]
-    slurm = 'squeue() { echo 1:04:30; }; timeout() { shift; "$@"; }; cleanup() { :; }'
-    state = "SECONDS=118 time_limit=120 time_is_up=0 SLURM_JOB_ID=1; sleep 60 & script=$!"
-    command = f"{slurm}\n{functions}\n{trap}\n{state}\n"
-    command += 'save_and_requeue; echo "$time_limit $time_is_up"; cancelled; echo "$time_is_up"'
-    done = run_functions(tmp_path, command)
+    (site / "cluster.env").write_text("NUM_WORKERS=1\n")
+    done = run_beginning(
+        site,
+        "head_node.slurm",
+        """
+squeue() { echo 1:04:30; }; timeout() { shift; "$@"; }; cleanup() { :; }
+sleep 60 &> /dev/null &
+SECONDS=118 time_limit=120 time_is_up=0 script=$!
+save_and_requeue; echo "$time_limit $time_is_up"; cancelled; echo "$time_is_up"
+kill -KILL "$script" 2> /dev/null || true # it may have ended at SIGUSR1
+""",
+    )
     limit, *rest = done.stdout.split()
     assert 3988 <= int(limit) < 4000 and rest == ["1", "0"], done
 
@@ -867,41 +871,47 @@ def copy_functions(folder):
         shutil.copy(ROOT / "hpo/cluster" / name, folder / "hpo/cluster")
 
 
-def run_beginning(site, script, until, after):
-    """Runs a script up to a line, and other commands after it, without Slurm."""
-    text = (ROOT / script).read_text()
-    (site / script).write_text(text[: text.index(until)] + after)
-    environment = {**os.environ, "SLURMD_NODENAME": "node1", "SLURM_JOB_ID": "1"}
-    command = ["bash", script, str(site / "rendezvous")]
+def run_beginning(site, script, commands):
+    """Runs a script until it has read cluster.env, and then other commands, without Slurm.
+
+    Bash sources BASH_ENV before a script. Its trap replaces the first function that the script calls then.
+    """
+    (site / "commands.sh").write_text(commands)
+    function = FIRST_CALLS[script]
+    (site / "replace.sh").write_text(f"""unset BASH_ENV
+trap '[[ $BASH_COMMAND != {function}* ]] || {{ trap - DEBUG; {function}() {{ source ./commands.sh; exit; }}; }}' DEBUG
+""")
+    environment = {**os.environ, "SLURMD_NODENAME": "node1", "SLURM_JOB_ID": "1", "BASH_ENV": str(site / "replace.sh")}
+    command = ["bash", str(ROOT / script), str(site / "rendezvous")]
     return subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=60)
 
 
-SCRIPTS = {"head_node.slurm": "read_gpu_request", "worker_node.slurm": "ray_version 1"}
+FIRST_CALLS = {"head_node.slurm": "read_gpu_request", "worker_node.slurm": "ray_version"}
 
 
-@pytest.mark.parametrize("script, until", SCRIPTS.items())
-def test_cluster_env_runs_as_in_a_shell_and_the_script_does_not(site, script, until):
+@pytest.mark.parametrize("script", FIRST_CALLS)
+def test_cluster_env_runs_as_in_a_shell_and_the_script_does_not(site, script):
     """What fails there is told and does not end the job; after it, a failure and an unset variable do.
 
     Its traps and options end with it.
     """
-    done = run_beginning(site, script, until, 'echo "$KIND $SOURCED $NUM_WORKERS $-"; set -o | grep pipefail\nfalse\n')
+    done = run_beginning(site, script, 'echo "$KIND $SOURCED $NUM_WORKERS $-"; set -o | grep pipefail\nfalse\n')
     lines = re.sub(r"(?m)^\[([\d:]+ node1|head)\] ", "", done.stdout)
     assert lines.startswith(FAILED + "activated here 3 ehuBE\npipefail       \ton\n"), done
     assert re.search(r"line \d+ failed: false\n", lines) and done.returncode == 1
     (site / "cluster.env").write_text(CLUSTER_ENV + "trap - ERR EXIT TERM\nIFS=,\nset -f\nset +e\n")
     traps = "trap | grep -vc \"'' SIG\""  # those of the script: ignored signals are of whoever has started this test
-    same = run_beginning(site, script, until, f'{traps}; echo *.sh; words="a b"; printf "%s;" $words\nfalse\n')
+    same = run_beginning(site, script, f'{traps}; echo activ*; words="a b"; printf "%s;" $words\nfalse\n')
     assert re.search(r"\n[45]\nactivate.sh\na;b;.*line \d+ failed: false\n", same.stdout, re.DOTALL), same
     (site / "cluster.env").write_text(CLUSTER_ENV)
-    unset = run_beginning(site, script, until, 'echo "$NO_SUCH_VARIABLE"\n')
+    unset = run_beginning(site, script, 'echo "$NO_SUCH_VARIABLE"\n')
     assert "NO_SUCH_VARIABLE: unbound variable" in unset.stderr and unset.returncode == 1
 
 
-@pytest.mark.parametrize("script, until", SCRIPTS.items())
-def test_a_cluster_env_that_is_not_bash_ends_the_job(site, script, until):
+@pytest.mark.parametrize("script", FIRST_CALLS)
+def test_a_cluster_env_that_is_not_bash_ends_the_job(site, script):
     (site / "cluster.env").write_text("NUM_WORKERS=1\nfi\nGPUS_PER_NODE=1\n")
-    done = run_beginning(site, script, until, "echo reached\n")
+    done = run_beginning(site, script, "echo reached\n")
     (said,) = (line for line in done.stdout.splitlines() if "cluster.env" in line)
     assert said.endswith("./cluster.env: line 2: syntax error near unexpected token `fi'")
     assert done.returncode == 2 and "reached" not in done.stdout and done.stderr == ""
@@ -1313,6 +1323,6 @@ def refused(project, job, sentence):
 
 def test_cluster_env_that_exits(site):
     (site / "cluster.env").write_text("exit 3\n")
-    done = run_beginning(site, "head_node.slurm", SCRIPTS["head_node.slurm"], "")
+    done = run_beginning(site, "head_node.slurm", "")
     said = "cluster.env has ended the job, exit code 3: it must not call exit\n"
     assert done.returncode == 3 and said in done.stdout, done
