@@ -120,6 +120,15 @@ def is_storage(error: BaseException | str) -> bool:
     return any(text in str(error) for text in (*map(os.strerror, STORAGE), *of_libraries))
 
 
+def of_storage(error: BaseException, folder: Path) -> BaseException | None:
+    """An error of the run folder's file system. So is each OSError while the folder is gone. None for another error."""
+    if is_storage(error):
+        return error
+    if isinstance(error, OSError) and not folder.exists():
+        return OSError(errno.ESTALE, f"it is gone ({error})", str(folder))
+    return None
+
+
 def kind_of(error: BaseException | str) -> Kind:
     """What an error, or its text, means. An unknown one is the trial's: NaN, broken data, a mistake in the code."""
     names = _class_names(error)

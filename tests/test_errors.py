@@ -295,3 +295,12 @@ def test_a_device_side_assert_fails_the_trial_and_ends_its_process(tmp_path, tin
     assert re.search(f"trial {hit} .*failed after 0 iterations: .*device-side assert triggered", process.stdout), (
         process.stdout
     )
+
+
+def test_an_error_while_the_folder_is_gone_is_one_of_storage(tmp_path):
+    """Whatever the system says of it. Another error is not, and an error of storage stays as it is."""
+    missing, full = FileNotFoundError(2, "No such file or directory"), OSError(28, "No space left on device")
+    found = errors.of_storage(missing, tmp_path / "gone")
+    assert errors.is_storage(found) and "it is gone ([Errno 2]" in str(found)
+    assert errors.of_storage(missing, tmp_path) is None and errors.of_storage(full, tmp_path) is full
+    assert errors.of_storage(ValueError("gone"), tmp_path / "gone") is None

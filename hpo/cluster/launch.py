@@ -1,7 +1,6 @@
 """Starting and ending Ray, and waiting for storage."""
 
 import contextlib
-import errno
 import os
 import platform
 import sys
@@ -94,11 +93,8 @@ def ray_session(run: Run):
             start_ray(run.setup.gpus_per_trial, *folders, run.folder / code_copy.NAME)
             yield
         except BaseException as error:
-            if errors.is_storage(error):
-                storage_error = error
-            elif isinstance(error, OSError) and not run.folder.exists():
-                storage_error = OSError(errno.ESTALE, f"it is gone ({error})", str(run.folder))
-            else:
+            storage_error = errors.of_storage(error, run.folder)
+            if not storage_error:
                 early = isinstance(error, preemption.Preempted) or not isinstance(error, Exception)
                 run.write("interrupted" if early else "failed")
                 raise
