@@ -172,10 +172,10 @@ def pace(
             if step == warm:
                 wait()
                 (Path(barrier) / f"{batch_size}-{number}").touch()
-                deadline = time.monotonic() + 300
+                deadline = time.monotonic() + 60
                 while len(list(Path(barrier).glob(f"{batch_size}-*"))) < together:
                     if time.monotonic() > deadline:
-                        raise TimeoutError(f"not all {together} processes are at batch size {batch_size} after 300 s")
+                        raise TimeoutError(f"not all {together} processes are at batch size {batch_size} after 60 s")
                     time.sleep(0.01)
                 self.began = time.perf_counter()
             elif step > warm and step % at_size(tiny, 5, 1) == 0 and time.perf_counter() > self.began + window:

@@ -117,14 +117,15 @@ def make_parser(description: str) -> Parser:
         "of a run of the same search enter the model; of another one, the best settings are tried first")  # fmt: skip
     add("--baseline", action="store_true", help="train the first known setting (KNOWN, --try) to the end, also if it "
         "loses, and say what the search has gained over it")  # fmt: skip
-    add("--finish", type=int, default=0, metavar="N", help="after the search train up to N of the trials to the "
-        "end that were stopped although they were not clearly worse than promoted ones (default: 0)")  # fmt: skip
+    add("--finish", type=int, default=0, metavar="N", help="after the search train to the end up to N of the "
+        "trials that were stopped although they were not clearly worse than promoted ones (default: 0)")  # fmt: skip
     add("--repeats", type=int, default=0, metavar="N", help="at the end train the best trial, and the baseline, N "
         "times more with other seeds, and say how much their results differ (default: 0)")  # fmt: skip
     add("--seed", type=int, default=42, help="of the search, the split and each training (default: 42)")
     add("--output_dir", default="results", help="the run folder is <output_dir>/<run_name> (default: results)")
     add("--run_name", help="default: bloom_bohb-<job id, or time>, and check-<job id, or time> with --check")
-    add("--report_to", choices=TRACKER_PACKAGES, default="tensorboard", help="the tracker (default: tensorboard)")
+    add("--report_to", choices=TRACKER_PACKAGES, default="tensorboard", help="experiment tracker "
+        "(default: tensorboard)")  # fmt: skip
     add(
         "--trial_timeout",
         type=float,

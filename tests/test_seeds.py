@@ -61,7 +61,7 @@ def test_what_is_said(tmp_path):
     assert base.startswith("Repeats of the baseline (12345678) with seed 43, 44, 45: eval_loss 0.9000, 1.0000, 1.1000")
     half = 4.3027 * 0.1 / math.sqrt(3)  # of the differences -0.3, -0.2 and -0.4
     ends = f"[{-0.3 - half:.4f}, {-0.3 + half:.4f}]"
-    assert gain.endswith(f"the same seed: eval_loss -0.3000 {ends} on average (95 % t interval, 3 seeds).")
+    assert gain.endswith(f"the same seed: eval_loss -0.3000 {ends} on average (3 seeds, 95 % t interval).")
 
 
 def test_a_metric_where_more_is_better(tmp_path):
@@ -119,8 +119,9 @@ def test_few_and_failed_repeats(tmp_path):
     assert said(tmp_path, [row()], [failed]) == ["Repeats of the best trial (a) with seed 99, 1 failed."]
     others = [row("s", 43, "base"), row("t", 44, "base"), row("u", 99, "base")]  # no interval without a spread
     assert said(tmp_path, [row(), row("base")], same + others, baseline="base")[-1].endswith(
-        "same seed: eval_loss +0.0000 on average (95 % t interval, 2 seeds)."
+        "same seed: eval_loss +0.0000 on average (2 seeds, all with the same difference)."
     )
+    assert seeds.of_differences([(150 + i) / 200 - (149 + i) / 200 for i in range(3)]) is None  # EM of 200 questions
 
 
 def test_the_baseline_that_is_the_best_trial_is_told_once(tmp_path):

@@ -643,6 +643,9 @@ kill -KILL "$script" 2> /dev/null || true # it may have ended at SIGUSR1
         ("--gres=gpu:a100", " 1"),
         ("--gres=gpu:3g.20gb", " 1"),
         ("--gres=gpu", " 1"),
+        ("-G4", " 4"),
+        ("-G a100:4", "a100 4"),
+        ("--gres=shard:4", " 7"),  # as GPUS_PER_NODE says
     ],
 )
 def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
@@ -653,6 +656,7 @@ def test_number_and_type_of_gpus(monkeypatch, tmp_path, request_, found):
     (tmp_path / "sbatch").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("GPU_REQUEST", request_)
+    monkeypatch.setenv("GPUS_PER_NODE", "7")
     assert machines.read_cluster_env()["GPUS_PER_NODE"] == int(found.split(" ")[1])
 
 
@@ -669,17 +673,6 @@ def test_no_gpus_whatever_the_site_asks_for(monkeypatch, tmp_path, request_):
     assert machines.read_cluster_env()["GPUS_PER_NODE"] == 0
 
 
-def test_gpus_of_the_whole_job_are_refused(monkeypatch, tmp_path):
-    """-G4 does not say how many GPUs a node has."""
-    done = run_functions(tmp_path, 'GPU_REQUEST=-G4 GPUS_PER_NODE=1; read_gpu_request; echo "$GPUS_PER_NODE"')
-    assert done.stdout == "unknown with GPU_REQUEST=-G4\n", done
-    (tmp_path / "sbatch").touch(mode=0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("GPU_REQUEST", "-G4")
-    with pytest.raises(errors.BadInput, match="GPUS_PER_NODE is unknown with GPU_REQUEST=-G4: not a number$"):
-        machines.read_cluster_env()
-
-
 @pytest.mark.parametrize(
     "reason, words",
     [
@@ -693,6 +686,12 @@ def test_gpus_of_the_whole_job_are_refused(monkeypatch, tmp_path):
         ("MaxMemPerLimit", "it asks for more memory than the site allows"),
         ("PartitionTimeLimit", "it asks for more than the partition allows"),
         ("BeginTime", "it waits for the time or the job"),
+        ("Priority", "other jobs come first"),
+        ("InvalidAccount", "its QOS or account may not be used here"),
+        ("PartitionDown", "its partition is down or inactive"),
+        ("BadConstraints", "no node has what it asks for"),
+        ("Licenses", "its licences are in use; "),
+        ("JobHoldMaxRequeue", "it is held"),
         ("SomethingNew", 'see "job reason codes"'),
     ],
 )

@@ -24,14 +24,12 @@ seconds() { # [[days-]hours:minutes:seconds]: prints it in seconds; prints nothi
 read_gpu_request() { # sets $request, the option of sbatch for GPUs, and from it $GPUS_PER_NODE and $gpu_type
 	[[ ${GPUS_PER_NODE-} != 0 ]] || GPU_REQUEST='' # no GPUs, whatever cluster.env says
 	request=${GPU_REQUEST:---gpus-per-node=${GPUS_PER_NODE-}} gpu_type=''
-	# --gpus-per-node=[type:]number, or --gres=gpu[:type][:number], among others
-	if [[ $request =~ gpu[a-z-]*[:=](([^:,=]+):)?([0-9]+)([,\(]|$) ]]; then
-		gpu_type=${BASH_REMATCH[2]} GPUS_PER_NODE=${BASH_REMATCH[3]}
+	# --gpus-per-node=[type:]number, -G[type:]number, or --gres=gpu[:type][:number], among others
+	if [[ $request =~ (gpu[a-z-]*[:=]|^-G *)(([^:,=]+):)?([0-9]+)([,\(]|$) ]]; then
+		gpu_type=${BASH_REMATCH[3]} GPUS_PER_NODE=${BASH_REMATCH[4]}
 	elif [[ $request =~ gres=(.*,)?gpu(:[^:,]*[^0-9:,][^:,]*)?(,|$) ]]; then
 		GPUS_PER_NODE=1
-	elif [[ ${GPU_REQUEST-} && $request != none ]]; then
-		GPUS_PER_NODE="unknown with GPU_REQUEST=$GPU_REQUEST"
-	fi
+	fi # else, as with --gres=shard:4, it is as given
 }
 
 set_exclude() { # sets $exclude, for worker jobs: this node, the head's --exclude, and that of WORKER_OPTIONS
@@ -192,9 +190,10 @@ start_local_worker() { # [node of this job]
 # -- and watched, and replaced ----------------------------------------------------------------------------------------
 
 read_answers() { # a worker writes in $rendezvous that it has joined, or why it cannot
-	local file worker what word='' rest=''
+	local file worker what word rest
 	for file in "$rendezvous"/worker-*; do
 		[[ -s $file ]] || continue
+		word='' rest='' # if the file cannot be opened, they stay so
 		read -r word rest < "$file" || [[ $word ]] || continue
 		worker=${file#"$rendezvous"/worker-}
 		[[ " ${own_nodes[*]} " == *" $worker "* ]] && what="on $worker" || what="job $worker"

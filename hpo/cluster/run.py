@@ -182,7 +182,7 @@ class Run:
         intervals.save(self.folder / "scores" / "test.npz", scores)
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         test = {"date": date, "trial_id": trial_id, "questions": len(test_set), **metrics}
-        self.facts["tests"].append(test | {"intervals": intervals.score_intervals(scores)})
+        self.facts["tests"].append(test | {"intervals": intervals.score_intervals(scores, self.setup.unanswerable)})
         self.write("running")
 
     def write(self, status: str) -> None:

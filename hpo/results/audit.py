@@ -224,10 +224,10 @@ def no_effect(trials, iterations, metric: str, drawn: list[dict], losses: np.nda
 def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int], first: dict) -> list[str]:
     """Whether the model-based suggestions were better than the random ones, and where the best trial came from.
 
-    At each rung only the trials that start there are compared: promoted ones had to pass the same comparison before.
-    A trial starts at its first iteration with an EM. With EM or F1 as the metric every iteration has one, so only the
-    first rung is used. The p value is of the one-sided Mann-Whitney test, the interval that of Brunner and Munzel
-    (2000).
+    At the first rung all trials are compared, at a later one only those that start there: promoted ones had to pass the
+    same comparison before. A trial starts at its first iteration with an EM. With EM or F1 as the metric every
+    iteration has one, so only the first rung is used. The p value is of the one-sided Mann-Whitney test, the interval
+    that of Brunner and Munzel (2000).
     """
     kinds, said = {t["trial_id"]: origin(t) for t in trials}, []
     best = ranked(trials, metric)[0]

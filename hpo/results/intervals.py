@@ -128,18 +128,17 @@ def of_passages(values: np.ndarray, scores: dict, metric: str) -> tuple[np.ndarr
     return np.bincount(passage, values), np.bincount(passage, weights)
 
 
-def score_intervals(scores: dict | None) -> dict[str, tuple[float, float]]:
-    """The interval of each metric, by its name, from the arrays of `load`. Empty where there are none.
+def score_intervals(scores: dict | None, v2: bool = False) -> dict[str, tuple[float, float]]:
+    """The interval of each metric, by its name, from the arrays of `load`; of V2_METRICS too, where v2 is true.
 
-    Those of V2_METRICS only if there are questions without an answer.
+    Empty where there are no scores. A metric without questions, or whose interval is not known, is missing.
     """
     if not scores:
         return {}
     found = {name: interval(*of_passages(scores[name], scores, name), name != "eval_loss") for name in METRICS}
-    has_answer = scores.get("has_answer", np.ones(1, bool))  # older runs do not have it
-    if not has_answer.all():
+    if v2:
         for name, metric in zip(V2_METRICS, ("exact_match", "f1") * 2, strict=True):
-            some = has_answer == name.startswith("HasAns")
+            some = scores["has_answer"] == name.startswith("HasAns")
             passages = {"passage": scores["passage"][some]}
             found[name] = interval(*of_passages(scores[metric][some], passages, metric), proportion=True)
     return {name: ends for name, ends in found.items() if ends}

@@ -80,10 +80,11 @@ def in_sentences(run_dir: Path, trials: list[dict], metric: str, baseline: str |
     pairs = of_same_seed(found["best trial"], found["baseline"], metric)
     if len(pairs) > 1:
         minus = [one - other for one, other in pairs]
-        text = in_words(statistics.fmean(minus), of_differences(minus), "+")
+        ends = of_differences(minus)
+        how = "95 % t interval" if ends else "all with the same difference"
         said.append(
-            f"Repeats of the best trial minus those of the baseline with the same seed: {metric} {text} on average "
-            f"(95 % t interval, {len(pairs)} seeds)."
+            "Repeats of the best trial minus those of the baseline with the same seed: "
+            f"{metric} {in_words(statistics.fmean(minus), ends, '+')} on average ({len(pairs)} seeds, {how})."
         )
     return said
 
@@ -96,7 +97,7 @@ def of_same_seed(rows: list[dict], others: list[dict], metric: str) -> list[tupl
 
 def of_differences(minus: list[float]) -> tuple[float, float] | None:
     """The 95 % t interval of a mean difference of pairs (Student 1908). None where all differences are the same."""
-    if len(set(minus)) == 1:
+    if max(minus) - min(minus) < 1e-9:  # EM of n questions is k / n, with errors of rounding
         return None
     ends = stats.ttest_1samp(minus, 0).confidence_interval(CONFIDENCE)
     return float(ends.low), float(ends.high)

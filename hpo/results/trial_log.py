@@ -26,9 +26,9 @@ from hpo.results.tables import (
     rank,
 )
 
+# Attributes of a TrialLog that a saved state has.
+SAVED = ("trials", "iterations", "configs", "best", "saved_checkpoints", "hardware")
 # The usual range of values in a fine-tuning. The log warns about values outside of it.
-# attributes of a TrialLog that a saved state has
-SAVED = {"trials", "iterations", "configs", "best", "saved_checkpoints", "hardware"}
 USUAL_RANGE = {"grad_norm": (1e-4, 1e3), "loss_scale": (16, 2**32)}
 
 
@@ -89,8 +89,8 @@ class TrialLog(Callback):
                 and before Tune removed it.
         """
         self.started_at = time.time() - state["seconds"]
-        for name in SAVED & state.keys():  # older states lack some
-            setattr(self, name, state[name])
+        for name in SAVED:
+            setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some
         self.started = set(self.trials)
         for trial_id, row in self.trials.items():
             if row["status"] not in ENDED and trial_id not in live:
