@@ -23,7 +23,7 @@ from hpo.results.slot_time import SlotTime
 from hpo.results.slots import trials_per_gpu
 from hpo.results.trial_log import TrialLog
 
-NO_LIMIT = 10_000  # trials that may wait for a worker process, where the number of trials is not known
+UNBOUNDED = 10_000  # trials that may wait for a worker process, where the number of trials is not known
 
 
 class SearchSession:
@@ -44,7 +44,7 @@ class SearchSession:
         # If the whole first rung has failed, the search ends. One trial alone does not end it, and no repeat.
         num_samples = args.num_samples or math.inf
         first_rung = min(num_samples, max(4, rungs(args.max_t, args.reduction_factor)[0][0][0]))
-        first_rung = NO_LIMIT if run.may_fail else first_rung
+        first_rung = UNBOUNDED if run.may_fail else first_rung
         self.log = TrialLog(
             run_dir=run.folder,
             searcher=searcher,
@@ -96,7 +96,7 @@ class SearchSession:
             self.log.num_samples = len(searcher.suggested)
         # By default Tune starts worker processes one by one. With this variable it starts one for each pending trial.
         # The searcher suggests one trial more than there are slots.
-        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or NO_LIMIT)
+        os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(args.num_samples or UNBOUNDED)
         self.slot_time.count_slots()
         os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # the tables and --report_to have everything
         self.setup.stop_file.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from hpo.plan.simulator import Simulation
 from hpo.results.slots import trials_per_gpu
 from hpo.squad import loading
 
-MOST = 100_000  # iterations; the time of a plan with a budget grows with the square of its length
+MAX_ITERATIONS = 100_000  # iterations; the time of a plan with a budget grows with the square of its length
 
 
 @dataclass
@@ -185,8 +185,9 @@ def within_budget(args, space: dict, setting: dict, seconds: float) -> Forecast:
     if args.gpu_hours is not None:
         hours.append(args.gpu_hours / setting["slots"] / (args.gpus_per_trial or 1))
     length, budget = min(hours) * 3600 / seconds, " and ".join(arguments.budget_in_words(args))
-    if length * setting["slots"] > MOST:
-        raise BadInput(f"{budget}: on {setting['slots']} slots more than {MOST:,} iterations, too many for a plan")
+    if length * setting["slots"] > MAX_ITERATIONS:
+        more = f"more than {MAX_ITERATIONS:,} iterations, too many for a plan"
+        raise BadInput(f"{budget}: on {setting['slots']} slots {more}")
     known = {"first": args.known, "baseline": args.baseline}
     found = forecast(space, **setting, **known, length=length, further=further_trainings(args))
     if not found.trials:

@@ -184,13 +184,17 @@ def of_gain(run_dir: Path, trials: list[dict], best: dict, baseline: dict) -> di
     return {name: ends[1:] for name, ends in found.items() if ends}
 
 
+def came_to_a_rung(trials: list[dict]) -> int:
+    """The number of trials that have a result: the best trial was chosen among these."""
+    return sum(row["training_iteration"] > 0 for row in trials)
+
+
 def level_of(trials: list[dict]) -> float:
     """The level of each comparison with the best trial: Bonferroni's, for all other trials that came to a rung.
 
     Not for the finalists alone: they were promoted for their scores on the same questions.
     """
-    others = sum(row["training_iteration"] > 0 for row in trials) - 1
-    return 1 - (1 - CONFIDENCE) / max(1, others)
+    return 1 - (1 - CONFIDENCE) / max(1, came_to_a_rung(trials) - 1)
 
 
 def versus_best(run_dir: Path, trials: list[dict], metric: str) -> dict[str, tuple[float, float, float]]:

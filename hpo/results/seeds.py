@@ -12,7 +12,7 @@ from pathlib import Path
 from scipy import stats
 
 from hpo.files import read_csv
-from hpo.results.intervals import CONFIDENCE, finalists
+from hpo.results.intervals import CONFIDENCE, came_to_a_rung, finalists
 from hpo.results.tables import METRICS, MODES, badness, in_words
 
 FOLDER = "repeats"  # in the run folder; it has trials.csv and iterations.csv
@@ -75,24 +75,22 @@ def in_sentences(run_dir: Path, trials: list[dict], metric: str, baseline: str |
     values = scores(found["best trial"], metric)
     trained = max((row["training_iteration"] for row in found["best trial"]), default=0)
     if values and best["training_iteration"] == trained:  # not if all trials that were trained to the end have failed
-        number = sum(row["training_iteration"] > 0 for row in trials)
-        said.append(curse_in_words(best, values, number, len(compared), metric))
-    pairs = of_same_seed(found["best trial"], found["baseline"], metric)
-    if len(pairs) > 1:
-        minus = [one - other for one, other in pairs]
+        said.append(curse_in_words(best, values, came_to_a_rung(trials), len(compared), metric))
+    minus = differences_by_seed(found["best trial"], found["baseline"], metric)
+    if len(minus) > 1:
         ends = of_differences(minus)
         how = "95 % t interval" if ends else "all with the same difference"
         said.append(
             "Repeats of the best trial minus those of the baseline with the same seed: "
-            f"{metric} {in_words(statistics.fmean(minus), ends, '+')} on average ({len(pairs)} seeds, {how})."
+            f"{metric} {in_words(statistics.fmean(minus), ends, '+')} on average ({len(minus)} seeds, {how})."
         )
     return said
 
 
-def of_same_seed(rows: list[dict], others: list[dict], metric: str) -> list[tuple[float, float]]:
-    """The scores of repeats of two trials, in pairs with the same seed. Those that were not completed are left out."""
+def differences_by_seed(rows: list[dict], others: list[dict], metric: str) -> list[float]:
+    """Repeats of one trial minus those of another with the same seed. Those that were not completed are left out."""
     one, other = ({row["seed"]: v for row in half for v in scores([row], metric)} for half in (rows, others))
-    return [(one[seed], other[seed]) for seed in one if seed in other]
+    return [one[seed] - other[seed] for seed in one if seed in other]
 
 
 def of_differences(minus: list[float]) -> tuple[float, float] | None:

@@ -90,7 +90,8 @@ class TrialLog(Callback):
         """
         self.started_at = time.time() - state["seconds"]
         for name in SAVED:
-            setattr(self, name, state.get(name, getattr(self, name)))  # older states lack some
+            if name in state:  # older states lack some
+                setattr(self, name, state[name])
         self.started = set(self.trials)
         for trial_id, row in self.trials.items():
             if row["status"] not in ENDED and trial_id not in live:
