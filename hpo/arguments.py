@@ -168,18 +168,9 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     parser.set_defaults(**dict.fromkeys(vars(args)))
     args.given = {name for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     args.ranges, args.known, args.earlier_results = ranges.read(os.environ), [], []
-    for other in ("plan", "prefetch", "resume"):
-        if args.check and getattr(args, other):
-            raise BadInput(f"--check: not with --{other}")
-    if args.plan and args.resume:
-        raise BadInput("--plan: not with --resume")
-    if args.new_code and not args.resume:
-        raise BadInput("--new_code: only with --resume")
-    for name in ("reduction_factor", "max_concurrent_trials"):
-        if not args.plan:
-            if len(getattr(args, name)) > 1:
-                raise BadInput(f"--{name}: several values only with --plan")
-            setattr(args, name, getattr(args, name)[0])
+    check_combinations(args)
+    if not args.plan:
+        args.reduction_factor, args.max_concurrent_trials = args.reduction_factor[0], args.max_concurrent_trials[0]
     default = "check" if args.check else "bloom_bohb"
     args.run_name = args.run_name or f"{default}-{os.environ.get('SLURM_JOB_ID', time.strftime('%Y%m%d-%H%M%S'))}"
     if not re.fullmatch(r"[\w.-]+", args.run_name) or args.run_name in (".", ".."):
@@ -190,26 +181,39 @@ def parse(description: str, argv: list[str] | None = None) -> argparse.Namespace
     args.new_code &= not restarted  # it has been taken when the job began
     if args.resume:
         load_from_run(args)
-    if args.plan and args.from_check is not None:
-        if args.seconds_per_iteration is not None:
-            raise BadInput("--from_check: not with --seconds_per_iteration")
+    if args.from_check is not None:
         take_from_check(args)
     check_values(args)
-    if not args.plan:
-        for name in ("seconds_per_iteration", "from_check"):
-            if getattr(args, name) is not None:
-                raise BadInput(f"--{name}: only with --plan")
-        if not has_budget(args):
-            args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
-    elif args.seconds_per_iteration is not None:
+    if args.seconds_per_iteration is not None:
         args.seconds_per_iteration = seconds_per_iteration(args.seconds_per_iteration)
-    elif has_budget(args) and args.from_check is None:
+    if args.plan and has_budget(args) and args.seconds_per_iteration is None and args.from_check is None:
         raise BadInput(f"--plan: {' '.join(budget_in_words(args))}: needs --seconds_per_iteration or --from_check")
+    if not args.plan and not has_budget(args):
+        args.num_samples = args.num_samples or band_size(args.max_t, args.reduction_factor)
     if args.from_check is not None:
         args.cluster = None
     else:
         args.cluster = machines.read_cluster_env() if args.plan else machines.cluster_of_job()
     return args
+
+
+def check_combinations(args: argparse.Namespace) -> None:
+    """Raises BadInput where one flag does not go with another, or needs one that is not given."""
+    for other in ("plan", "prefetch", "resume"):
+        if args.check and getattr(args, other):
+            raise BadInput(f"--check: not with --{other}")
+    if args.plan and args.resume:
+        raise BadInput("--plan: not with --resume")
+    if args.new_code and not args.resume:
+        raise BadInput("--new_code: only with --resume")
+    for name in ("reduction_factor", "max_concurrent_trials"):
+        if not args.plan and len(getattr(args, name)) > 1:
+            raise BadInput(f"--{name}: several values only with --plan")
+    for name in ("seconds_per_iteration", "from_check"):
+        if not args.plan and getattr(args, name) is not None:
+            raise BadInput(f"--{name}: only with --plan")
+    if args.from_check is not None and args.seconds_per_iteration is not None:
+        raise BadInput("--from_check: not with --seconds_per_iteration")
 
 
 def has_budget(args: argparse.Namespace) -> bool:

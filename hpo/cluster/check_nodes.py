@@ -56,8 +56,7 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
         BadInput: a node is not ok. The table says why.
     """
     setting = {name: getattr(args, name) for name in ("num_samples", "max_t", "reduction_factor")}
-    setting["slots"] = machines.slots(args)
-    forecast = plan.band_forecast(args, space, setting)
+    forecast = plan.band_forecast(args, space, setting | {"slots": machines.slots(args)})
     adapters = plan.count_adapters(args, largest["lora_r"], setup.model)
     disk_bytes = loading.disk_bytes(setup.model, adapters)
     shared = make_folders(args, setup.run_dir)
@@ -74,33 +73,61 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
             shutil.rmtree(shared, ignore_errors=True)
     of_head = ", ".join(f"{name} {version}" for name, version in versions().items())
     print(f"\nversions of the head: {of_head}\n\n{table(rows, bool(setup.gpus_per_trial))}\n", flush=True)
-    bad = sum(bool(row["problems"]) for row in rows)
     measured = pace_of(rows, [size for _, size in batches], setup, setups[0][1])
-    facts = {"ok": not bad, "job": machines.slurm_job(), "arguments": arguments.kept(args)}
-    facts["environment"] = args.ranges
-    facts |= {"model_folder": str(setup.model.absolute())}
-    facts |= {"largest": largest, "questions": {"train": len(setup.train), "selection": len(setup.selection)}}
-    facts |= {"ds_config": setup.ds_config, "pace": measured, "nodes": rows, "versions": versions()}
-    facts |= {"git_commit": git_commit(arguments.ROOT)}
+    facts = {
+        "ok": not any(row["problems"] for row in rows),
+        "job": machines.slurm_job(),
+        "arguments": arguments.kept(args),
+        "environment": args.ranges,
+        "model_folder": str(setup.model.absolute()),
+        "largest": largest,
+        "questions": {"train": len(setup.train), "selection": len(setup.selection)},
+        "ds_config": setup.ds_config,
+        "pace": measured,
+        "nodes": rows,
+        "versions": versions(),
+        "git_commit": git_commit(arguments.ROOT),
+    }
     setting["slots"] = slots_that_passed(rows, args.max_concurrent_trials)
     if setting["slots"]:
         forecast = plan.band_forecast(args, space, setting)
         questions = len(setup.train) * args.num_train_epochs
-        seconds = pace.seconds_per_iteration(measured, forecast, args.max_t, questions, len(setup.selection))
-        facts["seconds_per_iteration"] = seconds
+        facts["seconds_per_iteration"] = pace.seconds_per_iteration(
+            measured, forecast, args.max_t, questions, len(setup.selection)
+        )
     write_json(setup.run_dir / "check.json", facts)
+    print_outlook(args, space, setting, facts, disk_bytes)
+
+
+def print_outlook(args, space: dict, setting: dict, facts: dict, disk_bytes: tuple[int, int]) -> None:
+    """Prints the plan of the search on the nodes that are ok, and the memory that the small trials have taken.
+
+    Args:
+        args: the arguments of the program.
+        space: the search space.
+        setting: {"num_samples", "max_t", "reduction_factor", "slots"}, slots of the nodes that are ok.
+        facts: the content of check.json.
+        disk_bytes: see loading.disk_bytes.
+
+    Raises:
+        BadInput: a node is not ok.
+    """
+    nodes, bad = len(facts["nodes"]), sum(bool(row["problems"]) for row in facts["nodes"])
     if setting["slots"]:
+        seconds = facts["seconds_per_iteration"]
         if arguments.has_budget(args):
             forecast = plan.within_budget(args, space, setting, seconds)
-            setting["num_samples"] = forecast.trials
-        print(f"plan for {setting['slots']} slots, on the nodes that are ok ({len(rows) - bad} of {len(rows)}):\n")
+            setting = setting | {"num_samples": forecast.trials}
+        else:
+            forecast = plan.band_forecast(args, space, setting)
+        print(f"plan for {setting['slots']} slots, on the nodes that are ok ({nodes - bad} of {nodes}):\n")
         limit = machines.time_limit()
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))
-    if measured:
-        print(memory_in_words(args.gpus_per_trial, measured))
+    if facts["pace"]:
+        print(memory_in_words(args.gpus_per_trial, facts["pace"]))
         print(f"for other settings: --plan --from_check {shlex.quote(f'{args.output_dir}/{args.run_name}')}")
     if bad:
-        raise BadInput(f"--check: {bad} of {len(rows)} nodes are not ok, see the table above")
+        raise BadInput(f"--check: {bad} of {nodes} nodes are not ok, see the table above")
 
 
 def make_folders(args, run_dir: Path) -> Path:

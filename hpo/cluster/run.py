@@ -81,20 +81,7 @@ class Run:
         if args.resume:
             self.take_over(earlier)
             goes_on = earlier.get("status") != "done" and args.num_samples == earlier["arguments"]["num_samples"]
-        # With a budget it is a forecast of two bands: what a search of several needs on disk.
-        trials = args.num_samples or 2 * band_size(args.max_t, args.reduction_factor)
-        size = trials, args.max_t, args.reduction_factor, self.slots
-        further = further_trainings(args)
-        finish = {"finish": further["finish"]}  # repeats have a forecast of their own
-        self.forecast = forecast(space, *size, short_ends(self.state), args.known, args.baseline, further=finish)
-        r = search_space.largest_trial(space, args)["lora_r"]
-        self.adapters = lora.count_trained(setup.model, r, args.lora_target_modules)  # of the largest rank
-        checkpoint, best_model = loading.disk_bytes(setup.model, self.adapters)
-        of_repeats = most_checkpoints(further["repeats"], self.slots)
-        self.forecast.checkpoints = max(self.forecast.checkpoints, of_repeats)
-        self.needed = self.forecast.disk(checkpoint, best_model)
-        if (self.folder / "best_model").exists():
-            self.needed += best_model  # a better one is written beside it
+        self.set_forecast()
         if not goes_on:
             machines.check_disk(self.folder.parent, self.needed - disk.used(self.folder))
         if not args.resume:
@@ -106,6 +93,26 @@ class Run:
         self.facts.setdefault("code_sha256", folder_hash(self.folder / code_copy.NAME))
         intervals.save(self.folder / "scores" / "selection.npz", intervals.questions_of(setup.selection))
         self.write("running")
+
+    def set_forecast(self) -> None:
+        """Sets `forecast`, `adapters` (trained parameters of LoRA, at the largest rank) and `needed`."""
+        args = self.args
+        # With a budget it is a forecast of two bands: what a search of several needs on disk.
+        trials = args.num_samples or 2 * band_size(args.max_t, args.reduction_factor)
+        size = trials, args.max_t, args.reduction_factor, self.slots
+        further = further_trainings(args)
+        finish = {"finish": further["finish"]}  # repeats have a forecast of their own
+        self.forecast = forecast(
+            self.space, *size, short_ends(self.state), args.known, args.baseline, further=finish
+        )
+        of_repeats = most_checkpoints(further["repeats"], self.slots)
+        self.forecast.checkpoints = max(self.forecast.checkpoints, of_repeats)
+        r = search_space.largest_trial(self.space, args)["lora_r"]
+        self.adapters = lora.count_trained(self.setup.model, r, args.lora_target_modules)
+        checkpoint, best_model = loading.disk_bytes(self.setup.model, self.adapters)
+        self.needed = self.forecast.disk(checkpoint, best_model)
+        if (self.folder / "best_model").exists():
+            self.needed += best_model  # a better one is written beside it
 
     def take_over(self, earlier: dict) -> None:
         """Takes over the known settings, the results and the saved state of an earlier search.

@@ -101,19 +101,11 @@ def forecast(
     for trials in (*ends, num_samples):
         simulation.search_alg.num_samples = trials
         simulation.run()
-    rungs = []
-    for number, bracket in enumerate(scheduler.brackets, 1):
-        below = 0
-        for _, budget in bracket.rungs:
-            trials = sum(
-                o["budget"] == budget and scheduler.bracket_of(o["trial_id"]) is bracket for o in searcher.observations
-            )
-            rungs.append((number, budget, trials, trials * (budget - below)))
-            below = budget
     created, time = simulation.search_alg.created, simulation.now
+    rungs = rungs_of(scheduler, searcher)
     checkpoints = [most_checkpoints(created, slots, most)]
     iterations = [(start, end) for start, end, *_ in simulation.reports]
-    completed = sum(trials for _, budget, trials, _ in rungs if budget == max_t)
+    completed = sum(trials for _, rung, trials, _ in rungs if rung == max_t)
     for name, trainings in (further or {}).items():
         trainings = min(trainings, created - completed) if name == "finish" else trainings
         checkpoints.append(most_checkpoints(trainings, slots))
@@ -121,21 +113,38 @@ def forecast(
         starts = [time + i // slots * max_t + t for i in range(trainings) for t in range(max_t)]
         iterations += [(start, start + 1) for start in starts]
         time += math.ceil(trainings / slots) * max_t
-    tenth = time / 10 or 1.0  # no trial fits into the length
-    busy = [
+    return Forecast(
+        trials=created,
+        rungs=rungs,
+        suggested=next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), created),
+        model_based=searcher.model_based,
+        checkpoints=max(checkpoints),
+        iterations=len(iterations),
+        time=time,
+        busy=busy_by_tenths(iterations, time, slots),
+    )
+
+
+def rungs_of(scheduler: HyperBandForBOHB, searcher: TuneBOHB) -> list[tuple[int, int, int, int]]:
+    """The rungs of all brackets of a search, see Forecast."""
+    rungs = []
+    for number, bracket in enumerate(scheduler.brackets, 1):
+        below = 0
+        for _, rung in bracket.rungs:
+            reached = [o["trial_id"] for o in searcher.observations if o["budget"] == rung]
+            trials = sum(scheduler.bracket_of(trial_id) is bracket for trial_id in reached)
+            rungs.append((number, rung, trials, trials * (rung - below)))
+            below = rung
+    return rungs
+
+
+def busy_by_tenths(iterations: list[tuple[float, float]], time: float, slots: int) -> list[float]:
+    """For each tenth of a time, the share of the slots' time in which they run iterations (start, end)."""
+    tenth = time / 10 or 1.0  # there is no time where no trial fits into the length
+    return [
         sum(max(0.0, min(end, (i + 1) * tenth) - max(start, i * tenth)) for start, end in iterations) / tenth / slots
         for i in range(10)
     ]
-    return Forecast(
-        created,
-        rungs,
-        next((i for i, s in enumerate(searcher.suggested.values()) if s["model_based"]), created),
-        searcher.model_based,
-        max(checkpoints),
-        len(iterations),
-        time,
-        busy,
-    )
 
 
 def most_checkpoints(trainings: int, slots: int, paused: int = 0) -> int:
