@@ -85,7 +85,8 @@ def read_cluster_env() -> dict[str, int] | None:
     in_job = "HPO_NODES" in os.environ  # head_node.slurm has read the file, and knows where trials run
     if in_job or not shutil.which("sbatch") or not (ROOT / "cluster.env").exists():
         return cluster_of_job()
-    says = 'echo "cluster.env: line $LINENO: $BASH_COMMAND failed with exit code $failed" >&3'
+    line = '$(sed -n "${LINENO}p" ./cluster.env)'  # as in slurm.sh
+    says = f'echo "cluster.env: line $LINENO: {line} failed with exit code $failed" >&3'
     trap = f"trap 'failed=$?; [[ ${{BASH_SOURCE[0]}} != ./cluster.env ]] || {says}' ERR"
     read = f"{trap}; set -a; source ./cluster.env &> /dev/null; trap - ERR"
     read += '; source "$0/hpo/cluster/head.sh"; read_gpu_request; export GPUS_PER_NODE; env -0'

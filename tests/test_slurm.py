@@ -847,7 +847,7 @@ NUM_WORKERS=3 GPUS_PER_NODE=2 CPUS_PER_NODE=1
 """
 FAILED = """cluster.env: line 9: [ -n "$BASHRCSOURCED" ] failed with exit code 1
 cluster.env: line 10: source ./none.sh failed with exit code 1
-cluster.env: line 12: ( exit 3 ) failed with exit code 3
+cluster.env: line 12: (exit 3) failed with exit code 3
 """
 
 
@@ -905,6 +905,38 @@ def test_cluster_env_runs_as_in_a_shell_and_the_script_does_not(site, script):
     (site / "cluster.env").write_text(CLUSTER_ENV)
     unset = run_beginning(site, script, 'echo "$NO_SUCH_VARIABLE"\n')
     assert "NO_SUCH_VARIABLE: unbound variable" in unset.stderr and unset.returncode == 1
+
+
+LMOD = Path("/usr/share/lmod/lmod/init/bash")  # Debian's package lmod
+
+
+@pytest.mark.parametrize("script", FIRST_CALLS)
+def test_modules_as_in_the_docs(site, script, monkeypatch):
+    """With Lmod itself: the commands of docs/slurm.md replace the line of VENV. A missing module is told."""
+    if not LMOD.exists():
+        assert not os.environ.get("CI"), "Lmod must be here"
+        pytest.skip("no Lmod (apt install lmod)")
+    modules = site / "modules"
+    (modules / "python").mkdir(parents=True)
+    (modules / "python" / "3.11.lua").write_text(f'prepend_path("PATH", "{sys.prefix}/bin")\n')
+    (modules / "cuda.lua").write_text('setenv("CUDA_HOME", "/opt/cuda")\n')
+    commands = re.search(r"\n    (module load python.*)\n    (VENV=)\n", (ROOT / "docs" / "slurm.md").read_text())
+    text = (ROOT / "cluster.env").read_text()
+    assert text.count(': "${VENV=.venv}"\n') == 1
+    (site / "cluster.env").write_text(text.replace(': "${VENV=.venv}"\n', "\n".join(commands.groups()) + "\n"))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    # of the shell in which the user calls sbatch, which passes on the function `module` too
+    shell = subprocess.run(["bash", "-c", f"source {LMOD} && module use {modules} && env -0"], capture_output=True)
+    for variable in shell.stdout.decode().split("\0")[:-1]:
+        monkeypatch.setenv(*variable.split("=", 1))
+    done = run_beginning(site, script, 'ask python -c "import sys; print(sys.prefix)"\necho "$answer $CUDA_HOME"\n')
+    assert done.stdout.splitlines()[0] == f"{sys.prefix} /opt/cuda", done
+    (modules / "cuda.lua").unlink()
+    done = run_beginning(site, script, 'command -v python || echo none\n')
+    line = text[: text.index(': "${VENV=.venv}"')].count("\n") + 1
+    said, python = done.stdout.splitlines()[:2]
+    assert said.endswith(f"cluster.env: line {line}: module load python/3.11 cuda failed with exit code 1"), done
+    assert not python.startswith(sys.prefix), done  # Lmod loads all modules or none
 
 
 @pytest.mark.parametrize("script", FIRST_CALLS)

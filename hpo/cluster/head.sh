@@ -46,7 +46,7 @@ set_exclude() { # sets $exclude, for worker jobs: this node, the head's --exclud
 in_queue() { # prints the worker jobs that are still in the queue; fails if Slurm does not answer
 	local jobs worker
 	jobs=$(my_jobs) || return 1
-	for worker in "${workers[@]}"; do if [[ $'\n'$jobs$'\n' == *$'\n'$worker$'\n'* ]]; then echo "$worker"; fi; done
+	for worker in "${workers[@]}"; do if has_line "$jobs" "$worker"; then echo "$worker"; fi; done
 }
 
 wait_for_workers() { # [seconds]: waits until the worker jobs have left the queue; fails after this time
@@ -129,6 +129,7 @@ submit() ( # prints the new job's id
 	users_environment "${!SLURM_@}" SBATCH_JOB_NAME SBATCH_OUTPUT SBATCH_ERROR SBATCH_SIGNAL SBATCH_WAIT
 	[[ ! $WORKER_PARTITION ]] || unset SBATCH_QOS SBATCH_CONSTRAINT
 	[[ ! $conf ]] || export SLURM_CONF=$conf
+	# --spread-job: where worker jobs take a part of a node, Slurm fills one node first without it
 	options=(--parsable --export=ALL --spread-job --partition="$partition" --cpus-per-task="$CPUS_PER_NODE")
 	[[ ! ${MEM_PER_NODE-} || " ${WORKER_OPTIONS[*]}" == *' --mem-per-'* ]] \
 		|| options+=(--mem="$MEM_PER_NODE") # sbatch takes one of them
@@ -220,7 +221,7 @@ replace_lost() { # replaces worker jobs that have left the queue, at most MAX_WO
 	local left worker why ended kept=()
 	left=$(in_queue) || return 0
 	for worker in "${workers[@]}"; do
-		if [[ $'\n'$left$'\n' == *$'\n'$worker$'\n'* || -e $rendezvous/worker-$worker ]]; then kept+=("$worker")
+		if has_line "$left" "$worker" || [[ -e $rendezvous/worker-$worker ]]; then kept+=("$worker")
 		elif [[ -e $rendezvous/release-$worker ]]; then jobs=$((jobs - 1)) # the search gave it back
 		else
 			log "worker job $worker has ended"
@@ -258,7 +259,7 @@ restart_local() { # starts workers of this job again that have ended, unless the
 		log "the worker on $each has ended"
 		note_for_check "$each" "$each" "its worker ended before it joined: see its log in logs/"
 		unset "local_workers[$each]"
-		[[ " $refusing " != *" $each "* && $'\n'$of_job$'\n' == *$'\n'$each$'\n'* ]] || continue
+		[[ " $refusing " != *" $each "* ]] && has_line "$of_job" "$each" || continue
 		((restarts < MAX_WORKER_RESTARTS)) || continue
 		restarts=$((restarts + 1))
 		start_local_worker "$each"

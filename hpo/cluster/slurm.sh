@@ -7,10 +7,10 @@
 
 problem=$(bash -n ./cluster.env 2>&1) || die 2 "${problem%%$'\n'*}"
 set +Eeuo pipefail # the activation scripts of modules and conda do not run under these
-failed() { # [exit code] [file] [line] [command]
-	[[ $2 != ./cluster.env ]] || log "cluster.env: line $3: $4 failed with exit code $1"
+failed() { # [exit code] [file] [line]; not the command, which may be one inside of a function such as `module`
+	[[ $2 != ./cluster.env ]] || log "cluster.env: line $3: $(sed -n "$3p" ./cluster.env) failed with exit code $1"
 }
-trap 'failed $? "${BASH_SOURCE[0]}" $LINENO "$BASH_COMMAND"' ERR
+trap 'failed $? "${BASH_SOURCE[0]}" $LINENO' ERR
 script_arguments=("$@")
 set -- # activation scripts read them
 sourcing_cluster_env=1
@@ -59,10 +59,14 @@ count_gpus() { # sets $gpus to the number of GPUs that this job has on this node
 	[[ ${GPU_REQUEST-} != none ]] || gpus=$GPUS_PER_NODE
 }
 
+has_line() { # [text] [line]
+	[[ $'\n'$1$'\n' == *$'\n'$2$'\n'* ]]
+}
+
 my_jobs() { # prints the ids of this user's jobs, a line each; fails if Slurm does not answer, or leaves this job out
 	local jobs
 	jobs=$(timeout 10 squeue --all --me -h -o %A 2> /dev/null) || return 1
-	[[ $'\n'$jobs$'\n' == *$'\n'$SLURM_JOB_ID$'\n'* ]] && echo "$jobs"
+	has_line "$jobs" "$SLURM_JOB_ID" && echo "$jobs"
 }
 
 job_of() { # [folder]: prints the job whose folder it is; fails if it is not of this user and of this cluster
@@ -75,7 +79,7 @@ remove_leftovers() { # [folder ...]: removes those of jobs that are no longer in
 	local folder job jobs
 	jobs=$(my_jobs) || return 0
 	for folder; do
-		job=$(job_of "$folder") && [[ $'\n'$jobs$'\n' != *$'\n'$job$'\n'* ]] || continue
+		job=$(job_of "$folder") && ! has_line "$jobs" "$job" || continue
 		rm -rf "$folder"
 		log "removed $folder, which job $job has left behind"
 	done
