@@ -13,8 +13,9 @@ The sections of this file: search space and constants, EM and F1, one trial, the
 rest: saving and resuming, Slurm, faults, tables and figures. docs/architecture.md shows its parts.
 
 A trial trains with one choice of hyperparameters. A full training (all epochs) is cut into max_t equal parts: these are
-the iterations, Tune's training_iteration. Some iterations are rungs. There the trials of a bracket, a group of trials,
-are paused and compared. The best are promoted and go on to the next rung, the others end.
+the iterations, Tune's training_iteration. Trials are compared in groups, the brackets of Hyperband. At certain
+iterations, the rungs (3, 12 and 50 by default), the trials of a bracket are paused and compared. The best are promoted
+and go on to the next rung, the others end. BOHB is Hyperband with a model that suggests hyperparameters: docs/bohb.md.
 """
 
 from hpo import checks, hidden
@@ -27,7 +28,7 @@ from pathlib import Path
 
 import datasets
 
-with hidden("scipy", "sklearn"):  # both libraries would import them, for a second, if they are installed
+with hidden("scipy", "sklearn"):  # evaluate and transformers would import them, which takes a second
     import evaluate
     import transformers
 
@@ -45,9 +46,9 @@ from hpo.squad.setup import Setup, prepare
 # ---------------------------------------------------------------------------------------------------------------------
 # search space and constants
 
-# To add a hyperparameter, add a line here, such as "warmup_steps": tune.uniform(0.0, 0.1), where a number below 1 is a
-# share of all steps. docs/bohb.md lists the fields of TrainingArguments that need nothing else. For any other
-# hyperparameter, use hyperparameters["its_name"] in make_trainer.
+# To add a hyperparameter, add a line here. For example, "warmup_steps": tune.uniform(0.0, 0.1) searches a warmup ratio:
+# a number below 1 is a share of all steps. Fields of TrainingArguments that docs/bohb.md lists are passed on by name. For
+# any other hyperparameter, use hyperparameters["its_name"] in make_trainer.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),
@@ -95,7 +96,7 @@ class SquadMetric(evaluate.Metric):
         """Returns {"exact_match", "f1"}. Raises ValueError where there is no reference, or one without an answer."""
         if not references:
             raise ValueError("no references")
-        by_id = {p["id"]: p for p in predictions}  # a missing one is replaced by one with another id, which scores 0
+        by_id = {p["id"]: p for p in predictions}  # a missing one is replaced by one with another id: see _compute
         aligned = [by_id.get(r["id"], {"id": f"none for {r['id']}", "prediction_text": ""}) for r in references]
         return super().compute(predictions=aligned, references=references)
 
@@ -104,7 +105,7 @@ class SquadMetric(evaluate.Metric):
         for prediction, reference in zip(predictions, references, strict=True):
             if not reference["answers"]["text"]:
                 raise ValueError(f"question {reference['id']} has no answer")
-            if prediction["id"] == reference["id"]:
+            if prediction["id"] == reference["id"]:  # else it is missing, and scores 0
                 text, answers = prediction["prediction_text"], reference["answers"]["text"]
                 em, f1 = scores.best_score(text, answers, self.language)
                 sum_em, sum_f1 = sum_em + em, sum_f1 + f1
@@ -127,14 +128,16 @@ def answer_scores(model, tokenizer, questions: data.TokenizedSquad, setup: Setup
 def train(config: dict, setup: Setup, trial) -> None:
     """One trial: from its start, or its newest checkpoint, until the full training ends or Tune pauses the trial.
 
-    Runs in a worker process, which is used again for the next trial; with --gpus_per_trial N in N processes. If it
-    fails, hpo/errors.py says what the error means. A trial that is out of memory (the GPU's or the node's), whose loss
-    is NaN or whose data are broken has failed: it is not tried again, and BOHB learns it as a bad result. A trial
-    that has lost its process, node or GPU goes on from its newest checkpoint, on another node if there is one.
+    Runs in a worker process, which is used again for the next trial; with --gpus_per_trial N in N processes.
+
+    hpo/errors.py decides what an error means. A trial has failed if it is out of memory (the GPU's, or the node's: Ray
+    or the kernel has then killed its process), if its loss is NaN or if its data are broken. It is not tried again. BOHB
+    learns it as a bad result, and the search goes on. A trial that has lost its process, node or GPU for another reason
+    goes on from its newest checkpoint, at most MAX_FAILURES times, on another node if there is one.
 
     Args:
-        config: {"train_loop_config": the hyperparameters, "rungs": added by the scheduler, the iterations at which Tune
-            may pause the trial; the last is max_t}.
+        config: {"train_loop_config": the hyperparameters, "rungs": iterations, added by the scheduler. At each of them
+            Tune may pause the trial; at the last, max_t, it ends}.
         setup: what all trials share.
         trial: its ranks, its checkpoint and `report`, see TrialContext in hpo/cluster/trial.py.
     """
@@ -153,7 +156,10 @@ def train(config: dict, setup: Setup, trial) -> None:
 
 
 def data_order(lengths, epochs: float, batch_size: int, seed: int) -> list[int]:
-    """Indices of the questions of a full training: similar lengths share a batch, each epoch has another order."""
+    """Indices of the questions of a full training, one epoch after another, each in another order.
+
+    Questions of similar lengths share a batch.
+    """
     order = []
     for epoch in range(math.ceil(epochs)):
         order += get_length_grouped_indices(lengths, batch_size, generator=torch.Generator().manual_seed(seed + epoch))
@@ -170,10 +176,10 @@ def make_trainer(model, questions, hyperparameters: dict, setup: Setup, group, f
         weight_decay=hyperparameters["wd"],
         per_device_train_batch_size=hyperparameters["per_device_bs"],
         **defaults | search_space.training_arguments(hyperparameters),
-        num_train_epochs=1,  # `questions` has all epochs, see data_order
+        num_train_epochs=1,  # to the Trainer it is one long epoch: `questions` has all epochs, see data_order
         train_sampling_strategy="sequential",
         deepspeed=precision.engine_config(setup.ds_config, setup.precision),
-        fp16=stage > 0 and setup.precision == "fp16",  # at stage 0 by torch.autocast, see engine_config
+        fp16=stage > 0 and setup.precision == "fp16",  # at ZeRO stage 0 torch.autocast does it, see engine_config
         bf16=stage > 0 and setup.precision == "bf16",
         use_cpu=not torch.cuda.is_available(),
         seed=hyperparameters["seed"],
@@ -201,15 +207,19 @@ class Trainer(transformers.Trainer):
     """The Trainer with a loss on answer tokens only."""
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The batches of an optimizer step, and the mean number of their answer tokens over ranks and batches."""
+        """The batches of an optimizer step, and how many answer tokens a batch has on average, over all ranks."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = sum(len(batch["labels"]) for batch in batches)  # a label for each answer token, and no others
+        # DeepSpeed divides by this number too, also in the last step, which may have fewer batches.
         return batches, self.group.mean(count / self.args.gradient_accumulation_steps, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """This batch's part of the mean cross entropy (nats) over all answer tokens of an optimizer step."""
+        """This batch's part of the mean cross entropy (nats) over all answer tokens of an optimizer step.
+
+        DeepSpeed averages the parts over batches and ranks. Two batches with 8 and 4 tokens, on average 6, and the sums
+        a and b: (a / 6 + b / 6) / 2 is (a + b) / 12.
+        """
         total, _ = evaluation.answer_loss(model, inputs)
-        # DeepSpeed averages over ranks and batches: divided by the mean count it is the mean over all tokens.
         return total / num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -239,15 +249,15 @@ class Trainer(transformers.Trainer):
 class Iterations(transformers.TrainerCallback):
     """Cuts a full training into max_t iterations. Evaluates after each one, and reports to Tune.
 
-        after            metrics             checkpoint
-        an iteration     eval_loss           none
-        a rung           eval_loss, EM, F1   DeepSpeed's files, to go on from
-        max_t            eval_loss, EM, F1   the model, or its adapters, for from_pretrained
-        a planned stop   none                DeepSpeed's files, to go on from
+        after                 metrics             checkpoint
+        an iteration          eval_loss           none
+        a rung below max_t    eval_loss, EM, F1   DeepSpeed's files, to go on from
+        max_t                 eval_loss, EM, F1   the model, or its adapters, for from_pretrained
+        a planned stop        see below           DeepSpeed's files, to go on from
 
     All metrics are on the selection questions. With --metric exact_match or f1, EM and F1 are computed after each
-    iteration. A planned stop is SIGUSR1, which Slurm sends before the time limit. If it comes when an iteration ends,
-    that iteration is evaluated as well.
+    iteration. A planned stop is SIGUSR1, which Slurm sends before the time limit. At the end of an iteration, the
+    metrics are those of the iteration. Amid an iteration there are none.
     """
 
     def __init__(self, rungs: list[int], setup: Setup, trial, trainer: Trainer, tokenizer, batch_size: int):
@@ -269,7 +279,8 @@ class Iterations(transformers.TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, lr_scheduler=None, **kwargs):
         """At the end of an iteration: evaluates, has the Trainer save a checkpoint if one is due, and reports."""
-        if self.gradients.after_step():  # DeepSpeed skipped the step, and so the Trainer did not advance the schedule
+        skipped = self.gradients.after_step()  # by DeepSpeed, because of an overflow
+        if skipped:  # the Trainer has counted the step, but it has not advanced the schedule, which must end at 0
             lr_scheduler.step()
         args.save_only_model = state.global_step == state.max_steps  # no trial goes on from max_t
         if state.global_step in self.last_steps[1:]:
@@ -279,7 +290,7 @@ class Iterations(transformers.TrainerCallback):
                 control.should_save = True  # the Trainer saves, and then calls on_save
             else:
                 self.report()
-        elif self.trial.must_stop():  # amid an iteration. Trials are compared at rungs only: no metric is needed
+        elif self.trial.must_stop():  # amid an iteration. Tune wants a metric; "partial" keeps it out of all tables
             done = sum(step <= state.global_step for step in self.last_steps[1:])
             self.metrics = {"training_iteration": done, self.setup.metric: math.nan, "partial": True}
             control.should_save = True
@@ -335,7 +346,7 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> tuple[di
 
 
 def search(run, train):
-    """Runs all trials of a run, or those that an earlier search has left. Returns a TrialLog with all results.
+    """Runs the trials of a run that are left: at first all; also those that --finish adds. Returns a TrialLog of all.
 
     TuneBOHB suggests the hyperparameters of a trial. HyperBandForBOHB decides at a rung which trials are promoted. Both
     are classes of hpo/bohb/, used in place of Ray's classes of these names.
@@ -349,9 +360,9 @@ def search(run, train):
     searcher = TuneBOHB(points_to_evaluate=points, seed=args.seed, max_concurrent=args.max_concurrent_trials)
     scheduler = HyperBandForBOHB(
         time_attr="training_iteration", max_t=args.max_t, reduction_factor=args.reduction_factor,
-        stop_last_trials=False, baseline=args.baseline,
+        stop_last_trials=False, baseline=args.baseline,  # --baseline: the first trial is trained to the end
     )  # fmt: skip
-    session = SearchSession(run, searcher, scheduler)
+    session = SearchSession(run, searcher, scheduler)  # its search_alg hands out the trials of an earlier search first
     tuner = tune.Tuner(
         session.trainable(train),
         param_space=run.space,
@@ -368,7 +379,7 @@ def search(run, train):
             name="ray",
             storage_path=str(run.folder),
             callbacks=session.callbacks,
-            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),  # not for trials that have failed, see train
             verbose=0,
         ),
     )
