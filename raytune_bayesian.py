@@ -1,10 +1,11 @@
 """Searches learning rate, batch size and weight decay for fine-tuning BLOOM-560M on SQuAD v1.1, with BOHB in Ray Tune.
 
+    make setup                                          # first: sets up .venv
+    .venv/bin/python raytune_bayesian.py --prefetch     # with a network: downloads model and data, tries them, and ends
+    .venv/bin/python raytune_bayesian.py --plan         # estimates time, disk and GPU memory; --check measures them
     .venv/bin/python raytune_bayesian.py                # on this machine: its GPUs, or its CPUs if it has no GPU
-    .venv/bin/python raytune_bayesian.py --prefetch     # on a login node: download model and data, try them, and exit
-    .venv/bin/python raytune_bayesian.py --plan         # estimate time, disk and GPU memory; --check measures them
-    .venv/bin/python raytune_bayesian.py --model demo/model --dataset demo/squad --max_t 16 --num_train_epochs 1
     sbatch head_node.slurm                              # on Slurm, with the same flags
+    make demo                                           # or a search of minutes, with a small model and data set
 
 --model and --dataset take a folder or a name on the Hugging Face hub. --metric (eval_loss, exact_match or f1) ranks the
 trials. --help lists all flags and their defaults.
@@ -47,8 +48,8 @@ from hpo.squad.setup import Setup, prepare
 # search space and constants
 
 # To add a hyperparameter, add a line here. For example, "warmup_steps": tune.uniform(0.0, 0.1) searches a warmup ratio:
-# a number below 1 is a share of all steps. Fields of TrainingArguments that docs/bohb.md lists are passed on by name. For
-# any other hyperparameter, use hyperparameters["its_name"] in make_trainer.
+# a number below 1 is a share of all steps. Fields of TrainingArguments that docs/bohb.md lists are passed on by name.
+# For any other hyperparameter, use hyperparameters["its_name"] in make_trainer.
 SEARCH_SPACE = {
     "train_loop_config": {
         "lr": tune.loguniform(5e-6, 2e-4),
@@ -131,9 +132,10 @@ def train(config: dict, setup: Setup, trial) -> None:
     Runs in a worker process, which is used again for the next trial; with --gpus_per_trial N in N processes.
 
     hpo/errors.py decides what an error means. A trial has failed if it is out of memory (the GPU's, or the node's: Ray
-    or the kernel has then killed its process), if its loss is NaN or if its data are broken. It is not tried again. BOHB
-    learns it as a bad result, and the search goes on. A trial that has lost its process, node or GPU for another reason
-    goes on from its newest checkpoint, at most MAX_FAILURES times, on another node if there is one.
+    or the kernel has then killed its process), if its loss is NaN or if its data are broken. It is not tried again, but
+    once where trials share a GPU. BOHB learns it as a bad result, and the search goes on. A trial that has lost its
+    process, node or GPU for another reason goes on from its newest checkpoint, at most MAX_FAILURES times, on another
+    node if there is one.
 
     Args:
         config: {"train_loop_config": the hyperparameters, "rungs": iterations, added by the scheduler. At each of them

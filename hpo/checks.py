@@ -4,7 +4,9 @@ Imports nothing slow at its top: bad input is refused before the slow imports of
 """
 
 import argparse
+import contextlib
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -16,6 +18,7 @@ from hpo import arguments, code_copy, errors, machines
 from hpo.errors import BadInput
 from hpo.squad import loading
 
+TESTED_WITH = "2.60.0"  # Ray; hpo/cluster/ray_private.py depends on its private parts
 OFFLOAD = ("offload", "cpu_offload")  # how the names of DeepSpeed's settings for it begin
 
 
@@ -46,6 +49,7 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     try:
         if args.resume and not args.new_code:
             code_copy.go_on_with_copy(arguments.run_dir(args))
+        warn_of_other_ray()
         if not args.prefetch:  # it runs on a login node
             check_resources(args)
         args.ds_config = read_ds_config(args)
@@ -57,6 +61,13 @@ def check(args: argparse.Namespace) -> argparse.Namespace:
     except OSError as error:  # no permission, a loop of links, a name too long
         raise BadInput(f"{error.filename}: {error.strerror}") from None
     return args
+
+
+def warn_of_other_ray() -> None:
+    """Prints a warning where another Ray is installed than this program was tested with."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # the import of Ray will tell
+        if (installed := importlib.metadata.version("ray")) != TESTED_WITH:
+            print(f"WARNING: Ray {installed} is installed; this program was tested with Ray {TESTED_WITH}", flush=True)
 
 
 def check_resources(args: argparse.Namespace) -> None:

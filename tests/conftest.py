@@ -14,11 +14,16 @@ import unittest.mock
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
 
 import hpo  # noqa: F401  before ray: it sets Ray's environment
 
 os.environ["OMP_NUM_THREADS"] = "1"  # threads that spin on a busy machine make small models slower
+
+# An example may take as long as it does: machines are busy.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 ROOT = Path(__file__).parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for the processes of trials

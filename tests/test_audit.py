@@ -232,7 +232,7 @@ def test_same_result_everywhere(metric):
 cell = st.one_of(st.sampled_from([None, math.nan, math.inf, 0.0]), st.floats(-1e3, 1e3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(cell, cell, st.sampled_from([0, 1, 4]), st.booleans(), st.booleans()), max_size=14),
     st.sampled_from(audit.METRICS),

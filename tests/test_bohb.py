@@ -239,7 +239,7 @@ def test_4_budgets_grow_and_rungs_shrink(max_t, reduction_factor):
     reduction_factor=st.integers(2, 5),
     slots=st.integers(1, 9),
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_4_each_budget_gets_its_results(num_samples, max_t, reduction_factor, slots):
     search_alg, _, _ = simulate(OURS, num_samples, slots, max_t=max_t, reduction_factor=reduction_factor)
     assert observed(search_alg) == results_per_budget(num_samples, max_t, reduction_factor)
@@ -573,7 +573,7 @@ def quantized(draw):
 @unchecked
 @given(quantized(), st.integers(0, 10**6))
 @example((tune.quniform(0.1, 0.3, 0.1), 0.1, 1, 3), 0)  # 3 * 0.1 is above 0.3
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_14_quantized_values_are_those_of_tune(drawn, seed):
     """Random and model-based ones: a multiple of q that Tune draws, too, within the bounds, in plain Python."""
     domain, q, first, last = drawn
@@ -597,7 +597,7 @@ def test_14_quantized_values_are_those_of_tune(drawn, seed):
 
 @unchecked
 @given(quantized(), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_14_the_model_gets_the_quantized_value_that_ran(drawn, seed):
     """Also after the search was saved and resumed, and so do the figures, which compute values from coordinates."""
     space = {"train_loop_config": {"x": drawn[0], "y": tune.choice([0, 1])}}
@@ -671,7 +671,7 @@ def assert_rungs_are_no_larger_than_planned(search_alg, scheduler):
 
 @unchecked
 @given(num_samples=st.integers(1, 50), **SEARCHES, stop_last_trials=st.booleans())
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, stop_last_trials):
     """The search ends, each trial ends, no observation is repeated, and no rung has more trials than its size."""
     chance = random.Random(seed)
@@ -712,7 +712,7 @@ def test_invariants_under_faults(num_samples, max_t, reduction_factor, slots, ma
 
 @unchecked
 @given(num_samples=st.integers(1, 60), **SEARCHES, faulty=st.booleans())
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 def test_invariants_under_restarts(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """The invariants hold if the search is stopped at random moments, planned or not, and resumed by new objects.
 
@@ -750,7 +750,7 @@ FIRST = [{"lr": lr, "per_device_bs": 2, "wd": 0.01} for lr in (5e-6, 8e-5, 2e-4)
 
 @unchecked
 @given(num_samples=st.integers(1, 60), **SEARCHES, faulty=st.booleans())
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_invariants_with_a_baseline(num_samples, max_t, reduction_factor, slots, max_concurrent, seed, faulty):
     """Known settings are the first trials, also if the search is stopped, and resumed for more trials or fewer. The
     first one, the baseline, is trained to max_t unless it fails, and its bracket is that of its other trials.
@@ -859,7 +859,7 @@ def test_a_baseline_that_loses_as_the_last_one_leaves_its_slot():
 @unchecked
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 60), max_size=6), st.integers(0, 2))
 @example(1, [16], 0)  # a trial that was promoted while it was running has to be resumed first
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_planned_stop_changes_nothing_with_one_slot(seed, stops, max_concurrent):
     """Suggestions, results and their order are those of an uninterrupted search."""
     options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}
@@ -900,7 +900,7 @@ def suggested(simulation):
 
 @unchecked
 @given(st.integers(0, 10**6), st.integers(2, 40), st.integers(1, 40), st.integers(0, 250), st.integers(0, 2))
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_search_extended_before_its_last_trial_starts_is_the_longer_search(seed, before, more, stop, max_concurrent):
     """On one slot, suggestions, results and their order are those of a search that asked for all trials at once."""
     options = {"max_t": 16, "seed": seed, "max_concurrent": max_concurrent}
@@ -915,7 +915,7 @@ def test_search_extended_before_its_last_trial_starts_is_the_longer_search(seed,
 
 @unchecked
 @given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 40), st.integers(0, 2))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_search_that_is_done_keeps_its_random_stream(seed, before, more, max_concurrent):
     """The suggestions of the first part are those of the longer search. The next one differs only if it comes from the
     model, which knows more results by then. Without a model none differs.
@@ -938,7 +938,7 @@ def test_search_that_is_done_keeps_its_random_stream(seed, before, more, max_con
     stops=st.lists(st.none() | st.integers(1, 200), min_size=4, max_size=4),
     slots=st.integers(1, 6),
 )
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_extended_search_runs_no_iteration_twice_and_goes_on_with_its_next_bracket(seed, sizes, stops, slots):
     """Whenever it is extended, however often. A bracket that was decided with fewer trials than planned stays so."""
     options, sizes = {"max_t": 16, "seed": seed}, list(itertools.accumulate(sizes))
@@ -971,7 +971,7 @@ def test_forecast_of_an_extended_search_counts_its_short_brackets():
 
 @unchecked
 @given(num_samples=st.integers(2, 40), **SEARCHES, baseline=st.booleans(), more=st.integers(0, 12))
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 def test_stopped_trials_go_on_to_the_end_after_the_search(
     num_samples, max_t, reduction_factor, slots, max_concurrent, seed, baseline, more
 ):

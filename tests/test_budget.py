@@ -79,7 +79,7 @@ class Searched:
         assert self.simulation.now <= 1.05 * self.budget
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     seed=st.integers(0, 10**6), slots=st.integers(1, 8), full=st.floats(2.5, 6), spread=st.sampled_from([0, 0.2, 0.4])
 )
@@ -93,7 +93,7 @@ def test_a_search_ends_within_its_budget_and_abandons_no_trial(seed, slots, full
     assert search.budget - search.simulation.now < one * (1 + spread) * 1.1 + 3
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 6), reports=st.integers(1, 150), saved=st.booleans())
 def test_a_budget_survives_an_interruption(seed, slots, reports, saved):
     """Also a kill, after which the work since the last rungs is done again within the budget."""
@@ -104,7 +104,7 @@ def test_a_budget_survives_an_interruption(seed, slots, reports, saved):
     search.check()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 10**6), slots=st.integers(1, 6))
 def test_a_budget_with_trials_that_fail(seed, slots):
     search = Searched(seed, slots, 300, 0.2, crash=True)

@@ -159,7 +159,7 @@ def train(config, setup, trial):
         no_monitor = {"RAY_memory_monitor_refresh_ms": "0"}  # Ray's own is tested above
         process = run_script(*arguments, script=script, before=inside, **no_monitor)
     finally:
-        wait_for("the end of all processes", lambda: not (group / "cgroup.procs").read_text(), 30)
+        wait_for("the end of all processes", lambda: not (group / "cgroup.procs").read_text(), 400)
         group.rmdir()
     out = process.stdout
     assert process.returncode == 0, out + process.stderr

@@ -17,6 +17,7 @@ from unittest import mock
 import huggingface_hub
 import pyarrow.parquet
 import pytest
+import ray
 import safetensors.torch
 import torch
 from hypothesis import assume, example, given, settings
@@ -362,7 +363,7 @@ def any_domain(draw):
 @given(st.sampled_from([*search_space.REQUIRED, "warmup_steps", "adam_beta1"]), any_domain())
 @example("per_device_bs", tune.qrandint(1, 9, 4))
 @example("lr", tune.quniform(0.1, 0.3, 0.1))
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 def test_any_hyperparameter_can_be_searched_or_is_refused(name, domain):
     changes = {name: domain}
     try:
@@ -664,7 +665,7 @@ def test_known_settings_as_a_whole():
 
 @mock.patch.object(TuneBOHB, "_check_model", lambda self: None)
 @given(st.integers(0, 10**6))
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_what_a_search_suggests_can_be_a_known_setting(seed):
     """Also in the words of the command line, and to the last digit."""
     space = space_with(wd=tune.quniform(0.1, 0.7, 0.1), n=tune.lograndint(1, 90), m=tune.qlograndint(4, 64, 4))
@@ -1075,3 +1076,12 @@ def test_a_ds_config_for_one_training_is_taken(tmp_path, capsys):
         "fp16: enabled true is replaced by --precision",
     ]
     assert capsys.readouterr().out == "".join(f"--deepspeed {tmp_path}/ds.json: {line}\n" for line in replaced)
+
+
+def test_another_ray_is_told_before_it_is_imported(monkeypatch, tmp_path):
+    """And requirements.txt asks for the Ray that this program was tested with."""
+    assert f"ray[default,tune]=={checks.TESTED_WITH} " in (ROOT / "requirements.txt").read_text()
+    monkeypatch.setattr(checks, "TESTED_WITH", "1.0.0")
+    refused = run_here("--deepspeed", tmp_path / "none.json")
+    expected = f"WARNING: Ray {ray.__version__} is installed; this program was tested with Ray 1.0.0\n"
+    assert refused.stdout == expected and refused.returncode == 2

@@ -290,7 +290,7 @@ def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
 
 
 @given(st.data(), st.integers(1, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_an_interval_is_around_the_mean_and_within_the_scores(data, passages):
     sizes = data.draw(st.lists(st.integers(1, 5), min_size=passages, max_size=passages))
     right = [data.draw(st.integers(0, n)) for n in sizes]

@@ -26,14 +26,12 @@ def spaced(text: str) -> str:
 
 @given(st.lists(st.tuples(st.sampled_from(WORDS), st.sampled_from(BREAKS), st.sampled_from([str.upper, str.lower])),
                 min_size=1, max_size=60))  # fmt: skip
-@settings(deadline=None)
 def test_other_case_punctuation_and_white_space_are_always_found(parts):
     text, changed = " ".join(word for word, _, _ in parts), "".join(case(word) + end for word, end, case in parts)
     assert leakage.near_duplicates([changed], ["Another text.", text]) == {changed}
 
 
 @given(st.integers(0, 2**32), st.integers(10, 80))
-@settings(deadline=None)
 def test_texts_of_random_words_are_never_found(seed, length):
     rng = random.Random(seed)
     texts = [" ".join(f"w{rng.randrange(1000)}" for _ in range(length)) for _ in range(10)]
@@ -49,7 +47,7 @@ short = st.lists(st.sampled_from("abc"), max_size=9).map(" ".join)
 
 
 @given(st.lists(short, max_size=6, unique=True), st.lists(short, max_size=6), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_all_pairs_are_compared_whatever_their_order(texts, others, rng):
     expected = {
         text

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as tokenizer_models
@@ -354,7 +354,6 @@ texts = st.one_of(
 
 
 @given(texts, texts, texts.filter(str.strip), texts)
-@settings(deadline=None)
 def test_a_sequence_is_what_the_tokenizer_gives_for_the_whole_text(kind, question, before, answer, after):
     """Then EOS. BOS is there once, no prompt ends in EOS, and the labels are the answer."""
     name, special, tokenizer = kind
@@ -380,7 +379,6 @@ def test_a_sequence_is_what_the_tokenizer_gives_for_the_whole_text(kind, questio
 
 
 @given(texts, texts.filter(str.strip), texts, st.integers(0, 40))
-@settings(deadline=None)
 def test_a_window_keeps_bos_and_the_limit(kind, before, answer, after, room):
     _, special, tokenizer = kind
     context = " ".join([*"abcdefghijklmnopqrstuvwxyz", before, answer, after, *"zyxwvutsrqponmlkjihgfedcba"])

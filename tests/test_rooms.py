@@ -71,6 +71,7 @@ def test_no_private_name_of_ray_is_reached_through_another(path):
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
             if isinstance(node, ast.Attribute) and re.match(r"_[a-z]", node.attr):
                 assert not re.match(r"(ray|tune)\b", ast.unparse(node)), f"{path}: {ast.unparse(node)}"
+            assert getattr(node, "attr", None) != "temporary_state", f"{path}: {ast.unparse(node)}"
 
 
 def test_imports_have_no_circle():

@@ -104,7 +104,7 @@ english = st.one_of(
 
 
 @given(st.lists(st.tuples(english, st.lists(english, max_size=3)), min_size=1, max_size=8))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_squad_v2_equals_the_rules_of_the_official_script(pairs):
     found = squad_v2(pairs)
     assert found == pytest.approx(expected_v2(pairs), abs=1e-12)
@@ -196,7 +196,7 @@ answer = st.one_of(
 
 
 @given(st.one_of(answer, english), st.one_of(answer, english), st.sampled_from(LANGUAGES))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_scores_equal_the_rules_of_the_official_scripts(prediction, reference, language):
     """Those of SQuAD v1.1 in English, of MLQA in the other languages: no F1 for two answers without a word."""
     found, gold = words(prediction, language), words(reference, language)
@@ -205,7 +205,7 @@ def test_scores_equal_the_rules_of_the_official_scripts(prediction, reference, l
 
 
 @given(answer, answer, st.sampled_from(LANGUAGES))
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 def test_scores_are_symmetric_and_consistent(one, other, language):
     exact, f1 = scores.score_answer(one, other, language)
     assert scores.score_answer(other, one, language) == (exact, f1)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import run_script
@@ -129,7 +129,6 @@ def test_the_baseline_that_is_the_best_trial_is_told_once(tmp_path):
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 40))
-@settings(deadline=None)
 def test_seeds_differ_from_each_other_and_from_that_of_the_search(seed, number):
     found = seeds.of_repeats(seed, number)
     assert len({seed, *found}) == number + 1 and all(0 <= one < 2**32 for one in found)

@@ -275,7 +275,6 @@ def make_example(i, title="t", context="c a", answer="a"):
     st.integers(1, 50),
     st.integers(0, 9),
 )
-@settings(deadline=None)
 def test_no_passage_is_on_both_sides(pairs, size, seed):
     """Whatever articles and passages there are, and although some passages stand in several articles."""
     examples = [make_example(i, f"title {t}", f"passage {c} a") for i, (t, c) in enumerate(pairs)]
@@ -324,7 +323,6 @@ def test_labels_decode_to_the_answer_for_all_of_squad(shared_squad, tokenizer):
 
 
 @given(st.integers(0, 400), st.integers(70, 250), st.booleans())
-@settings(deadline=None)
 def test_windows_cut_neither_question_nor_answer(tokenizer, place, max_length, training):
     words = [f"w{i}" for i in range(401)]
     words[place] = "needle"
@@ -560,7 +558,6 @@ def test_ranks_share_the_work_and_each_has_all_of_it(tokenizer, data, size):
 
 
 @given(st.lists(st.integers(1, 1024), min_size=1, max_size=200), st.integers(1, 10_000))
-@settings(deadline=None)
 def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_tokens):
     batches = evaluation.batches_by_length(np.array(lengths), batch_tokens)
     assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
@@ -572,7 +569,6 @@ def test_a_batch_of_an_evaluation_has_so_many_tokens_at_most(lengths, batch_toke
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=200), st.floats(0.1, 3), st.integers(1, 4))
-@settings(deadline=None)
 def test_data_order_holds_each_question_once_an_epoch(lengths, epochs, batch_size):
     order = raytune_bayesian.data_order(lengths, epochs, batch_size, seed=1)
     n = len(lengths)
@@ -640,7 +636,7 @@ text = st.one_of(
 
 
 @given(st.lists(st.tuples(st.one_of(st.none(), text), st.lists(text, min_size=1, max_size=4)), min_size=1, max_size=6))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_metric_equals_torchmetrics(pairs):
     ours = compute(pairs)
     predictions = [{"id": str(i), "prediction_text": p} for i, (p, _) in enumerate(pairs) if p is not None]

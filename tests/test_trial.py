@@ -253,7 +253,7 @@ def test_twenty_trials_in_one_warm_process(tmp_path, demo_model, capsys):
         print(f"\nfirst optimizer step after {fresh:.2f} s in a fresh process, {warm[len(warm) // 2]:.2f} s "
               f"in a warm one (median of {len(warm)}, worst {warm[-1]:.2f}); "
               f"memory {rss[4]:.0f} MB after 5 trials, {rss[-1]:.0f} after 20")  # fmt: skip
-    assert warm[len(warm) // 2] < 1
+    assert warm[len(warm) // 2] < fresh / 2
     assert {r.metrics["engines"] for r in results} == {1}  # the engines of earlier trials are gone
     assert max(rss[-5:]) - max(rss[4:9]) < 40, rss  # MB; 15 trials that stay would be 114
 
@@ -282,7 +282,7 @@ class OneRung(FIFOScheduler):
                     actors = ray._private.state.actors().values()
                     return {p["State"] for p in actors if p["Pid"] == self.pids[0]} == {"DEAD"}
 
-                wait_for("Ray to notice the lost process", lost, 30)
+                wait_for("Ray to notice the lost process", lost, 400)
         return waiting[0] if waiting else paused[0] if paused and self.through else None
 
 

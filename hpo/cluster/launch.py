@@ -123,7 +123,7 @@ def restart_after_storage(error: Exception, run: Run, environment: dict[str, str
         return
     minutes = STORAGE_PATIENCE / 60
     print(f"storage: {errors.one_line(error, -500)}", flush=True)
-    print(f"waiting for {run.folder} and room in it, at most {minutes:.0f} minutes (STORAGE_PATIENCE)", flush=True)
+    print(f"waiting for {run.folder} and room in it, at most {minutes:.0f} minutes", flush=True)
     try:
         preemption.stop_on_signals()
         there = wait_for_storage(run.folder, run.needed, STORAGE_PATIENCE)

@@ -4,11 +4,8 @@ import math
 import shlex
 import sys
 
-import ray
-
 from hpo import arguments, known, machines, ranges
 from hpo.bohb.brackets import band_size, rungs
-from hpo.cluster.ray_private import TESTED_WITH
 from hpo.cluster.run import Run
 from hpo.files import to_json
 from hpo.results import intervals, report, slot_time, tables
@@ -60,8 +57,6 @@ def announce(run: Run) -> None:
     # A budget leaves the number of trials open. With earlier results the model can suggest from the start.
     if trials and not args.warm_start:
         print_model_outlook(forecast.model_based, args)
-    if ray.__version__ != TESTED_WITH:
-        print(f"WARNING: Ray {ray.__version__} is installed; this program was tested with Ray {TESTED_WITH}")
     sys.stdout.flush()
 
 

@@ -1,4 +1,4 @@
-"""Private parts of Ray's classes, in one file. Tested with the Ray in TESTED_WITH; another Ray may differ.
+"""Private parts of Ray's classes, in one file. Another Ray than checks.TESTED_WITH may differ.
 
 - StorageContext.persist_current_checkpoint copies a checkpoint. rename_checkpoints replaces it in a worker process.
   Tested in tests/test_trial.py::test_paused_trial_equals_one_that_ran_through.
@@ -37,8 +37,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hpo import errors, host_memory
 from hpo.errors import Kind
 from hpo.files import sync
-
-TESTED_WITH = "2.60.0"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # checkpoints
@@ -311,3 +309,8 @@ class TuneController(ray.tune.execution.tune_controller.TuneController):
 
 
 ray.tune.tune.TuneController = TuneController  # Tuner.fit() makes it
+
+
+def process_of(trial: Trial) -> ray.actor.ActorHandle | None:
+    """The worker process of a trial; None where it has none."""
+    return trial.temporary_state.ray_actor

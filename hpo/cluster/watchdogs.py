@@ -11,6 +11,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from hpo import errors
+from hpo.cluster.ray_private import process_of
 from hpo.results.slots import CONTEXT, bytes_of_gpu
 
 
@@ -66,7 +67,7 @@ class Watchdog(Callback):
             if trial.status == Trial.RUNNING:
                 self.reset_since.pop(trial.trial_id, None)
                 silent = time.time() - self.last_report.get(trial.trial_id, math.inf)
-            elif trial.status == Trial.PENDING and trial.temporary_state.ray_actor:
+            elif trial.status == Trial.PENDING and process_of(trial):
                 silent = time.time() - self.reset_since.setdefault(trial.trial_id, time.time())
             else:
                 self.reset_since.pop(trial.trial_id, None)
@@ -74,7 +75,7 @@ class Watchdog(Callback):
             if silent > limit:
                 self.log(f"trial {trial.trial_id} has not reported for {silent:.0f} s: its process is ended")
                 self.last_report[trial.trial_id] = self.reset_since[trial.trial_id] = time.time()
-                ray.kill(trial.temporary_state.ray_actor)
+                ray.kill(process_of(trial))
 
 
 class FaultyNodes(Callback):
