@@ -14,6 +14,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ray import tune
 
 from conftest import run_here, run_script
@@ -21,7 +22,7 @@ from faulty import write_script
 from hpo import arguments, errors, files, search_space
 from hpo.cluster.run import Run
 from hpo.cluster.state import load_state, save_state
-from hpo.results import provenance
+from hpo.results import provenance, repeat
 from test_run import cut, results
 
 SMALL = ["--max_t", 4, "--num_train_epochs", 0.5, "--max_eval_samples", 10, "--max_concurrent_trials", 1, "--seed", 7]
@@ -182,6 +183,7 @@ def take_over(folder, earlier, suggested=4, num_samples=6):
     run.args = SimpleNamespace(known=[], num_samples=num_samples, gpu_hours=None, hours=None)
     run.space, run.folder = SPACE, folder
     run.facts = copy.deepcopy(OF_BOTH) | {"status": "running", "known_settings": [], "tests": []}
+    run.facts |= {"versions": provenance.versions(), "cuda": torch.version.cuda}
     save_state(folder, {"searcher": {"suggested": dict.fromkeys(map(str, range(suggested)))}})
     run.take_over(json.loads(json.dumps(OF_BOTH | {"arguments": {"num_samples": suggested}} | earlier)))
     return run
@@ -210,7 +212,14 @@ def test_run_whose_model_has_changed_is_refused(tmp_path):
 
 
 def test_run_that_is_resumed_with_another_version_of_a_package_is_told_so(tmp_path, capsys):
-    take_over(tmp_path, {"versions": provenance.versions() | {"torch": "1.0"}})
+    then = {"versions": provenance.versions() | {"torch": "1.0"}, "cuda": "11.0"}
+    first = take_over(tmp_path, then).facts
+    assert first["earlier_versions"] == [then] and first["versions"] == provenance.versions()
+    again = first | {"cuda": torch.version.cuda}
+    assert take_over(tmp_path, again).facts["earlier_versions"] == [then]  # nothing has changed since
+    run = first | {"files": {}, "code_sha256": provenance.folder_hash(tmp_path / "none"), "cluster": None, "arguments": {}}
+    (told,) = repeat.differences(run, tmp_path)
+    assert told == "a part of the run used torch 1.0, CUDA 11.0"
     warning = f"WARNING: --resume: torch 1.0 in the run, {provenance.versions()['torch']} here\n"
     assert capsys.readouterr().out == warning
 

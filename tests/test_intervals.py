@@ -274,13 +274,16 @@ def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
     assert versus["same"] == (0, 0, 0)
     assert versus["close"][1] < 0 < versus["close"][2]
     assert versus["worse"][2] < -0.2
-    of, how = "2 of the other 3 finalists", "99.85 % intervals, so that all together have 95 %"
-    of += " cannot be told apart from the best trial in exact_match"
-    assert intervals.ties_in_words(versus, "exact_match", 0.9985) == [f"{of} ({how}): same, close."]
-    assert intervals.ties_in_words({}, "exact_match", 0.9985) == []
-    (tied,) = intervals.ties_in_words({"same": versus["same"]}, "exact_match", 0.9985)
-    assert tied == f"The other finalist cannot be told apart from the best trial in exact_match ({how}): same."
-    (differs,) = intervals.ties_in_words({"worse": versus["worse"]}, "exact_match", 0.95)
+    of = "cannot be told apart from the best trial in exact_match"
+    how = "in 95 % of searches, the one that is truly best is the best trial or named here"
+    without = "No interval, so no comparison with the best trial: other rung, no file."
+    said = intervals.ties_in_words(rows, versus, "exact_match")
+    assert said == [f"2 of the other 3 finalists {of} (99.16 % intervals: {how}): same, close.", without]
+    assert intervals.ties_in_words(rows[:1], {}, "exact_match") == []
+    one = {name: [row for row in rows if row["trial_id"] in ("best", name)] for name in ("same", "worse")}
+    (tied,) = intervals.ties_in_words(one["same"], {"same": versus["same"]}, "exact_match")
+    assert tied == f"The other finalist {of} (95 % intervals: {how}): same."
+    (differs,) = intervals.ties_in_words(one["worse"], {"worse": versus["worse"]}, "exact_match")
     assert differs == "The best trial differs in exact_match from the other finalist with scores (95 % intervals)."
     table = tables.table(rows, "exact_match", versus)
     assert "EM vs Best" in table and "-0.38" in table.split("worse")[1].split("\n")[0]
@@ -296,7 +299,7 @@ def test_an_interval_is_around_the_mean_and_within_the_scores(data, passages):
     right = [data.draw(st.integers(0, n)) for n in sizes]
     found = intervals.interval(np.array(right, float), np.array(sizes, float), proportion=True)
     shares = {k / n for k, n in zip(right, sizes, strict=True)}
-    if passages == 1 or (len(shares) == 1 and not shares & {0, 1}):  # nothing shows how much passages differ
+    if passages < 10 or (len(shares) == 1 and not shares & {0, 1}):  # nothing shows how much passages differ
         assert found is None
         return
     low, high = found
@@ -318,7 +321,7 @@ def test_files_keep_the_scores(tmp_path):
     assert intervals.load(tmp_path / "older", row) is None
     sums, sizes = intervals.of_passages(scores["eval_loss"], scores, "eval_loss")
     assert sums.tolist() == [3.75, 0] and sizes.tolist() == [5, 1]
-    assert intervals.score_intervals(scores).keys() == set(tables.METRICS)
+    assert intervals.score_intervals(scores) == {}  # of two passages
     assert intervals.of_gain(tmp_path, [row], row, row) == dict.fromkeys(tables.METRICS, (0, 0))
     assert intervals.of_gain(tmp_path, [row], row, trial("b")) == {}
 
@@ -355,6 +358,11 @@ def test_a_trial_that_was_stopped_by_chance_is_in_doubt(tmp_path, metric):
     rows[1]["status"] = rows[5]["status"] = "completed"  # as --finish leaves them
     rows[1]["training_iteration"] = rows[5]["training_iteration"] = 27
     assert [row["trial_id"] for row in intervals.stopped_in_doubt(tmp_path, rows, metric, [])] == ["doubt at 3"]
+    rows[0] |= {"status": "failed", "training_iteration": 3}  # of those that were promoted at 3, all have failed
+    rows[1] |= {"status": "failed", "training_iteration": 3}
+    assert [row["trial_id"] for row in intervals.stopped_in_doubt(tmp_path, rows[:4], metric, [])] == ["doubt at 3"]
+    rows[0] |= {"status": "completed", "training_iteration": 27}
+    rows[1] |= {"status": "completed", "training_iteration": 27}
     baseline = scored("baseline", "completed", 27, 0.2, [3, 9, 27])
     found = [row["trial_id"] for row in intervals.stopped_in_doubt(tmp_path, [*rows, baseline], metric, ["baseline"])]
     assert found == ["doubt at 3"]  # a baseline that has lost goes on all the same, and is no measure

@@ -65,6 +65,7 @@ class Run:
             "leakage": setup.leakage,
             "versions": versions(),
             "cuda": torch.version.cuda,
+            "earlier_versions": [],  # of parts of the run, where it went on with others
             "git_commit": git_commit(arguments.ROOT),
             "script": Path(sys.argv[0]).name,
             "cluster": args.cluster,
@@ -134,6 +135,10 @@ class Run:
                 what = ", ".join(sorted({file for file, _ in changed}))
                 folder = self.facts["files"][name]["folder"]
                 raise BadInput(f"--resume: --{name} {folder}: changed since the run began: {what}")
+        then = {name: earlier.get(name) for name in ("versions", "cuda")}
+        self.facts["earlier_versions"] = earlier.get("earlier_versions", [])
+        if then["versions"] and then != {name: self.facts[name] for name in then}:
+            self.facts["earlier_versions"].append(then)  # of the results so far
         for text in other_versions(earlier.get("versions", {})):
             print(f"WARNING: --resume: {text}")
         try:

@@ -9,6 +9,7 @@ import itertools
 import math
 
 import numpy as np
+import scipy.special
 import scipy.stats
 from statsmodels.stats.nonparametric import rank_compare_2indep
 
@@ -38,15 +39,16 @@ def audit(run: dict, trials: list[dict], iterations: list[dict]) -> tuple[list[s
         return [], []
     values = {name: results(iterations, name) for name in METRICS}
     first = dict(values[metric].get(rungs[0], {}))
-    for trial in trials:  # a failed trial that never came to a rung is as bad as one with NaN
-        if trial["status"] == "failed" and trial["training_iteration"] == 0:
-            first.setdefault(trial["trial_id"], math.inf)
+    # A failed trial that never came to a rung is as bad as one with NaN. In a bracket that begins at a later rung, it
+    # may have a result at the first one.
+    failed = [t["trial_id"] for t in trials if t["status"] == "failed" and t["training_iteration"] == 0]
+    first |= dict.fromkeys(failed, math.inf)
     drawn = [t for t in trials if origin(t) == "random" and t["trial_id"] in first]
     losses = np.array([first[t["trial_id"]] for t in drawn])
     warnings, table = correlations(values, metric, rungs)
     said = edges(run.get("edges", {}), drawn, losses, ranked(trials, metric)[0], rungs[0])
     said += no_effect(trials, iterations, metric, drawn, losses, rungs[0])
-    return said + of_the_model(trials, values, metric, rungs, first) + warnings, table
+    return said + of_the_model(trials, values, metric, rungs, first, failed) + warnings, table
 
 
 def results(iterations: list[dict], metric: str) -> dict[int, dict[str, float]]:
@@ -221,13 +223,23 @@ def no_effect(trials, iterations, metric: str, drawn: list[dict], losses: np.nda
 # the model
 
 
-def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int], first: dict) -> list[str]:
+def of_the_model(
+    trials: list[dict], values: dict, metric: str, rungs: list[int], first: dict, failed: list[str]
+) -> list[str]:
     """Whether the model-based suggestions were better than the random ones, and where the best trial came from.
 
     At the first rung all trials are compared, at a later one only those that start there: promoted ones had to pass the
     same comparison before. A trial starts at its first iteration with an EM. With EM or F1 as the metric every
-    iteration has one, so only the first rung is used. The p value is of the one-sided Mann-Whitney test, the interval
-    that of Brunner and Munzel (2000).
+    iteration has one, so only the first rung is used. The p value is of the one-sided Mann-Whitney test.
+
+    Args:
+        trials: the rows of trials.csv.
+        values: `results` of each metric.
+        metric: trials are compared by it.
+        rungs: their iterations.
+        first: results at the first rung by trial.
+        failed: the trials that have failed before they came to a rung. Those that have passed the rung before, without
+            an EM, count as the worst of this one.
     """
     kinds, said = {t["trial_id"]: origin(t) for t in trials}, []
     best = ranked(trials, metric)[0]
@@ -238,25 +250,42 @@ def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int]
     for iteration in sorted(values["exact_match"]):
         for trial_id in values["exact_match"][iteration]:
             start.setdefault(trial_id, iteration)
-    for rung in rungs:
-        found = first if rung == rungs[0] else values[metric].get(rung, {})
-        fair = {i: loss for i, loss in found.items() if rung == rungs[0] or start.get(i, 0) >= rung}
+    for before, rung in zip([0, *rungs], rungs, strict=False):
+        if before == 0:
+            fair = first
+        else:
+            fair = {i: loss for i, loss in values[metric].get(rung, {}).items() if start.get(i, 0) >= rung}
+            passed = {i for t, found in values[metric].items() if before <= t < rung for i in found}
+            fair |= {i: math.inf for i in failed if i in passed and i not in start and i not in fair}
         model, random = ([-loss for i, loss in fair.items() if kinds.get(i) == kind] for kind in ("model", "random"))
         if min(len(model), len(random)) < MIN_KIND:
             continue
         p = scipy.stats.mannwhitneyu(model, random, alternative="greater").pvalue
-        with np.errstate(divide="ignore", invalid="ignore"):
-            compared = rank_compare_2indep(model, random)
-            low, high = np.clip(compared.conf_int(alpha=2 * ALPHA), 0, 1)  # of two sides, as the test has one
-        known = math.isfinite(low)  # not if all are better
-        interval = f"90 % interval {100 * low:.0f} to {100 * high:.0f}, " if known else ""
+        chance, ends = chance_of_better(model, random)
+        interval = f"90 % interval {100 * ends[0]:.0f} to {100 * ends[1]:.0f}, " if ends else ""
         how = "more" if p < ALPHA else "not measurably more"
         said.append(
             f"At iteration {rung} a model-based suggestion was better than a random one in "
-            f"{100 * compared.prob1:.0f} of 100 pairs, {how} than by chance ({interval}one-sided p = {p:.2g}, "
+            f"{100 * chance:.0f} of 100 pairs, {how} than by chance ({interval}one-sided p = {p:.2g}, "
             f"{len(model)} model-based, {len(random)} random)."
         )
     return said
+
+
+def chance_of_better(one: list[float], other: list[float]) -> tuple[float, tuple[float, float] | None]:
+    """The probability that a draw of the first kind is higher (a tie is half), and its 90 % interval.
+
+    The interval has the variance of Brunner and Munzel (2000) on the logit scale, as in Pauly, Asendorf and Konietschke
+    (Biometrical Journal 2016): near 0 and 1 the plain one is too short. None where all of one kind are higher.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        compared = rank_compare_2indep(one, other)
+    p, error = float(compared.prob1), math.sqrt(compared.var_prob)
+    if not 0 < p < 1 or not error > 0:
+        return p, None
+    half = scipy.stats.t.ppf(1 - ALPHA, compared.df) * error / (p * (1 - p))  # of two sides, as the test has one
+    low, high = scipy.special.expit(scipy.special.logit(p) + np.array([-half, half]))
+    return p, (float(low), float(high))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from hpo.results.tables import METRICS, V2_METRICS, badness, in_percent, in_word
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 SHOWN = 8  # trials in a sentence
+MIN_PASSAGES = 10  # with fewer, the interval of a score has the truth in it far less often than its level says
 
 # ---------------------------------------------------------------------------------------------------------------------
 # files
@@ -97,10 +98,10 @@ def interval(sums: np.ndarray, sizes: np.ndarray, proportion: bool) -> tuple[flo
         proportion: a score from 0 to 1, such as EM.
 
     Returns:
-        (low, high). None for a single passage, where a score is NaN or infinite, and where all passages have the same
-        score other than 0 or 1: nothing shows how much passages differ.
+        (low, high). None with fewer than MIN_PASSAGES, where a score is NaN or infinite, and where all passages have
+        the same score other than 0 or 1: nothing shows how much passages differ.
     """
-    if len(sums) < 2 or not np.isfinite(sums).all():
+    if len(sums) < MIN_PASSAGES or not np.isfinite(sums).all():
         return None
     ratios = sums / sizes
     if np.ptp(ratios) == 0:  # the bootstrap would give an interval without width
@@ -227,9 +228,9 @@ def best_in_words(run_dir: Path, best: dict) -> str:
 def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Container[str]) -> list[dict]:
     """Trials that were stopped at a rung although they are not clearly worse than one that went on from there.
 
-    Each stopped trial is compared, at its last rung, with the worst of the trials that trained beyond that rung, in any
-    bracket. It is listed unless the whole 95 % interval of the difference is on the worse side. The intervals are those
-    of one comparison: of many stopped trials some are listed, or not, by chance.
+    Each stopped trial is compared, at its last rung, with the worst of the trials that were promoted there, in any
+    bracket, also if they have failed since. It is listed unless the whole 95 % interval of the difference is on the
+    worse side. The intervals are those of one comparison: of many stopped trials some are listed, or not, by chance.
 
     Args:
         run_dir: the run folder.
@@ -244,7 +245,9 @@ def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Cont
     found, worse = [], badness({metric: 1.0}, metric)
     for rung, stopped in itertools.groupby(ranked(trials, metric), lambda row: row["training_iteration"]):
         stopped = [row for row in stopped if row["status"] == "stopped" and math.isfinite(badness(row, metric))]
-        promoted = [row for row in trials if row["training_iteration"] > rung and row["trial_id"] not in alone]
+        promoted = [row for row in trials if row["training_iteration"] > rung]
+        failed = [row for row in trials if row["training_iteration"] == rung and row["status"] == "failed"]
+        promoted = [row for row in [*promoted, *failed] if row["trial_id"] not in alone]
         later = [load(run_dir, row, rung) for row in promoted if stopped]
         later = [scores for scores in later if scores and math.isfinite(mean(scores, metric))]
         if not later:
@@ -258,23 +261,26 @@ def stopped_in_doubt(run_dir: Path, trials: list[dict], metric: str, alone: Cont
     return found
 
 
-def ties_in_words(versus: dict[str, tuple[float, float, float]], metric: str, level: float) -> list[str]:
-    """A sentence on the finalists that may be as good as the best trial. None where there is no other finalist.
+def ties_in_words(trials: list[dict], versus: dict[str, tuple[float, float, float]], metric: str) -> list[str]:
+    """Sentences on the finalists that may be as good as the best trial. None where there is no other finalist.
 
     Args:
+        trials: the rows of trials.csv.
         versus: from versus_best.
         metric: trials are compared by it.
-        level: of each interval, see level_of.
     """
+    level, others = in_percent(level_of(trials)), [row["trial_id"] for row in finalists(trials, metric)[1:]]
+    without = [trial_id for trial_id in others if trial_id not in versus]
+    said = [f"No interval, so no comparison with the best trial: {', '.join(without)}."] * bool(without)
     if not versus:
-        return []
+        return said
     ties = [trial_id for trial_id, (_, low, high) in versus.items() if low <= 0 <= high]
     if not ties:
         others = f"each of the other {len(versus)} finalists" if len(versus) > 1 else "the other finalist"
-        return [f"The best trial differs in {metric} from {others} with scores ({in_percent(level)} intervals)."]
+        return [f"The best trial differs in {metric} from {others} with scores ({level} intervals).", *said]
     of = f"{len(ties)} of the other {len(versus)} finalists" if len(versus) > 1 else "The other finalist"
-    how = f"{in_percent(level)} intervals, so that all together have 95 %"
-    return [f"{of} cannot be told apart from the best trial in {metric} ({how}): {', '.join(ties)}."]
+    how = f"{level} intervals: in 95 % of searches, the one that is truly best is the best trial or named here"
+    return [f"{of} cannot be told apart from the best trial in {metric} ({how}): {', '.join(ties)}.", *said]
 
 
 def doubts_in_words(stopped: list[dict], finished: int) -> list[str]:

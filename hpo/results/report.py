@@ -61,7 +61,7 @@ def draw_page(run_dir: Path, refresh: int | None = None) -> tuple[str, dict, lis
     stopped = intervals.stopped_in_doubt(run_dir, trials, metric, [alone["baseline"], *alone["finish"]])
     doubts = intervals.doubts_in_words(stopped, finished=len(alone["finish"]))
     repeats = seeds.in_sentences(run_dir, trials, metric, run.get("baseline", {}).get("trial_id"))
-    claims = [*intervals.ties_in_words(versus, metric, intervals.level_of(trials)), *doubts, *claims, *repeats]
+    claims = [*intervals.ties_in_words(trials, versus, metric), *doubts, *claims, *repeats]
     shown = facts, result_rows(trials, metric, versus), drawn, refresh, claims, correlations
     return page.page(f"Search {run_dir.name}", *shown), drawn, claims
 

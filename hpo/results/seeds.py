@@ -79,10 +79,11 @@ def in_sentences(run_dir: Path, trials: list[dict], metric: str, baseline: str |
     minus = differences_by_seed(found["best trial"], found["baseline"], metric)
     if len(minus) > 1:
         ends = of_differences(minus)
-        how = "95 % t interval" if ends else "all with the same difference"
+        how = "95 % t interval of what other seeds would give" if ends else "all with the same difference"
         said.append(
             "Repeats of the best trial minus those of the baseline with the same seed: "
-            f"{metric} {in_words(statistics.fmean(minus), ends, '+')} on average ({len(minus)} seeds, {how})."
+            f"{metric} {in_words(statistics.fmean(minus), ends, '+')} on average ({len(minus)} seeds, {how}). This "
+            "favours the best trial, which was selected on these questions."
         )
     return said
 
