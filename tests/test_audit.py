@@ -164,6 +164,19 @@ def test_audit_of_a_search():
     assert [row[:3] for row in table[-1:]] == [["eval_loss at 3", "eval_loss at 12", "9"]]
 
 
+def test_importance_has_a_range_of_resamples(monkeypatch):
+    """Of 100 resamples, as in a search: the shares add up to 1, each within its range. More trials: it is shorter."""
+    monkeypatch.setattr(audit, "RESAMPLES", 100)
+    widths = []
+    for n in (20, 80):
+        trials, rows = make_search(np.random.default_rng(14), lambda row: 2 * (place(row) - 0.5) ** 2, n=n)
+        found = audit.importance(trials, rows, ["learning_rate", "dropout"], "eval_loss", 3)
+        assert sum(share for share, _, _ in found.values()) == pytest.approx(1)
+        assert all(0 <= low <= share <= high <= 1 and low < high for share, low, high in found.values()), found
+        widths.append(found["learning_rate"][2] - found["learning_rate"][1])
+    assert widths[1] < widths[0]
+
+
 def test_rankings_of_few_trials_that_differ():
     """It is not a warning, as the interval is wide."""
     orders = {"eval_loss": [0, 1, 2, 3, 4, 5, 6], "exact_match": [2, 4, 0, 6, 1, 3, 5], "f1": [0, 1, 2, 3, 4, 6, 5]}

@@ -97,8 +97,10 @@ def test_part_for_a_gpu(part, tmp_path, demo_model):
 
 
 def test_claims():
-    out = run_bench("claims", "bench.SEARCHES = 1\nbench.main()").splitlines()
-    assert len(out) == 9 and out[-1].startswith("BOHB, optimum 1.2 | "), out
+    small = "bench.SEARCHES, bench.MANY, bench.IMPORTANCE = 1, 60, {25: 1}"
+    out = run_bench("claims", f"{small}\nbench.main()").splitlines()
+    assert len(out) == 10 and out[-2].startswith("BOHB, optimum 1.2 | "), out
+    assert out[-1].startswith("importance in searches of 25 trials: "), out
 
 
 def test_gpu_sh_refuses_a_machine_without_a_gpu(tmp_path, demo_model):

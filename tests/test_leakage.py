@@ -69,6 +69,17 @@ def test_a_passage_of_120_words_is_found_after_four_changes(changed, found):
     assert bool(leakage.near_duplicates([" ".join(other)], [" ".join(words)])) == found
 
 
+@pytest.mark.parametrize("length, found", [(120, True), (26, True), (25, False)])
+def test_a_passage_that_is_a_part_of_a_longer_one_is_found(length, found):
+    """One word of 120 is changed. A passage of 25 words has 24 pairs: it is too short."""
+    words = [f"w{i}" for i in range(300)]
+    part = words[100 : 100 + length]
+    if length == 120:
+        part[60] = "other"
+    assert bool(leakage.near_duplicates([" ".join(part)], [" ".join(words)])) == found
+    assert not leakage.near_duplicates([" ".join(words)], [" ".join(part)])
+
+
 def test_a_sentence_in_chinese_is_compared_by_its_characters():
     text = "臺灣的首都是哪一個城市？它在什麼時候成為首都，人口有多少？"
     assert leakage.near_duplicates([spaced(text.replace("，", " "))], [text])

@@ -14,6 +14,8 @@ import numpy as np
 # Detection Based on n-Grams Comparison", ECIR 2009. With 2 a changed word costs least.
 N = 2
 RESEMBLANCE = 0.85  # from here on two passages are near-duplicates
+CONTAINMENT = 0.95  # from here on a passage is a part of another one
+PART = 25  # n-grams of the shortest passage of which this is asked: a shorter one may be a common phrase
 # Scripts without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese. There each character counts as a word.
 NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 INDIC = "\u0900-\u0963\u0966-\u0dff"  # with its vowel signs, which are no letters to \w
@@ -46,11 +48,12 @@ def clear_caches() -> None:
 
 
 def near_duplicates(texts: list[str], others: list[str]) -> set[str]:
-    """Those of `texts` that resemble one of the others.
+    """Those of `texts` that resemble one of the others, or are a part of one.
 
     The resemblance of two texts is the number of n-grams that both have, divided by the number of those that at least
-    one has: Broder, "On the resemblance and containment of documents", SEQUENCES 1997. Broder estimates it from a
-    sample. Here it is exact, except that two n-grams may have the same 64-bit hash.
+    one has; the containment of a text in another one is divided by the number of its own: Broder, "On the resemblance
+    and containment of documents", SEQUENCES 1997. Broder estimates both from a sample. Here they are exact, except that
+    two n-grams may have the same 64-bit hash.
     """
     if not texts or not others:
         return set()
@@ -67,7 +70,9 @@ def near_duplicates(texts: list[str], others: list[str]) -> set[str]:
             continue  # too few of its n-grams stand anywhere in the others; so it is with most texts
         shared = np.concatenate([owners[a:b] for a, b in zip(begin, end, strict=True)])
         shared = np.bincount(shared, minlength=len(others))
-        if (shared >= RESEMBLANCE * (len(own) + sizes - shared)).any():
+        resembles = shared >= RESEMBLANCE * (len(own) + sizes - shared)
+        is_part = (shared >= CONTAINMENT * len(own)) & (len(own) >= PART)
+        if (resembles | is_part).any():
             found.add(text)
     return found
 
