@@ -15,16 +15,16 @@ CALL = re.compile(r"""(?<![\w/.-])(?:(?:log|why=|die (?:\d+|"\$1")) ?|echo (?=.h
 NEWS = (
     "job … on …", "Ray is up at", "  ssh -N -L", "  then http://localhost", "joined …: …", "given back: no trial needs",
     "the head says that it is over", "ended after … s, exit code", "left after … s, exit code",
-    "removed …, which job … has left behind",
 )  # fmt: skip
 # A sentence from elsewhere, and the row for it:
 PASSED_ON = {
     "head_node.slurm: error: $2": None,  # `die` itself, and below `log` in `die`
     "$2": None,
-    "worker $what ${word/broken/has a broken GPU on} $rest": "worker job … refused <node>: …",
+    "worker $what has a broken GPU on $rest": "worker job … has a broken GPU on <node>: …",
+    "worker $what cannot use $rest": "worker job … cannot use <node>: …",
+    "worker $what $word $rest": "worker job … refused <node>: …",
     "$why": None,  # the sentences that it stands for are found where it is set
     "$checked": "worker job … refused <node>: …",  # by hpo.cluster.gpu_check
-    "the check of the GPUs has not ended within 600 s": "worker job … has a broken GPU on <node>: …",
     '$(< "$rendezvous/bad-$id")': "worker job … has a broken GPU on <node>: …",  # by hpo.cluster.watchdogs
     'waiting in the queue:${waiting[$reason]} ($reason: $(in_words "$reason"))': "waiting in the queue: … (Resources)",
     "${problem%%$'\\n'*}": "./cluster.env: line …: syntax error",  # by bash

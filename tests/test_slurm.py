@@ -789,6 +789,97 @@ def test_nodes_may_have_any_name(tmp_path):
     assert done.stdout == "worker on gpu-worker-3 joined gpu-worker-3, 2 CPUs\ngpu-worker-3\n", done
 
 
+def test_a_node_that_cannot_be_used_is_left_out(tmp_path):
+    """One without a folder for temporary files, and one where the job ends before it can say why."""
+    (tmp_path / "worker-7").write_text("unfit bad: /scratch on bad cannot be written\n")
+    command = """
+in_queue() { :; }; timeout() { printf '%s\n' 'JobState=FAILED ExitCode=0:53' 'ReqNodeList=(null)' ' NodeList=worse'; }
+add_worker() { workers+=($next); echo "exclude $exclude"; next=$((next + 1)); }
+workers=(7) jobs=1 rendezvous=$PWD MAX_WORKER_RESTARTS=3 exclude=head next=8
+read_answers; replace_lost; replace_lost
+echo "${workers[*]}" """
+    done = run_functions(tmp_path, command)
+    lines = [line for line in done.stdout.splitlines() if "replaces it" not in line]
+    assert lines == [
+        "worker job 7 cannot use bad: /scratch on bad cannot be written", "worker job 7 has ended", "exclude head,bad",
+        "worker job 8 has ended", "exclude head,bad,worse", "9",
+    ], done  # fmt: skip
+
+
+def test_a_results_folder_is_not_shared_when_two_nodes_say_so(tmp_path):
+    """The first may be a node without the file system: a worker is tried on another one."""
+    command = """
+in_queue() { :; }; timeout() { printf '%s\n' 'JobState=FAILED ExitCode=3:0' " NodeList=n${#calls}"; }
+add_worker() { calls+=x; workers+=(8); echo "exclude $exclude"; }
+workers=(7) jobs=1 rendezvous=$PWD MAX_WORKER_RESTARTS=3 WORKER_TIMEOUT=9 exclude=head calls=x
+look_after_workers; look_after_workers"""
+    done = run_functions(tmp_path, command)
+    assert done.stdout.count("exclude ") == 1 and "exclude head,n1\n" in done.stdout, done
+    assert done.returncode == 2 and done.stdout.endswith("is not shared: the node of that job does not see it\n"), done
+
+
+@pytest.mark.parametrize(
+    "printed, worker",
+    [("4711", "4711"), ("4711;cluster", "4711"), ("-- welcome --\n 4711 jobs --\n4711", "4711"), ("welcome", None)],
+)
+def test_the_id_of_a_worker_job(tmp_path, printed, worker):
+    """Also where a site's sbatch prints more."""
+    command = """
+sbatch() { echo "$says"; }
+says=$1 rendezvous=$PWD scratch=$PWD SLURM_JOB_PARTITION=p CPUS_PER_NODE=1 GPUS_PER_NODE=0 request='' licences=''
+qos='' reservation='' exclude=head users_tmpdir='' WORKER_OPTIONS=() WORKER_PARTITION='' WORKER_CONSTRAINT=''
+WORKER_TIME=''
+add_worker || echo "failed: $answer"; echo "${workers[*]-}" """
+    done = run_functions(tmp_path, command, printed)
+    failed = f"failed: sbatch has printed no job id, but: {printed} \n\n"
+    assert done.stdout == (f"{worker}\n" if worker else failed), done
+
+
+def test_a_worker_job_that_slurm_has_taken_although_sbatch_failed_is_known(tmp_path):
+    (tmp_path / "worker-9").write_text("joined node3, 2 CPUs\n")
+    done = run_functions(tmp_path, 'rendezvous=$PWD workers=(7); read_answers; echo "${workers[*]}"')
+    assert done.stdout == "worker job 9 joined node3, 2 CPUs\n7 9\n", done
+    assert (tmp_path / "workers").read_text() == "7 9\n"
+
+
+@pytest.mark.parametrize(
+    "shown, kept",
+    [("MinMemoryCPU=2G", "CPU"), ("MinMemoryNode=0 MemPerTres=gres:gpu:9", "GPU"), ("MinMemoryNode=9G", "NODE")],
+)
+def test_srun_gets_one_number_of_memory(tmp_path, shown, kept):
+    """Others are left of a job in which sbatch was called."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nenv | grep -o '^SLURM_MEM_PER_[A-Z]*'\n")
+    (tmp_path / "srun").chmod(0o755)
+    (tmp_path / "logs").mkdir()
+    command = """
+export PATH=$PWD:$PATH SLURM_MEM_PER_CPU=1 SLURM_MEM_PER_GPU=2 SLURM_MEM_PER_NODE=3 SLURM_JOB_ID=1
+timeout() { echo "$shown"; }
+shown=$1 rendezvous=$PWD node=node1 gpus=0 users_tmpdir=''
+start_local_worker node2
+while kill -0 "${local_workers[node2]}" 2> /dev/null; do sleep 0.1; done
+cat logs/*"""
+    done = run_functions(tmp_path, command, shown)
+    assert done.stdout == f"SLURM_MEM_PER_{kept}\n", done
+
+
+def test_variables_of_the_job_in_which_sbatch_was_called(site, monkeypatch):
+    """A task of an array, which was restarted and has a CDPATH, may submit a search. Slurm knows what the job is."""
+    (site / "cluster.env").write_text("VENV=bin\n")  # as an older one, with few settings
+    (site / "bin" / "bin").mkdir(parents=True)
+    (site / "bin" / "bin" / "python").touch(mode=0o755)
+    (site / "scontrol").write_text("#!/bin/sh\necho JobId=1 Restarts=0 $ARRAY\n")
+    (site / "scontrol").chmod(0o755)
+    for name, value in {"PATH": f"{site}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2",
+                        "CDPATH": f".:{site}"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    show = 'echo "$restart $SLURM_RESTART_COUNT ${#WORKER_OPTIONS[@]} $WORKER_PARTITION"; command -v python'
+    done = run_beginning(site, "head_node.slurm", show)
+    assert done.stdout == f"0 0 0 \n{site}/bin/bin/python\n", done
+    monkeypatch.setenv("ARRAY", "ArrayJobId=1 ArrayTaskId=3")
+    done = run_beginning(site, "head_node.slurm", show)
+    assert done.returncode == 2 and "error: this is a job array" in done.stdout, done
+
+
 def test_the_script_gets_the_time_limit_and_the_rendezvous_folder(tmp_path):
     """For the plan of --check."""
     (tmp_path / "python").write_text('#!/bin/sh\necho "$RENDEZVOUS_DIR $SBATCH_TIMELIMIT $*"\n')

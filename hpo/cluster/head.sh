@@ -5,7 +5,10 @@ declare -A local_workers=() # process ids of the workers in this job, by node
 declare -A has_answered=() # workers that have joined, or have said why they cannot
 declare -A last_reason=() # why each worker job waits, as the log has it
 restarts=0 joined=0 # numbers of workers
-refused='' broken='' refusing='' # last sentence of workers that refused, or have a broken GPU; the nodes of both
+refused='' broken='' # last sentence of workers that refused, and of those whose node cannot be used
+refusing='' # the nodes of both
+unshared=0 # number of workers whose node does not see the results folder
+next_report=0 # when report_on_workers says again why workers wait
 retry_until=0 # until this time a rejected sbatch is repeated; 0: the last sbatch has succeeded
 
 # -- what Slurm says, and what is asked of it ------------------------------------------------------------------------
@@ -142,7 +145,9 @@ submit() ( # prints the new job's id
 	[[ ! $licences ]] || options+=(--licenses="$licences")
 	options+=("${WORKER_OPTIONS[@]}" --exclude="$exclude")
 	id=$(sbatch "${options[@]}" worker_node.slurm "$rendezvous" 2> "$scratch/sbatch") || return 1
-	echo "${id%%;*}" # with several clusters sbatch prints id;cluster
+	id=${id##*$'\n'} id=${id%%;*} # a site may print more before it; with several clusters it is id;cluster
+	[[ $id =~ ^[0-9]+$ ]] || { echo "sbatch has printed no job id, but: $id" > "$scratch/sbatch" && return 1; }
+	echo "$id"
 )
 
 add_worker() { # submits a worker job; if it fails, $answer has Slurm's message
@@ -156,9 +161,10 @@ add_worker() { # submits a worker job; if it fails, $answer has Slurm's message
 	fi
 }
 
-submit_workers() { # [number]: the first worker jobs. While Slurm is busy it tries for a minute, then the job ends
-	local i end=$((SECONDS + 60))
+submit_workers() { # [number]: the first worker jobs. While Slurm is busy each is tried for a minute, then the job ends
+	local i end
 	for ((i = 0; i < $1; i++)); do
+		end=$((SECONDS + 60))
 		until add_worker; do
 			((SECONDS < end)) && slurm_is_busy || die 2 "no worker job can be submitted from $node: $answer. \
 See WORKER_PARTITION and GPU_REQUEST in cluster.env; NUM_WORKERS=0 or --nodes needs no worker jobs"
@@ -170,9 +176,14 @@ See WORKER_PARTITION and GPU_REQUEST in cluster.env; NUM_WORKERS=0 or --nodes ne
 start_local_worker() { # [node of this job]
 	local options command=(bash worker_node.slurm "$rendezvous" "$1" "$node" "$(readlink "/proc/$$/fd/1")")
 	local of_job=(RAY_ADDRESS) # variables that the worker does not get
-	if [[ ${SLURM_MEM_PER_NODE-} && ${SLURM_MEM_PER_CPU-} ]]; then # one is left of a job in which sbatch was called
-		[[ $(timeout 10 scontrol show job "$SLURM_JOB_ID" 2>&1) == *MinMemoryCPU=* ]] \
-			&& of_job+=(SLURM_MEM_PER_NODE) || of_job+=(SLURM_MEM_PER_CPU)
+	local memory=("${!SLURM_MEM_PER_@}")
+	if ((${#memory[@]} > 1)); then # srun takes one. Others are left of a job in which sbatch was called
+		case $(timeout 10 scontrol show job "$SLURM_JOB_ID" 2>&1) in
+		*MinMemoryCPU=*) memory=("${memory[@]/SLURM_MEM_PER_CPU/}") ;;
+		*MemPerTres=*) memory=("${memory[@]/SLURM_MEM_PER_GPU/}") ;;
+		*) memory=("${memory[@]/SLURM_MEM_PER_NODE/}") ;;
+		esac
+		of_job+=(${memory[@]})
 	fi
 	if [[ $1 != "$node" ]]; then
 		options=(--nodelist="$1" --nodes=1 --ntasks=1 --export=ALL --overlap --cpu-bind=none --mpi=none)
@@ -198,19 +209,35 @@ read_answers() { # a worker writes in $rendezvous that it has joined, or why it 
 		read -r word rest < "$file" || [[ $word ]] || continue
 		worker=${file#"$rendezvous"/worker-}
 		[[ " ${own_nodes[*]} " == *" $worker "* ]] && what="on $worker" || what="job $worker"
-		log "worker $what ${word/broken/has a broken GPU on} $rest"
+		# Slurm may have taken a job although sbatch has failed:
+		if [[ " ${own_nodes[*]} ${workers[*]} " != *" $worker "* ]]; then
+			workers+=("$worker")
+			echo "${workers[*]}" > "$rendezvous/workers"
+		fi
+		case $word in
+		broken) log "worker $what has a broken GPU on $rest" ;;
+		unfit) log "worker $what cannot use $rest" ;;
+		*) log "worker $what $word $rest" ;;
+		esac
 		rm "$file"
 		has_answered[$worker]=1
 		case $word in
 		joined) joined=$((joined + 1)) ;;
 		failed) echo "$rest" >> "$rendezvous/refused" ;; # for --check
-		refused | broken) # it would fail again on this node; what is refused would be so on other nodes, too
-			[[ $word == broken ]] && broken=$rest || refused=$rest
+		refused | broken | unfit) # it would fail again on this node; what is refused would be so on other nodes, too
+			[[ $word == refused ]] && refused=$rest || broken=$rest
 			exclude+=,${rest%%:*} refusing+=" ${rest%%:*}"
 			echo "$rest" >> "$rendezvous/refused"
 			;;
 		esac
 	done
+}
+
+report_on_workers() { # what they have answered, and every 15 s why some wait in the queue
+	read_answers
+	((SECONDS >= next_report)) || return 0
+	next_report=$((SECONDS + 15))
+	log_waiting
 }
 
 note_for_check() { # [worker] [node or job] [what is wrong]: for the table of --check, where the worker has said nothing
@@ -227,7 +254,15 @@ replace_lost() { # replaces worker jobs that have left the queue, at most MAX_WO
 			log "worker job $worker has ended"
 			why='it ended before it joined: see its log in logs/'
 			ended=$(timeout 10 scontrol show job "$worker" 2>&1) || true
-			[[ $ended != *ExitCode=3:0* ]] || why="$results is not shared: the node of that job does not see it" refused=$why
+			if [[ $ended == *ExitCode=3:0* ]]; then
+				why="$results is not shared: the node of that job does not see it"
+				unshared=$((unshared + 1))
+				((unshared > 1)) && refused=$why || broken=$why # a second node will tell
+			fi
+			if [[ ! ${has_answered[$worker]-} && $ended == *JobState=FAILED* && $ended =~ [[:space:]]NodeList=([^[:space:]]+) ]]
+			then # the next one would fail there too
+				exclude+=,${BASH_REMATCH[1]} refusing+=" ${BASH_REMATCH[1]}"
+			fi
 			# one that has worked until WORKER_TIME, or until Slurm preempted it, is no failure, and is not counted
 			[[ ! ${has_answered[$worker]-} || $ended != *JobState=@(TIMEOUT|PREEMPTED)* ]] || restarts=$((restarts - 1))
 			note_for_check "$worker" "worker job $worker" "$why"

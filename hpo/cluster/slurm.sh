@@ -17,8 +17,13 @@ sourcing_cluster_env=1
 source ./cluster.env
 set -- "${script_arguments[@]}"
 # whatever cluster.env has set:
-sourcing_cluster_env='' scratch='' sockets='' ray='' asked='' && unset IFS "${!SQUEUE_@}" && shopt -u failglob nullglob
+sourcing_cluster_env='' scratch='' sockets='' ray='' asked=''
+unset IFS CDPATH "${!SQUEUE_@}" && shopt -u failglob nullglob
 set -Eeuo pipefail +f && set_traps
+for name in WORKER_ACCOUNT WORKER_PARTITION WORKER_CONSTRAINT WORKER_TIME NETWORK_INTERFACE; do
+	[[ -v $name ]] || printf -v "$name" '' # an older cluster.env may not have it
+done
+[[ -v WORKER_OPTIONS ]] || WORKER_OPTIONS=()
 
 read -ra container <<< "${CONTAINER-}" # comes before each python and ray; its own Python is used
 if [[ ! ${CONTAINER-} && ${VENV-} ]]; then
@@ -89,7 +94,7 @@ make_scratch() { # a folder on this node for temporary files ($scratch), and a s
 	local folder
 	[[ -d ${TMPDIR-} ]] || TMPDIR=/tmp # it may be one of the login node
 	remove_leftovers "$TMPDIR"/ray-?????? /tmp/ray-??????
-	scratch=$(mktemp -d "$TMPDIR/ray-XXXXXX") || die "$1" "$TMPDIR on $SLURMD_NODENAME cannot be written"
+	scratch=$(mktemp -d "$TMPDIR/ray-XXXXXX") || die "$1" "$TMPDIR on $SLURMD_NODENAME cannot be written" unfit
 	sockets=$scratch
 	((${#sockets} < 38)) || sockets=$(mktemp -d /tmp/ray-XXXXXX) # the paths of sockets may have at most 107 bytes
 	for folder in "$scratch" "$sockets"; do echo "${SLURM_CLUSTER_NAME:-} $SLURM_JOB_ID" > "$folder/job"; done
@@ -141,6 +146,7 @@ ray_is_up() { # [seconds]: waits until Ray has started; fails if it ends, or aft
 	for ((i = 0; i < 10 * $1; i++)); do
 		[[ ! -s $sockets/r/ray_current_cluster ]] || return 0
 		kill -0 "$ray" 2> /dev/null || return 1
+		! declare -F report_on_workers > /dev/null || report_on_workers # in the head
 		sleep 0.2
 	done
 	return 1
