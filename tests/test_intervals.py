@@ -203,9 +203,9 @@ def test_two_trials_that_differ_are_told_apart():
 
 def test_a_score_that_is_no_number_has_no_interval(tmp_path):
     """fp16 can overflow in the test of the best model. The run ends as done, and log and report show it."""
-    keep_questions(tmp_path, [0, 0, 1], [2, 3, 1])
-    keep(tmp_path, "a", [0.25, math.nan, math.inf], [True, False, True])
-    keep(tmp_path, "b", [0.25, math.inf, math.inf], [True, True, True])
+    keep_questions(tmp_path, np.arange(30) // 3 * 2 + np.array([0, 0, 1] * 10), [2, 3, 1] * 10)
+    keep(tmp_path, "a", [0.25, math.nan, math.inf] * 10, [True, False, True] * 10)
+    keep(tmp_path, "b", [0.25, math.inf, math.inf] * 10, [True, True, True] * 10)
     rows = [trial("a", eval_loss=math.nan), trial("b", eval_loss=math.nan)]
     scores, others = (intervals.load(tmp_path, row) for row in rows)
     found = intervals.score_intervals(scores)
