@@ -346,22 +346,6 @@ def test_one_job_on_several_nodes(project, tiny):
         shutil.rmtree(path)
 
 
-def test_the_head_s_own_gpus_take_part(project, tiny):
-    """And the worker's is of the same type."""
-    project.hand(reporting(WITH_GPU, slow=True))
-    options = ["--gpus-per-node=v100:2", "--cpus-per-task=2"]
-    job = project.submit(*tiny, *LONG, "--run_name", "x", options=options)
-    project.wait_for_search(job)
-    project.wait_for("trials on all GPUs", lambda: len(gpus_used(project)) == 3)
-    log = project.log(job)
-    assert "as NUM_WORKERS is 1, and in this job, as it has GPUs; worker jobs" in log and "on 3 slots" in log
-    assert "WARNING: trials on 2 GPUs have 8 GB of memory, the default of head_node.slurm: sbatch --mem" in log
-    assert gpus_used(project) == ["node1 GPU 0", "node1 GPU 1", "node2 GPU 0"]
-    assert project.cluster.job(project.workers(job)[0])["TresPerNode"].endswith("gpu:v100:1")
-    project.cluster.run("node1", "scancel", job)
-    wait_for("nothing left of the jobs", lambda: not project.left_over(), 400)
-
-
 @pytest.mark.parametrize("flag", ["--plan", "--prefetch"])
 def test_what_needs_no_ray_runs_in_the_head_job_alone(project, tiny, flag):
     """The plan is for the job's own GPUs."""
@@ -411,23 +395,18 @@ def test_check_in_one_job(project, tiny):
 
 
 def test_experiments_in_one_folder(project, tiny):
-    """Two run side by side, to their end. A third is cancelled."""
+    """Two run side by side. One is cancelled, the other one goes on to its end."""
     project.hand(SLOW)
-    cancelled = project.submit(*tiny, *LONG)
-    jobs = [project.submit(*tiny, *SHORT, "--seed", seed) for seed in (1, 2)]
-    for job in (cancelled, *jobs):
-        project.wait_for_search(job)
+    cancelled, job = project.submit(*tiny, *LONG), project.submit(*tiny, *SHORT)
+    for each in (cancelled, job):
+        project.wait_for_search(each)
     project.cluster.run("node1", "scancel", cancelled)
     assert project.wait_for_end(cancelled)[0] == "CANCELLED"
-    results = []
-    for job in jobs:
-        assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
-        result, rows = closing_block(project.log(job))
-        folder = project.folder / "results" / f"bloom_bohb-{job}"
-        assert json.loads((folder / "best_result.json").read_text()) == result and len(rows) == 2 + 6
-        assert {row[0] for row in rows[2:]} == {t["trial_id"] for t in files.read_csv(folder / "trials.csv")}
-        results.append(result)
-    assert results[0] != results[1]
+    assert project.wait_for_end(job) == ("COMPLETED", "0:0"), project.log(job)
+    result, rows = closing_block(project.log(job))
+    folder = project.folder / "results" / f"bloom_bohb-{job}"
+    assert json.loads((folder / "best_result.json").read_text()) == result and len(rows) == 2 + 6
+    assert {row[0] for row in rows[2:]} == {t["trial_id"] for t in files.read_csv(folder / "trials.csv")}
     assert project.left_over() == {}
 
 
@@ -509,59 +488,70 @@ def drain(project, *nodes):
         project.cluster.run("node1", "scontrol", "update", f"node={node}", "state=drain", "reason=test")
 
 
-PHASES = ["before workers", "waiting", "searching in worker jobs", "searching on one node", "searching on two nodes"]
+def cancel_and_resume(project, job, **how):
+    """Cancels a job while it searches: nothing is left, and --resume goes on."""
+    project.cluster.run("node1", "scancel", job)
+    wait_for("nothing left of the jobs", lambda: not project.left_over(), 400)
+    assert project.cluster.job(job)["JobState"] == "CANCELLED"
+    assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
+    job = project.submit("--resume", "--run_name", "x", **how)
+    project.wait_for("the same search", lambda: "going on with a search" in project.log(job))
+    project.cluster.run("node1", "scancel", job)
+    wait_for("nothing left of the jobs", lambda: not project.left_over(), 400)
 
 
-@pytest.mark.parametrize("phase", PHASES)
-def test_scancel_is_clean(project, tiny, phase):
-    """A worker waits because the GPU of another node has failed: it is submitted again, and not to that node. What is
-    cancelled while it searches goes on with --resume.
-    """
+def test_a_worker_that_comes_late_joins_the_head_s_own_gpus(project, tiny):
+    """It is of the same type as these. All of it is cancelled, and goes on."""
+    project.hand(reporting(WITH_GPU, slow=True))
+    drain(project, "node2")
+    options = ["--gpus-per-node=v100:2", "--cpus-per-task=2"]
+    job = project.submit(*tiny, *LONG, "--run_name", "x", options=options)
+    project.wait_for_search(job)
+    assert gpus_used(project) == ["node1 GPU 0", "node1 GPU 1"][: len(gpus_used(project))]
+    project.cluster.run("node1", "scontrol", "update", "node=node2", "state=resume")
+    project.wait_for("trials on all GPUs", lambda: len(gpus_used(project)) == 3)
+    log = project.log(job)
+    assert "as NUM_WORKERS is 1, and in this job, as it has GPUs; worker jobs" in log and "on 3 slots" in log
+    assert "WARNING: trials on 2 GPUs have 8 GB of memory, the default of head_node.slurm: sbatch --mem" in log
+    assert gpus_used(project) == ["node1 GPU 0", "node1 GPU 1", "node2 GPU 0"]
+    assert project.cluster.job(project.workers(job)[0])["TresPerNode"].endswith("gpu:v100:1")
+    cancel_and_resume(project, job, options=options)
+
+
+@pytest.mark.parametrize(
+    "how", [{"options": OWN, "NUM_WORKERS": "0"}, {"node": "node[1-2]", "options": ["--nodes=2", *OWN]}]
+)
+def test_scancel_of_one_job_is_clean(project, tiny, how):
+    """On one node, and on two."""
+    project.hand(SLOW)
+    job = project.submit(*tiny, *LONG, "--run_name", "x", **how)
+    project.wait_for_search(job)
+    cancel_and_resume(project, job, **how)
+
+
+@pytest.mark.parametrize("phase", ["before workers", "waiting"])
+def test_scancel_before_the_search_is_clean(project, tiny, phase):
+    """A worker waits because the GPU of another node has failed: it is submitted again, and not to that node."""
     if phase == "waiting":
         drain(project, "node3")
         with open(project.folder / "cluster.env", "a") as file:
             file.write("export GPU_CHECK_SAYS='CUDA error: uncorrectable ECC error'\n")
-    project.hand(SLOW)
-    how = {
-        "searching on one node": {"options": OWN, "NUM_WORKERS": "0"},
-        "searching on two nodes": {"node": "node[1-2]", "options": ["--nodes=2", *OWN]},
-    }.get(phase, {})
-    job = project.submit(*tiny, *LONG, **how)
+    job = project.submit(*tiny, *LONG)
     if phase == "before workers":
         project.wait_for(
             "the preflight", lambda: any("import ray" in p for p in project.cluster.processes("node1").values())
         )
         assert "worker jobs" not in project.log(job)
-    elif phase == "waiting":
+    else:
         project.wait_for("the wait for workers", lambda: "waiting in the queue" in project.log(job))
         said = r"has a broken GPU on node2: CUDA error: .*\n(?:.*\n)*.*worker job (\d+) replaces it \(1 of at"
-        replaces = re.search(said, project.log(job))
-        assert replaces and project.cluster.job(replaces[1])["ExcNodeList"] == "node[1-2]", project.log(job)
-    else:
-        project.wait_for_search(job)
+        project.wait_for("the replacement", lambda: re.search(said, project.log(job)))
+        replaces = re.search(said, project.log(job))[1]
+        assert project.cluster.job(replaces)["ExcNodeList"] == "node[1-2]", project.log(job)
     project.cluster.run("node1", "scancel", job)
     wait_for("nothing left of the jobs", lambda: not project.left_over(), 400)
     assert project.cluster.job(job)["JobState"] == "CANCELLED"
     assert "[head] ended after" in project.log(job) and "exit code 143" in project.log(job)
-    if phase.startswith("searching"):
-        job = project.submit("--resume", "--run_name", f"bloom_bohb-{job}", **how)
-        project.wait_for("the same search", lambda: "going on with a search" in project.log(job))
-        project.cluster.run("node1", "scancel", job)
-        wait_for("nothing left of the jobs", lambda: not project.left_over(), 400)
-
-
-def test_a_worker_that_comes_late_joins(project, tiny):
-    project.hand(SLOW)
-    drain(project, "node3")
-    job = project.submit(*tiny, *LONG, "--run_name", "late", **TWO_NODES)
-    project.wait_for_search(job)
-    assert "joined node2" in project.log(job) and "joined node3" not in project.log(job)
-    project.cluster.run("node1", "scontrol", "update", "node=node3", "state=resume")
-    rows = project.folder / "results" / "late" / "iterations.csv"
-    project.wait_for(
-        "a trial on the late node", lambda: {i["node"] for i in files.read_csv(rows)} == {"node2", "node3"}
-    )
-    assert "joined node3" in project.log(job)
 
 
 @pytest.mark.parametrize(
