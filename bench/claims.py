@@ -62,7 +62,8 @@ def search(optimum: float | None, seed: int, random_fraction: float, number: int
 
 def importance(number: int, seed: int) -> dict[str, tuple[float, float, float]]:
     """The share of each hyperparameter in a search of so many trials, and its range, see audit.importance."""
-    trials = [t | {"trial_id": str(i)} for i, t in enumerate(search(0.5, seed, 1 / 3, number)) if "loss" in t]
+    found = [t for t in search(0.5, seed, 1 / 3, number) if "loss" in t]
+    trials = [t | {"trial_id": str(i), "training_iteration": 3, "status": "stopped"} for i, t in enumerate(found)]
     rows = [{"trial_id": t["trial_id"], "training_iteration": 3, "eval_loss": t["loss"]} for t in trials]
     names = [audit.COLUMNS.get(name, name) for name in SPACE]
     return audit.importance(trials, rows, names, "eval_loss", 3)
