@@ -133,9 +133,9 @@ def train(config: dict, setup: Setup, trial) -> None:
 
     hpo/errors.py decides what an error means. A trial has failed if it is out of memory (the GPU's, or the node's: Ray
     or the kernel has then killed its process), if its loss is NaN or if its data are broken. It is not tried again, but
-    once where trials share a GPU. BOHB learns it as a bad result, and the search goes on. A trial that has lost its
-    process, node or GPU for another reason goes on from its newest checkpoint, at most MAX_FAILURES times, on another
-    node if there is one.
+    for one case: where trials share a GPU and its memory is full, once. BOHB learns it as a bad result, and the search
+    goes on. A trial that has lost its process, node or GPU for another reason goes on from its newest
+    checkpoint, at most MAX_FAILURES times, on another node if there is one.
 
     Args:
         config: {"train_loop_config": the hyperparameters, "rungs": iterations, added by the scheduler. At each of them
@@ -348,7 +348,7 @@ def test(folder: Path, questions: data.TokenizedSquad, setup: Setup) -> tuple[di
 
 
 def search(run, train):
-    """Runs the trials of a run that are left: at first all; also those that --finish adds. Returns a TrialLog of all.
+    """Runs all trials of a new run, or those that a resumed run has left, or that --finish adds. Returns a TrialLog.
 
     TuneBOHB suggests the hyperparameters of a trial. HyperBandForBOHB decides at a rung which trials are promoted. Both
     are classes of hpo/bohb/, used in place of Ray's classes of these names.

@@ -278,7 +278,7 @@ def test_a_finalist_that_is_clearly_worse_is_told_apart(tmp_path):
     how = "in 95 % of searches, the one that is truly best is the best trial or named here"
     without = "No interval, so no comparison with the best trial: other rung, no file."
     said = intervals.ties_in_words(rows, versus, "exact_match")
-    assert said == [f"2 of the other 3 finalists {of} (99.16 % intervals: {how}): same, close.", without]
+    assert said == [f"2 of the other 3 finalists with scores {of} (99.16 % intervals: {how}): same, close.", without]
     assert intervals.ties_in_words(rows[:1], {}, "exact_match") == []
     one = {name: [row for row in rows if row["trial_id"] in ("best", name)] for name in ("same", "worse")}
     (tied,) = intervals.ties_in_words(one["same"], {"same": versus["same"]}, "exact_match")

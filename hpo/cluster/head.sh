@@ -4,6 +4,7 @@ workers=() # ids of the worker jobs
 declare -A local_workers=() # process ids of the workers in this job, by node
 declare -A has_answered=() # workers that have joined, or have said why they cannot
 declare -A last_reason=() # why each worker job waits, as the log has it
+declare -A last_seen=() # worker jobs that have left the queue, with the time
 restarts=0 joined=0 # numbers of workers
 refused='' broken='' # last sentence of workers that refused, and of those whose node cannot be used
 refusing='' # the nodes of both
@@ -145,14 +146,17 @@ submit() ( # prints the new job's id
 	[[ ! $licences ]] || options+=(--licenses="$licences")
 	options+=("${WORKER_OPTIONS[@]}" --exclude="$exclude")
 	id=$(sbatch "${options[@]}" worker_node.slurm "$rendezvous" 2> "$scratch/sbatch") || return 1
-	id=${id##*$'\n'} id=${id%%;*} # a site may print more before it; with several clusters it is id;cluster
-	[[ $id =~ ^[0-9]+$ ]] || { echo "sbatch has printed no job id, but: $id" > "$scratch/sbatch" && return 1; }
-	echo "$id"
+	# with several clusters it is id;cluster, and a site may print more before and after it
+	grep -oE '^[0-9]+(;|\s*$)' <<< "$id" | tail -n 1 | tr -cd '0-9' || true
 )
 
 add_worker() { # submits a worker job; if it fails, $answer has Slurm's message
 	answer=''
 	if workers+=("$(submit)"); then # one command: no signal can come between the job and its id
+		if [[ ! ${workers[-1]} ]]; then
+			unset 'workers[-1]'
+			die 1 "sbatch has printed no job id; a job of yours may be left in the queue"
+		fi
 		echo "${workers[*]}" > "$rendezvous/workers"
 	else
 		unset 'workers[-1]'
@@ -210,7 +214,7 @@ read_answers() { # a worker writes in $rendezvous that it has joined, or why it 
 		worker=${file#"$rendezvous"/worker-}
 		[[ " ${own_nodes[*]} " == *" $worker "* ]] && what="on $worker" || what="job $worker"
 		# Slurm may have taken a job although sbatch has failed:
-		if [[ " ${own_nodes[*]} ${workers[*]} " != *" $worker "* ]]; then
+		if [[ " ${own_nodes[*]} ${workers[*]} " != *" $worker "* && ! ${last_seen[$worker]-} ]]; then
 			workers+=("$worker")
 			echo "${workers[*]}" > "$rendezvous/workers"
 		fi
@@ -245,23 +249,24 @@ note_for_check() { # [worker] [node or job] [what is wrong]: for the table of --
 }
 
 replace_lost() { # replaces worker jobs that have left the queue, at most MAX_WORKER_RESTARTS in all
-	local left worker why ended kept=()
+	local left worker why ended place kept=()
 	left=$(in_queue) || return 0
 	for worker in "${workers[@]}"; do
 		if has_line "$left" "$worker" || [[ -e $rendezvous/worker-$worker ]]; then kept+=("$worker")
-		elif [[ -e $rendezvous/release-$worker ]]; then jobs=$((jobs - 1)) # the search gave it back
+		elif last_seen[$worker]=$SECONDS && [[ -e $rendezvous/release-$worker ]]; then
+			jobs=$((jobs - 1)) # the search gave it back
 		else
 			log "worker job $worker has ended"
 			why='it ended before it joined: see its log in logs/'
 			ended=$(timeout 10 scontrol show job "$worker" 2>&1) || true
+			[[ $ended =~ [[:space:]]NodeList=([^[:space:]\(]+) ]] && place=${BASH_REMATCH[1]} || place=''
 			if [[ $ended == *ExitCode=3:0* ]]; then
 				why="$results is not shared: the node of that job does not see it"
-				unshared=$((unshared + 1))
+				[[ $place && " $refusing " == *" $place "* ]] || unshared=$((unshared + 1))
 				((unshared > 1)) && refused=$why || broken=$why # a second node will tell
 			fi
-			if [[ ! ${has_answered[$worker]-} && $ended == *JobState=FAILED* && $ended =~ [[:space:]]NodeList=([^[:space:]]+) ]]
-			then # the next one would fail there too
-				exclude+=,${BASH_REMATCH[1]} refusing+=" ${BASH_REMATCH[1]}"
+			if [[ $place && ! ${has_answered[$worker]-} && $ended == *JobState=FAILED* ]]; then # so would the next one
+				exclude+=,$place refusing+=" $place"
 			fi
 			# one that has worked until WORKER_TIME, or until Slurm preempted it, is no failure, and is not counted
 			[[ ! ${has_answered[$worker]-} || $ended != *JobState=@(TIMEOUT|PREEMPTED)* ]] || restarts=$((restarts - 1))
@@ -272,7 +277,7 @@ replace_lost() { # replaces worker jobs that have left the queue, at most MAX_WO
 	((joined)) || [[ ! $refused ]] || return 0 # it would be the same on other nodes
 	while ((${#workers[@]} < jobs && restarts < MAX_WORKER_RESTARTS)); do
 		if ! add_worker; then
-			[[ $joined != 0 || ! $broken || ${#workers[@]} != 0 || $answer != *'not available'* ]] || no_worker_left
+			[[ $joined != 0 || ! $refusing || ${#workers[@]} != 0 || $answer != *'not available'* ]] || no_worker_left
 			if ((!retry_until)); then
 				retry_until=$((SECONDS + WORKER_TIMEOUT))
 				log "no new worker job can be submitted now, will try again: $answer"

@@ -123,8 +123,8 @@ def print_results(run: Run, log: TrialLog, result: dict) -> None:
         baseline = facts["baseline"]
         print(f"Gain over the baseline (trial {baseline['trial_id']}): {tables.gain_in_words(baseline)}")
     print(f"Below, eval_loss, EM and F1 are on the {len(setup.selection)} questions that trials were selected on.")
-    print("The best trial was selected by them: its scores are too good on average, and their 95 % intervals miss the")
-    print("truth too often. The questions of the test above have not selected it.")
+    print("The best trial was selected by them: its scores are too good on average, and their intervals miss the truth")
+    print("too often. The test above uses other questions, which had no part in the selection.")
     print(f"  {intervals.best_in_words(run.folder, log.best_trial())}\n")
     print(f"Best Trial Result:\n{to_json(result)}\n")
     trials = list(log.trials.values())

@@ -279,6 +279,7 @@ def ties_in_words(trials: list[dict], versus: dict[str, tuple[float, float, floa
         others = f"each of the other {len(versus)} finalists" if len(versus) > 1 else "the other finalist"
         return [f"The best trial differs in {metric} from {others} with scores ({level} intervals).", *said]
     of = f"{len(ties)} of the other {len(versus)} finalists" if len(versus) > 1 else "The other finalist"
+    of += " with scores" * bool(without)
     how = f"{level} intervals: in 95 % of searches, the one that is truly best is the best trial or named here"
     return [f"{of} cannot be told apart from the best trial in {metric} ({how}): {', '.join(ties)}.", *said]
 

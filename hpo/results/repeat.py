@@ -102,7 +102,7 @@ def differences(run: dict, folder: Path) -> list[str]:
         pairs = then["versions"].items() - run["versions"].items()
         other = [f"{name} {version}" for name, version in sorted(pairs)]
         other += [f"CUDA {then['cuda']}"] * (then["cuda"] != run["cuda"])
-        found.append(f"a part of the run used {', '.join(other)}")
+        found += [f"a part of the run used {', '.join(other)}"] * bool(other)
     found += [f"a part of the run used other code, {path}" for path in sorted(folder.glob(f"{code_copy.NAME}-until-*"))]
     if run["cluster"] and (other := code_copy.changed(folder)):
         how = f"copy {folder / code_copy.NAME}/ over a checkout of {run['git_commit']}, and start it there"
