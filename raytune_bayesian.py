@@ -134,8 +134,8 @@ def train(config: dict, setup: Setup, trial) -> None:
     hpo/errors.py decides what an error means. A trial has failed if it is out of memory (the GPU's, or the node's: Ray
     or the kernel has then killed its process), if its loss is NaN or if its data are broken. It is not tried again, but
     for one case: where trials share a GPU and its memory is full, once. BOHB learns it as a bad result, and the search
-    goes on. A trial that has lost its process, node or GPU for another reason goes on from its newest
-    checkpoint, at most MAX_FAILURES times, on another node if there is one.
+    goes on. A trial that has lost its process, node or GPU for another reason goes on from its newest checkpoint, at
+    most MAX_FAILURES times, on another node if there is one.
 
     Args:
         config: {"train_loop_config": the hyperparameters, "rungs": iterations, added by the scheduler. At each of them
