@@ -345,7 +345,7 @@ def test_false_claims_of_the_model_stay_below_their_rate(n, model_based):
     for _ in range(searches):
         trials, rows = make_search(rng, lambda row: rng.normal(), n=n, model_based=model_based)
         values = {name: audit.results(rows, name) for name in audit.METRICS}
-        said = audit.of_the_model(trials, values, "eval_loss", [3], values["eval_loss"][3], [])
+        said = audit.of_the_model(trials, values, "eval_loss", [3], values["eval_loss"][3])
         (text,) = [t for t in said if "At" in t]
         claims += ", more than by chance" in text
         interval = re.search(r"90 % interval (\d+) to (\d+)", text)

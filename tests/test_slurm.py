@@ -866,8 +866,7 @@ def test_srun_gets_one_number_of_memory(tmp_path, shown, kept):
     (tmp_path / "logs").mkdir()
     command = """
 export PATH=$PWD:$PATH SLURM_MEM_PER_CPU=1 SLURM_MEM_PER_GPU=2 SLURM_MEM_PER_NODE=3 SLURM_JOB_ID=1
-timeout() { echo "$shown"; }
-shown=$1 rendezvous=$PWD node=node1 gpus=0 users_tmpdir=''
+this_job=$1 rendezvous=$PWD node=node1 gpus=0 users_tmpdir=''
 start_local_worker node2
 while kill -0 "${local_workers[node2]}" 2> /dev/null; do sleep 0.1; done
 cat logs/*"""

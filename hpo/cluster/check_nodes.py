@@ -96,16 +96,19 @@ def check(args, space: dict, setup, largest: dict, train) -> None:
             measured, forecast, args.max_t, questions, len(setup.selection)
         )
     write_json(setup.run_dir / "check.json", facts)
-    print_outlook(args, space, setting, facts, disk_bytes)
+    print_outlook(args, space, setting, forecast, facts, disk_bytes)
 
 
-def print_outlook(args, space: dict, setting: dict, facts: dict, disk_bytes: tuple[int, int]) -> None:
+def print_outlook(
+    args, space: dict, setting: dict, forecast: plan.Forecast, facts: dict, disk_bytes: tuple[int, int]
+) -> None:
     """Prints the plan of the search on the nodes that are ok, and the memory that the small trials have taken.
 
     Args:
         args: the arguments of the program.
         space: the search space.
         setting: {"num_samples", "max_t", "reduction_factor", "slots"}, slots of the nodes that are ok.
+        forecast: for this setting; of one band where only a budget ends the search.
         facts: the content of check.json.
         disk_bytes: see loading.disk_bytes.
 
@@ -118,8 +121,6 @@ def print_outlook(args, space: dict, setting: dict, facts: dict, disk_bytes: tup
         if arguments.has_budget(args):
             forecast = plan.within_budget(args, space, setting, seconds)
             setting = setting | {"num_samples": forecast.trials}
-        else:
-            forecast = plan.band_forecast(args, space, setting)
         print(f"plan for {setting['slots']} slots, on the nodes that are ok ({nodes - bad} of {nodes}):\n")
         limit = machines.time_limit()
         print(plan.plan(space, [setting], [forecast], [seconds], disk_bytes, limit, args.gpus_per_trial))

@@ -4,11 +4,11 @@ workers=() # ids of the worker jobs
 declare -A local_workers=() # process ids of the workers in this job, by node
 declare -A has_answered=() # workers that have joined, or have said why they cannot
 declare -A last_reason=() # why each worker job waits, as the log has it
-declare -A last_seen=() # worker jobs that have left the queue, with the time
+declare -A gone=() # worker jobs that have left the queue
 restarts=0 joined=0 # numbers of workers
 refused='' broken='' # last sentence of workers that refused, and of those whose node cannot be used
 refusing='' # the nodes of both
-unshared=0 # number of workers whose node does not see the results folder
+unshared=0 # number of nodes that do not see the results folder
 next_report=0 # when report_on_workers says again why workers wait
 retry_until=0 # until this time a rejected sbatch is repeated; 0: the last sbatch has succeeded
 
@@ -182,7 +182,7 @@ start_local_worker() { # [node of this job]
 	local of_job=(RAY_ADDRESS) # variables that the worker does not get
 	local memory=("${!SLURM_MEM_PER_@}")
 	if ((${#memory[@]} > 1)); then # srun takes one. Others are left of a job in which sbatch was called
-		case $(timeout 10 scontrol show job "$SLURM_JOB_ID" 2>&1) in
+		case $this_job in
 		*MinMemoryCPU=*) memory=("${memory[@]/SLURM_MEM_PER_CPU/}") ;;
 		*MemPerTres=*) memory=("${memory[@]/SLURM_MEM_PER_GPU/}") ;;
 		*) memory=("${memory[@]/SLURM_MEM_PER_NODE/}") ;;
@@ -214,7 +214,7 @@ read_answers() { # a worker writes in $rendezvous that it has joined, or why it 
 		worker=${file#"$rendezvous"/worker-}
 		[[ " ${own_nodes[*]} " == *" $worker "* ]] && what="on $worker" || what="job $worker"
 		# Slurm may have taken a job although sbatch has failed:
-		if [[ " ${own_nodes[*]} ${workers[*]} " != *" $worker "* && ! ${last_seen[$worker]-} ]]; then
+		if [[ " ${own_nodes[*]} ${workers[*]} " != *" $worker "* && ! ${gone[$worker]-} ]]; then
 			workers+=("$worker")
 			echo "${workers[*]}" > "$rendezvous/workers"
 		fi
@@ -252,26 +252,27 @@ replace_lost() { # replaces worker jobs that have left the queue, at most MAX_WO
 	local left worker why ended place kept=()
 	left=$(in_queue) || return 0
 	for worker in "${workers[@]}"; do
-		if has_line "$left" "$worker" || [[ -e $rendezvous/worker-$worker ]]; then kept+=("$worker")
-		elif last_seen[$worker]=$SECONDS && [[ -e $rendezvous/release-$worker ]]; then
-			jobs=$((jobs - 1)) # the search gave it back
-		else
-			log "worker job $worker has ended"
-			why='it ended before it joined: see its log in logs/'
-			ended=$(timeout 10 scontrol show job "$worker" 2>&1) || true
-			[[ $ended =~ [[:space:]]NodeList=([^[:space:]\(]+) ]] && place=${BASH_REMATCH[1]} || place=''
-			if [[ $ended == *ExitCode=3:0* ]]; then
-				why="$results is not shared: the node of that job does not see it"
-				[[ $place && " $refusing " == *" $place "* ]] || unshared=$((unshared + 1))
-				((unshared > 1)) && refused=$why || broken=$why # a second node will tell
-			fi
-			if [[ $place && ! ${has_answered[$worker]-} && $ended == *JobState=FAILED* ]]; then # so would the next one
-				exclude+=,$place refusing+=" $place"
-			fi
-			# one that has worked until WORKER_TIME, or until Slurm preempted it, is no failure, and is not counted
-			[[ ! ${has_answered[$worker]-} || $ended != *JobState=@(TIMEOUT|PREEMPTED)* ]] || restarts=$((restarts - 1))
-			note_for_check "$worker" "worker job $worker" "$why"
+		if has_line "$left" "$worker" || [[ -e $rendezvous/worker-$worker ]]; then kept+=("$worker") && continue; fi
+		gone[$worker]=1
+		if [[ -e $rendezvous/release-$worker ]]; then # the search gave it back
+			jobs=$((jobs - 1))
+			continue
 		fi
+		log "worker job $worker has ended"
+		why='it ended before it joined: see its log in logs/'
+		ended=$(timeout 10 scontrol show job "$worker" 2>&1) || true
+		[[ $ended =~ [[:space:]]NodeList=([^[:space:]\(]+) ]] && place=${BASH_REMATCH[1]} || place=''
+		if [[ $ended == *ExitCode=3:0* ]]; then
+			why="$results is not shared: the node of that job does not see it"
+			[[ $place && " $refusing " == *" $place "* ]] || unshared=$((unshared + 1))
+			((unshared > 1)) && refused=$why || broken=$why # a second node will tell
+		fi
+		if [[ $place && ! ${has_answered[$worker]-} && $ended == *JobState=FAILED* ]]; then # so would the next one
+			exclude+=,$place refusing+=" $place"
+		fi
+		# one that has worked until WORKER_TIME, or until Slurm preempted it, is no failure, and is not counted
+		[[ ! ${has_answered[$worker]-} || $ended != *JobState=@(TIMEOUT|PREEMPTED)* ]] || restarts=$((restarts - 1))
+		note_for_check "$worker" "worker job $worker" "$why"
 	done
 	workers=("${kept[@]}")
 	((joined)) || [[ ! $refused ]] || return 0 # it would be the same on other nodes

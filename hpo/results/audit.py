@@ -48,7 +48,7 @@ def audit(run: dict, trials: list[dict], iterations: list[dict]) -> tuple[list[s
     warnings, table = correlations(values, metric, rungs)
     said = edges(run.get("edges", {}), drawn, losses, ranked(trials, metric)[0], rungs[0])
     said += no_effect(trials, iterations, metric, drawn, losses, rungs[0])
-    return said + of_the_model(trials, values, metric, rungs, first, failed) + warnings, table
+    return said + of_the_model(trials, values, metric, rungs, first) + warnings, table
 
 
 def results(iterations: list[dict], metric: str) -> dict[int, dict[str, float]]:
@@ -223,9 +223,7 @@ def no_effect(trials, iterations, metric: str, drawn: list[dict], losses: np.nda
 # the model
 
 
-def of_the_model(
-    trials: list[dict], values: dict, metric: str, rungs: list[int], first: dict, failed: list[str]
-) -> list[str]:
+def of_the_model(trials: list[dict], values: dict, metric: str, rungs: list[int], first: dict) -> list[str]:
     """Whether the model-based suggestions were better than the random ones, and where the best trial came from.
 
     At the first rung all trials are compared, at a later one only those that start there: promoted ones had to pass the
@@ -237,9 +235,8 @@ def of_the_model(
         values: `results` of each metric.
         metric: trials are compared by it.
         rungs: their iterations.
-        first: results at the first rung by trial.
-        failed: the trials that have failed before they came to a rung. Those that have passed the rung before, without
-            an EM, count as the worst of this one.
+        first: results at the first rung by trial. Infinite ones are of trials that have failed before they came to a
+            rung. At a later rung they count as the worst too, if they have passed the one before without an EM.
     """
     kinds, said = {t["trial_id"]: origin(t) for t in trials}, []
     best = ranked(trials, metric)[0]
@@ -256,7 +253,7 @@ def of_the_model(
         else:
             fair = {i: loss for i, loss in values[metric].get(rung, {}).items() if start.get(i, 0) >= rung}
             passed = {i for t, found in values[metric].items() if before <= t < rung for i in found}
-            fair |= {i: math.inf for i in failed if i in passed and i not in start and i not in fair}
+            fair |= {i: math.inf for i in passed if first.get(i) == math.inf and i not in start and i not in fair}
         model, random = ([-loss for i, loss in fair.items() if kinds.get(i) == kind] for kind in ("model", "random"))
         if min(len(model), len(random)) < MIN_KIND:
             continue
